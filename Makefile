@@ -1,0 +1,86 @@
+# `make help` lists what can be made. State lies in ~/mmagent, or where MMAGENT_STORAGE says.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+TORCH_INDEX ?=
+BUNDLE ?= demo
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/installed-here
+LINTED := mmagent jobs serve tests
+
+# A venv holds absolute paths: one that was moved, or whose Python is gone, is made anew.
+ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null),$(CURDIR) runs)
+$(shell rm -f $(STAMP))
+endif
+
+.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train figures clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.11     the Python that .venv is made from"
+	@echo "  TORCH_INDEX=URL       an index to take PyTorch from, e.g. https://download.pytorch.org/whl/cpu"
+	@echo "  MMAGENT_STORAGE=DIR   where data, runs and bundles lie (default ~/mmagent)"
+
+setup: $(STAMP) ## .venv with everything, as tested together (done by the others when needed)
+
+demo: $(STAMP) ## from nothing to a served agent that reads, sees and hears: data, training, bundle, three answers
+	@$(PY) -m jobs.demo run
+
+demo-search: $(STAMP) ## the same recipe searched over: trials, the winner served, the same three questions
+	@$(PY) -m jobs.demo search
+
+serve: $(STAMP) ## serve a bundle: make serve BUNDLE=demo (a run's name or a bundle folder)
+	@$(PY) -m jobs.demo serve --bundle "$(BUNDLE)"
+
+stop: ## end what the demo started, and nothing else
+	@if [ -x $(PY) ]; then $(PY) -m jobs.demo stop; else echo "no .venv here, so nothing was started from here"; fi
+
+test: $(STAMP) ## the tests; they start a Ray of their own, beside a running demo
+	@$(PY) -m pytest
+
+test-slow: $(STAMP) ## the tests that take minutes
+	@$(PY) -m pytest -m slow --timeout 1800
+
+lint: $(STAMP) ## ruff, mypy, the import rules
+	$(VENV)/bin/ruff check $(LINTED)
+	$(VENV)/bin/ruff format --check $(LINTED)
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(STAMP) ## let ruff order and format the code
+	$(VENV)/bin/ruff check --fix $(LINTED)
+	$(VENV)/bin/ruff format $(LINTED)
+
+doctor: $(STAMP) ## what this machine lacks, and the command that mends it
+	@$(PY) -m jobs.doctor
+
+bench-train: $(STAMP) ## samples per second beside plain PyTorch: writes runs/bench/train.json
+	@$(PY) -m tests.bench.train
+
+figures: $(STAMP) ## paste the figures of runs/bench/*.json into README.md
+	@$(PY) -m tests.bench.figures
+
+clean: stop ## end the demo; remove .venv, caches and runs/ of this checkout (the storage root stays)
+	rm -rf $(VENV) runs *.egg-info build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find $(LINTED) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "make: $(PYTHON) is not on the PATH. Install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv;" >&2; \
+	  echo "      or pyenv install 3.11, or uv python install 3.11), or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; ok = (3, 11) <= sys.version_info[:2] < (3, 14); \
+	  sys.exit(None if ok else f"make: {sys.executable} is Python {sys.version.split()[0]}; 3.11 is wanted (3.12, 3.13: untested)")'
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: $(PYTHON) has no venv module. Debian, Ubuntu: apt-get install python3.11-venv" >&2; exit 1; }
+	@# An interrupted install is finished by pip; a venv that does not run, or that lay elsewhere, is thrown away.
+	@if ! $(PY) -m pip --version >/dev/null 2>&1 || ! grep -qF "$(CURDIR)/$(VENV)" $(VENV)/bin/activate; then \
+	  rm -rf $(VENV); echo "making $(VENV) with $$("$(PYTHON)" --version)"; "$(PYTHON)" -m venv $(VENV); fi
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PY) -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  -c constraints.txt torch
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[cluster,speech,demo,dev]'
+	@printf '%s\n' "$(CURDIR)" > $@

@@ -1,0 +1,37 @@
+"""A command's arguments: an unknown flag is refused with the nearest right one, and never completed by guessing."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the module's docstring as manual. Errors end the command with status 2 and one message."""
+
+    def __init__(self, prog: str, manual: str | None, **settings: Any) -> None:
+        super().__init__(
+            prog=f"python -m {prog}",
+            description=inspect.cleandoc(manual or ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **settings,
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        given = list(sys.argv[1:] if args is None else args)
+        flags = sorted(flag for action in self._actions for flag in action.option_strings)
+        for item in given[: given.index("--")] if "--" in given else given:
+            flag = item.partition("=")[0]
+            if item.startswith("--") and flag not in flags:
+                near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.0)
+                self.error(f"unknown flag {flag}: did you mean {near[0]}? --help lists all")
+        return super().parse_args(given, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)

@@ -1,0 +1,193 @@
+"""The engine of a training loop: forward, backward, step, save, load; DeepSpeed ZeRO, or plain torch in one process.
+
+The loop never asks which. This is the only home of deepspeed, which is imported inside the worker: its import probes
+for accelerators, which the driver of a GPU cluster may lack. Its JSON is derived from the config, so that no number is
+written twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mmagent.config import Config
+from mmagent.model import Batch, MultimodalModel
+
+
+class Engine(Protocol):
+    """What the loop needs. `backward` and `step` are called once for each micro-batch; a step that ends an
+    accumulation updates the parameters."""
+
+    device: torch.device
+    model: MultimodalModel
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self) -> None: ...
+
+    def set_lr(self, factor: float) -> float:
+        """Sets every group's learning rate to its peak times `factor`; returns the highest."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's part into `folder`; all ranks must call it."""
+        ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's whole weights on rank 0, on the CPU; all ranks must call it."""
+        ...
+
+
+def schedule(step: int, total: int, config: Config) -> float:
+    """The learning rate at a step as a share of its peak: a linear rise, then a cosine down to `final_share`."""
+    warmup = max(1, round(config.optim.warmup_share * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return config.optim.final_share + (1 - config.optim.final_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def use_bf16(config: Config) -> bool:
+    """bf16 where asked for, or by itself where a GPU computes it; on CPUs it is slower than fp32."""
+    if config.train.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return config.train.precision == "bf16"
+
+
+class TorchEngine:
+    """Plain PyTorch in one process: what ZeRO is measured against."""
+
+    def __init__(self, model: MultimodalModel, groups: list[dict[str, Any]], config: Config) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device)
+        self._accumulation, self._seen = config.train.accumulation, 0
+        self._clip = config.optim.clip_norm
+        self._bf16 = use_bf16(config)
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
+        self._optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            out: dict[str, Tensor] = self.model(batch)
+        return out
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        self._seen += 1
+        if self._seen % self._accumulation == 0:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def set_lr(self, factor: float) -> float:
+        return _set_lr(self._optimizer, factor)
+
+    def save(self, folder: Path) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict(), "seen": self._seen}
+        torch.save(state, folder / "torch.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "torch.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._seen = state["seen"]
+
+    def state(self) -> dict[str, Tensor]:
+        return {key: value.detach().cpu() for key, value in self.model.state_dict().items()}
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO over the process group that Ray Train made."""
+
+    def __init__(self, model: MultimodalModel, groups: list[dict[str, Any]], config: Config) -> None:
+        deepspeed = _import_deepspeed()
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, model_parameters=groups, config=zero_config(config)
+        )
+        self.model = model
+        self.device = torch.device(self._engine.device)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = self._engine(batch)
+        return out
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def set_lr(self, factor: float) -> float:
+        return _set_lr(self._optimizer, factor)
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        path, _ = self._engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
+        if path is None:
+            raise FileNotFoundError(f"the checkpoint {folder} holds no part for this rank")
+
+    def state(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        out = {key: value.detach().cpu() for key, value in self.model.named_buffers()}
+        for name, parameter in self.model.named_parameters():
+            # One parameter at a time: no rank ever holds the model twice.
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                if torch.distributed.get_rank() == 0:
+                    out[name] = parameter.detach().cpu().float().clone()
+        return out
+
+
+def make(model: MultimodalModel, groups: list[dict[str, Any]], config: Config) -> Engine:
+    return ZeroEngine(model, groups, config) if config.zero.engine == "deepspeed" else TorchEngine(model, groups, config)
+
+
+def zero_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived from the config."""
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": config.train.accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_optimization": {"stage": config.zero.stage},
+        "bf16": {"enabled": use_bf16(config)},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": config.optim.lr, "betas": list(config.optim.betas), "torch_adam": True},
+        },
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _set_lr(optimizer: Any, factor: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed speaks at import and at every start; what matters of it is raised as an error.
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    with contextlib.redirect_stdout(None):
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

@@ -1,0 +1,286 @@
+"""Asks a bundle every question of a split, and writes how good and how honest its answers are.
+
+    python -m jobs.evaluate --bundle demo --data easy_vqa --split test --out runs/demo --before --without image
+    python -m jobs.evaluate --bundle /models/shop --data /data/shop --split test --slices form,channel --out eval/shop
+    ray job submit -- python -m jobs.evaluate --bundle demo --data easy_vqa --split test --out runs/demo
+
+Writes into --out: evaluation.json (format: see mmagent/evaluation.py), report.html, a page that stands alone, and
+predictions.parquet, a row for each question. Rows that cannot be answered are counted by reason and never end the run.
+Paths are absolute or relative to the storage root (MMAGENT_STORAGE). A bundle is a folder or the name of a run; a data
+set is a folder or a name under data/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs import baselines, cluster
+from jobs.answers import MODALITIES, Answerer
+from jobs.arguments import Parser
+from jobs.cluster import ClusterError
+from jobs.progress import Progress
+from mmagent import bundle as bundles
+from mmagent import card, evaluation, examples, report, storage, text
+from mmagent.bundle import Bundle, BundleError
+from mmagent.charts import percent
+from mmagent.config import Config
+from mmagent.evaluation import EvaluationError
+from mmagent.examples import Example
+from mmagent.shards import Dataset, DatasetError
+from mmagent.text import BackboneError
+
+SLICES = ("form", "voice", "family", "modalities")  # those that no row has make no slice
+_BATCH_ROWS = 64
+
+
+def evaluate(
+    bundle: str | Path,
+    dataset: Dataset,
+    split: str,
+    *,
+    out: Path,
+    slices: Sequence[str] = SLICES,
+    before: bool = False,
+    without: str | None = None,
+    workers: int = 2,
+    threads: int = 1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluates on the connected Ray, writes the three files into `out`, and returns what evaluation.json holds.
+
+    Args:
+        bundle: a folder, or the name of a run.
+        slices: keys of the records' meta, or ``modalities``, whose values are reported apart.
+        before: also what a majority answer and a linear probe reach, both fitted on the training split.
+        without: a modality; also asks every question with it taken away.
+        workers: processes that answer, each with a copy of the model and `threads` CPU threads.
+
+    Raises:
+        BundleError, DatasetError, BackboneError: what is missing, and where.
+        EvaluationError: there is nothing to measure.
+    """
+    found = bundles.load(bundle)
+    _check(found, dataset, split)
+    bundles.load_model(found)  # weights that do not fit are told here, in one message, not by an actor that dies
+    started = time.monotonic()
+    table = _predict(found, dataset, split, slices, without, workers, threads)
+    predicted = time.monotonic()
+    storage.publish(out / "predictions.parquet", _parquet(table))
+    column = _first_slice(table, slices)
+    others = _before(found.config, found.labels, dataset, split, table, column, seed) if before else None
+    result = evaluation.evaluate(
+        table, found.labels, bundle=found.name, data=dataset.name, split=split, before=others, seed=seed,
+        task=found.manifest["task"],
+    )  # fmt: skip
+    result["seconds"] = {"predict": round(predicted - started, 1), "before": round(time.monotonic() - predicted, 1)}
+    storage.publish_json(out / "evaluation.json", result)
+    shown = _examples(table, dataset, split, found.labels, column, seed)
+    curves = read_curves(found.path.parent / "metrics.jsonl")
+    page = report.render(result, curves=curves, examples=shown, limits=found.config.data.media)
+    storage.publish(out / "report.html", page)
+    return result
+
+
+def describe(bundle: str | Path, dataset: Dataset, result: Mapping[str, Any]) -> None:
+    """Writes the result and the model card into a bundle.
+
+    Args:
+        dataset: what the bundle was trained on.
+        result: of `evaluate`, on a split that training never saw.
+    """
+    found = bundles.load(bundle)
+    backbone = Path(text.locate(found.config.model.backbone))
+    words = card.render(
+        found.manifest, found.config, evaluation=result, dataset=dataset.info, licence=card.licence(backbone),
+        where=found.name,
+    )  # fmt: skip
+    measured = {key: result[key] for key in ("data", "split", "n", "metrics", "slices")}
+    bundles.add(found.path, {"metrics.json": json.dumps(measured, indent=1) + "\n", "README.md": words})
+
+
+def read_curves(file: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``; none where there is no such file."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+
+
+def table_of(result: Mapping[str, Any]) -> str:
+    """The result as lines for the terminal."""
+    others: Mapping[str, Any] = result.get("before", {})
+    names = ["", "answers", "accuracy", "95 % interval", *(name.replace("_", " ") for name in others)]
+    lines = [names]
+    for name, part in {"all": result, **result["slices"]}.items():
+        value = part["metrics"]["accuracy"]
+        cells = [
+            name,
+            f"{part['n']:,}",
+            percent(value["value"]),
+            f"{percent(value['low'])} to {percent(value['high'])}",
+        ]
+        for other in others.values():
+            there = other if name == "all" else other["slices"].get(name)
+            cells.append(percent(there["metrics"]["accuracy"]["value"]) if there else "-")
+        lines.append(cells)
+    widths = [max(len(line[index]) for line in lines) for index in range(len(names))]
+    rows = (
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+    return "\n".join([*rows, *_notes(result)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        dataset = Dataset.open(_data(options.data))
+        cluster.connect()
+        out = storage.resolve(options.out)
+        result = evaluate(
+            options.bundle, dataset, options.split, out=out, slices=options.slices, before=options.before,
+            without=options.without, workers=options.workers, threads=options.threads, seed=options.seed,
+        )  # fmt: skip
+    except (BundleError, DatasetError, BackboneError, EvaluationError, storage.StorageError, ClusterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"error: {error.strerror or error}: {error.filename or options.out}", file=sys.stderr)
+        return 2
+    print(table_of(result))
+    print(f"report: {out / 'report.html'}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("jobs.evaluate", __doc__)
+    parser.add_argument("--bundle", required=True, metavar="B", help="a bundle folder, or the name of a run")
+    parser.add_argument("--data", required=True, metavar="D", help="a data set: a name under data/, or a folder")
+    parser.add_argument("--split", default="test", help="the split to ask (default: test)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the three files are written")
+    names = ",".join(SLICES)
+    parser.add_argument(
+        "--slices", type=_names, default=SLICES, metavar="COL,COL", help=f"meta keys reported apart (default: {names})"
+    )
+    parser.add_argument("--before", action="store_true", help="compare with a majority answer and a linear probe")
+    parser.add_argument("--without", choices=MODALITIES, help="also ask everything with this modality taken away")
+    parser.add_argument("--workers", type=_positive, default=2, help="processes that answer (default: 2)")
+    parser.add_argument("--threads", type=_positive, default=1, help="CPU threads of each (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of intervals, comparisons and examples (default: 0)")
+    return parser
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+
+
+def _positive(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{value} is given, but 1 or more is wanted")
+    return number
+
+
+def _data(name: str) -> Path:
+    return storage.resolve(name) if "/" in name else storage.folder("data", name)
+
+
+def _check(found: Bundle, dataset: Dataset, split: str) -> None:
+    if not dataset.rows(split):
+        raise DatasetError(f"the split {split!r} of {dataset.path} has no rows; name another one with --split")
+    if not set(found.labels) & set(dataset.labels):
+        raise EvaluationError(
+            f"the bundle {found.name!r} answers {_some(found.labels)}, the data set {dataset.name!r} asks for "
+            f"{_some(dataset.labels)}: they have no label in common"
+        )
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
+
+
+def _predict(
+    found: Bundle, dataset: Dataset, split: str, slices: Sequence[str], without: str | None, workers: int, threads: int
+) -> pa.Table:
+    from jobs import stream  # brings Ray, which reads its environment when it is imported: after `cluster.connect`
+
+    kwargs = {"bundle": str(found.path), "slices": tuple(slices), "without": without, "threads": threads}
+    parts = []
+    with Progress("evaluate", dataset.rows(split), "rows") as progress:
+        answers = stream.apply(
+            dataset, split, Answerer, kwargs, workers=workers, batch_rows=_BATCH_ROWS, threads=threads
+        )  # fmt: skip
+        for part in answers:
+            parts.append(part)
+            progress.add(pc.sum(pc.equal(part["without"], "")).as_py() or 0)
+    table = pa.concat_tables(parts).cast(evaluation.schema(slices))
+    for name in set(slices) - set(SLICES):
+        if table[evaluation.slice_column(name)].null_count == table.num_rows:
+            print(f"--slices {name}: no row has this key in its meta", file=sys.stderr)
+    return table
+
+
+def _first_slice(table: pa.Table, slices: Sequence[str]) -> str | None:
+    """The first slice column that divides the rows: examples and the probe's questions are drawn from each value."""
+    for name in slices:
+        if 1 < pc.count_distinct(table[evaluation.slice_column(name)]).as_py() <= evaluation.MAX_SLICES:
+            return name
+    return None
+
+
+def _before(
+    config: Config, labels: Sequence[str], dataset: Dataset, split: str, table: pa.Table, column: str | None, seed: int
+) -> dict[str, Any]:
+    asked = table.filter(pc.equal(table["without"], ""))
+    return {
+        "majority": baselines.majority(dataset, split, asked, seed=seed),
+        "linear_probe": baselines.linear_probe(dataset, split, asked, config, labels, column=column, seed=seed),
+    }
+
+
+def _examples(
+    table: pa.Table, dataset: Dataset, split: str, labels: Sequence[str], column: str | None, seed: int
+) -> list[Example]:
+    chosen = examples.choose(table, column, seed=seed)
+    mask = pc.and_(pc.equal(table["without"], ""), pc.is_in(table["id"], value_set=pa.array(list(chosen), pa.string())))
+    answers = {row["id"]: row for row in table.filter(mask).to_pylist()}
+    shown = []
+    for record in baselines.pick(dataset, split, list(chosen)):
+        row = answers[record.id]
+        likely = examples.likeliest(labels, row["probabilities"], also=row["label"])
+        shown.append(Example(record, row["predicted"], row["confidence"], likely, chosen[record.id], row["abstained"]))
+    return sorted(shown, key=lambda example: (example.group, example.record.id))
+
+
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if blind := result.get("blind"):
+        part = blind["slices"].get("form=text", blind)
+        if part["n"]:
+            lines.append(
+                f"without {blind['without']}: confidence {percent(part['mean_confidence'])}, right "
+                f"{percent(part['accuracy'])}, gap {percent(part['gap'])} ({part['n']:,} questions)"
+            )
+    lines += [f"not answered: {count} x {reason}" for reason, count in result["errors"]["reasons"].items()]
+    if result["unknown_labels"]:
+        lines.append(f"labels this bundle cannot answer, counted as wrong: {_some(result['unknown_labels'])}")
+    return lines
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What the loop measures of itself, and where it writes it: ``metrics.jsonl`` and TensorBoard's files."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+METRICS_FILE = "metrics.jsonl"
+_SETTLE_STEPS = 10  # steps of a start after which waiting for data counts
+
+
+class _Group(Protocol):
+    def sum(self, values: list[float]) -> list[float]: ...
+
+
+class Meter:
+    """Sums since the last log, kept as tensors where reading them would stop a GPU."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._busy_s = self._wait_s = 0.0  # since the start, after `_SETTLE_STEPS`
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new interval: what lies between (validation, a checkpoint) is no training."""
+        self._started = self._step_started = time.perf_counter()
+        self._loss: Tensor | float = 0.0
+        self._right: Tensor | float = 0.0
+        self._weight: Tensor | float = 0.0
+        self._samples = self._micros = 0
+        self._waited = 0.0
+        self._interval_steps = 0
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+        if self._steps >= _SETTLE_STEPS:
+            self._wait_s += seconds
+
+    def add(self, logits: Tensor, batch: dict[str, Tensor], loss: Tensor) -> None:
+        known = (batch["weight"] > 0) & (batch["label"] >= 0)
+        self._loss = self._loss + loss.detach()
+        self._right = self._right + ((logits.detach().argmax(1) == batch["label"]) & known).sum()
+        self._weight = self._weight + known.sum()
+        self._samples += len(known)
+        self._micros += 1
+
+    def end_step(self) -> None:
+        now = time.perf_counter()
+        if self._steps >= _SETTLE_STEPS:
+            self._busy_s += now - self._step_started
+        self._steps += 1
+        self._interval_steps += 1
+        self._step_started = now
+
+    def since_log_s(self) -> float:
+        return time.perf_counter() - self._started
+
+    def wait_share(self) -> float:
+        """Seconds spent waiting for data, as a share of the time of all steps after the first ten of this start."""
+        return self._wait_s / self._busy_s if self._busy_s else 0.0
+
+    def read(self, group: _Group) -> dict[str, float]:
+        """The interval's figures over all ranks; begins a new one. Every rank calls it.
+
+        Raises:
+            FloatingPointError: the loss is no number.
+        """
+        seconds, steps = self.since_log_s(), self._interval_steps
+        mine = [float(self._loss), float(self._right), float(self._weight), float(self._samples), float(self._micros)]
+        loss, right, weight, samples, micros, waited, took = group.sum([*mine, self._waited, seconds])
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                "the loss is no number any more: lower optim.lr, or look at the data; the last checkpoint is good"
+            )
+        self.restart()
+        return {
+            "loss": loss / max(1.0, micros),
+            "accuracy": right / max(1.0, weight),
+            "samples": samples,
+            "steps": float(steps),
+            "samples_per_s": samples / seconds,
+            "wait_share": waited / took,
+        }
+
+
+class Log:
+    """Writes a run's figures, on rank 0; other ranks' calls do nothing."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._file = folder / METRICS_FILE if rank == 0 else None
+        self._board: Any = None
+        if rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tb"))
+
+    def rewind(self, step: int) -> None:
+        """Drops lines of later steps: a resumed run writes them again."""
+        if self._file is None or not self._file.exists():
+            return
+        lines = [line for line in self._file.read_text().splitlines() if _step_of(line) <= step]
+        self._file.write_text("".join(line + "\n" for line in lines))
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        row = {**row, "time_s": round(time.time(), 3)}
+        with open(self._file, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key not in ("step", "time_s"):
+                self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+        self._board.flush()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62  # a line cut off by a kill

@@ -1,0 +1,235 @@
+"""Makes a data set of a source: Parquet shards of the record schema under ROOT/data/NAME.
+
+    python -m jobs.prepare --source easy_vqa --name easy_vqa
+    python -m jobs.prepare --source jsonl:rows.jsonl --name shop --map text=question,label=answer --group-by customer
+    python -m jobs.prepare --source csv:train.csv --test test.csv --name shop
+    python -m jobs.prepare --source folder:photos --name photos     (a sub-folder for each label)
+    python -m jobs.prepare --source parquet:DIR --name birds        (as Hugging Face datasets writes it)
+    ray job submit -- python -m jobs.prepare --source easy_vqa --name easy_vqa
+
+A row that cannot be used is set aside in ROOT/data/NAME/quarantine with its reason; above --max-bad-share nothing is
+published. The folder appears whole, by a rename: an interrupted command leaves no data set, and is simply run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jobs.arguments import Parser
+from jobs.progress import Progress
+from jobs.sources import BadRow, Source, SourceError, tally
+from jobs.sources.choose import choose
+from jobs.sources.cut import Cut
+from jobs.sources.quarantine import Quarantine
+from jobs.sources.spool import Spool
+from jobs.sources.tally import Tally
+from mmagent import shards, storage
+from mmagent.record import SCHEMA_VERSION
+
+TASK = "classify"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        _run(options)
+        return 0
+    except (SourceError, storage.StorageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"error: {error.strerror or error}: {error.filename or storage.root()}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was published; run the same command again", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _run(options: argparse.Namespace) -> None:
+    folder = storage.folder("data", options.name)
+    with _claim(folder) as draft:
+        source = choose(
+            options.source,
+            seed=options.seed,
+            validation_share=options.validation_share,
+            columns=options.map,
+            group_by=options.group_by,
+            test=options.test,
+        )
+        recipe = json.loads(json.dumps(_settings(options) | source.recipe()))  # as it reads in dataset.json
+        if folder.exists() and not options.replace:
+            _compare(folder, recipe)
+            return
+        started_s = time.monotonic()
+        info = _write(source, draft, options, recipe)
+        _publish(draft, folder)
+    _print_summary(folder, info, time.monotonic() - started_s)
+
+
+def _write(source: Source, draft: Path, options: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the whole data set into `draft`, its dataset.json last."""
+    cut = Cut(options.seed, {"validation": options.validation_share, "test": options.test_share}, source.splits)
+    tallies = {split: Tally() for split in shards.SPLITS}
+    with ExitStack() as stack:
+        quarantine = stack.enter_context(Quarantine(draft, total=source.total, max_share=options.max_bad_share))
+        writers = {split: stack.enter_context(shards.ShardWriter(draft, split)) for split in shards.SPLITS}
+        spool = None if source.shuffled else stack.enter_context(Spool(draft / ".spool"))
+        progress = stack.enter_context(Progress("rows", source.total, "rows"))
+        for row in source.rows(options.workers):
+            progress.add()
+            if isinstance(row, BadRow):
+                quarantine.add(row)
+                continue
+            split = cut.split_of(row.record)
+            tallies[split].add(row)
+            record = replace(row.record, split=split)
+            if split == "train" and spool is not None:
+                spool.add(record)
+            else:
+                writers[split].add(record)
+        tally.check(tallies, cut.splits)
+        for record in spool.shuffled(options.seed) if spool else ():
+            writers["train"].add(record)
+        files = {split: writer.close() for split, writer in writers.items()}
+    info = {
+        "format_version": shards.FORMAT_VERSION,
+        "schema_version": SCHEMA_VERSION,
+        "name": options.name,
+        "source": options.source,
+        "created_ms": int(time.time() * 1000),
+        "seed": options.seed,
+        "task": TASK,
+        "labels": tallies["train"].labels,
+        "splits": {split: tallies[split].to_dict() | {"shards": files[split]} for split in shards.SPLITS},
+        "quarantine": quarantine.to_dict(),
+        "recipe": recipe,
+    }
+    storage.publish_json(draft / shards.INFO_FILE, info)
+    return info
+
+
+@contextmanager
+def _claim(folder: Path) -> Iterator[Path]:
+    """Holds the name of a data set for this command, and gives an empty folder beside it to write into.
+
+    The kernel lets go of the lock when the command dies, however it dies; what it left is removed by the next one.
+
+    Raises:
+        SourceError: another command holds the name.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("draft", "old"))
+    with open(folder.with_name(f".{folder.name}.lock"), "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise SourceError(
+                f"the data set {folder.name} is being prepared by {lock.read().strip() or 'another command'}; "
+                "wait for it, or use another --name"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        if old.exists() and not folder.exists():  # killed between the two renames of _publish
+            old.rename(folder)
+        for path in (draft, old):
+            shutil.rmtree(path, ignore_errors=True)
+        draft.mkdir()
+        try:
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _publish(draft: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _compare(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Says that the data set is there already.
+
+    Raises:
+        SourceError: it was made in another way, or it is damaged.
+    """
+    try:
+        dataset = shards.Dataset.open(folder)
+    except shards.DatasetError as error:
+        raise SourceError(f"{error}. To make it again: the same command with --replace") from error
+    made: dict[str, Any] = dataset.info["recipe"]
+    changed = sorted(key for key in made.keys() | recipe.keys() if made.get(key) != recipe.get(key))
+    if changed:
+        details = "; ".join(f"{key}: {made.get(key)!r:.80} then, {recipe.get(key)!r:.80} now" for key in changed[:5])
+        raise SourceError(
+            f"the data set {folder.name} exists already, made in another way ({details}); "
+            "use another --name, or --replace to make it anew"
+        )
+    print(f"the data set {folder.name} is already there, made of the same source in the same way: {folder}")
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    keys = ("source", "map", "group_by", "test", "validation_share", "test_share", "seed", "max_bad_share")
+    return {key: getattr(options, key) for key in keys}
+
+
+def _print_summary(folder: Path, info: Mapping[str, Any], passed_s: float) -> None:
+    for split, counts in info["splits"].items():
+        modalities = ", ".join(f"{name} {count:,}" for name, count in counts["modalities"].items())
+        print(f"{split:<11}{counts['rows']:>9,} rows in {len(counts['shards'])} shards ({modalities})")
+    aside = info["quarantine"]
+    if aside["rows"]:
+        print(f"set aside  {aside['rows']:>9,} rows: {aside['reasons']}: see {folder / aside['file']}")
+    print(f"{len(info['labels'])} labels; prepared in {passed_s:.0f} s: {folder}")
+
+
+def _parser() -> Parser:
+    parser = Parser("jobs.prepare", __doc__)
+    parser.add_argument("--source", required=True, help="easy_vqa, jsonl:FILE, csv:FILE, folder:DIR or parquet:PATH")
+    parser.add_argument("--name", required=True, help="the data set's name")
+    parser.add_argument("--map", type=_mapping, default={}, help="FIELD=COLUMN,...: which columns hold the fields")
+    parser.add_argument("--group-by", metavar="COLUMN", help="rows with one value of it go into one split together")
+    parser.add_argument("--test", metavar="PATH", help="the test split, of the same kind as the source")
+    parser.add_argument("--validation-share", type=float, default=0.1, help="cut out of training (default %(default)s)")
+    parser.add_argument("--test-share", type=float, default=0.1, help="cut out of training (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the cut and of all that is drawn (default %(default)s)")
+    parser.add_argument("--max-bad-share", type=float, default=0.01, help="of rows set aside (default %(default)s)")
+    parser.add_argument("--workers", type=_positive, default=_cores(), help="processes (default: all cores)")
+    parser.add_argument("--replace", action="store_true", help="make the data set anew where it exists")
+    return parser
+
+
+def _mapping(text: str) -> dict[str, str]:
+    pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+    if not pairs or any(not field.strip() or not column.strip() for field, _, column in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no map: FIELD=COLUMN,... is wanted, e.g. text=question,label=answer"
+        )
+    return {field.strip(): column.strip() for field, _, column in pairs}
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes: 1 or more is wanted")
+    return int(text)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""A run: its folder, its lock, and what is fixed before the first step, whoever starts it (a command or a search).
+
+    runs/NAME/{config.yaml, metrics.jsonl, tb/, checkpoints/step_N/, evaluation.json, report.html, timing.json, bundle/}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs import stream, workers
+from jobs.checkpoint import Checkpoints
+from jobs.loop import STOP_FILE, Plan, train
+from mmagent import storage
+from mmagent.bundle import BundleError
+from mmagent.bundle import find as find_bundle
+from mmagent.config import Config, resolve
+from mmagent.order import Position
+from mmagent.shards import Dataset
+
+CONFIG_FILE = "config.yaml"
+
+
+class RunError(ValueError):
+    """A run that cannot start; says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    folder: Path
+    config: Config
+    dataset: Dataset
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def exported(self) -> bool:
+        """Whether the run has its bundle: nothing is left to train."""
+        with contextlib.suppress(BundleError):
+            return find_bundle(self.folder / "bundle") is not None
+        return False
+
+    def resumed_step(self) -> int:
+        found = Checkpoints(self.folder / "checkpoints", rank=0, barrier=bool, keep_last=1).latest()
+        return found.step if found else 0
+
+    def fit(self, callbacks: list[Any] | None = None) -> bool:
+        """Trains to the end and exports, or until asked to stop; whether it came to the end.
+
+        Raises:
+            TrainingFailedError: see `jobs.workers.run`.
+        """
+        (self.folder / STOP_FILE).unlink(missing_ok=True)
+        workers.run(
+            functools.partial(train, plan=self.plan), self.config, self.folder, _streams(self.plan, self.dataset), callbacks
+        )
+        return self.exported
+
+    def stop(self) -> None:
+        """Asks the workers to save and end at their next step."""
+        (self.folder / STOP_FILE).touch()
+
+
+def prepare(config: Config, folder: Path) -> Run:
+    """Checks all that can be checked before a worker starts, and writes the run's config.
+
+    Raises:
+        DatasetError, BackboneError: what is missing, and where.
+        RunError: a split without rows, a label that training never has, or a folder that holds another config.
+    """
+    dataset = Dataset.open(storage.folder("data", config.data.name))
+    _check_splits(dataset)
+    _check_config(config, folder)
+    window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
+    order = stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows)
+    steps = order.steps(config.train.epochs, config.global_batch)
+    plan = Plan(
+        config=config,
+        labels=tuple(dataset.labels),
+        folder=folder,
+        data=config.data.name,
+        order=order,
+        total_steps=min(steps, config.train.max_steps or steps),
+        max_bad_rows=int(config.data.max_bad_share * order.rows * max(1.0, config.train.epochs)),
+        golden_source=tuple(dataset.shard_files("validation")),
+    )
+    return Run(folder, config, dataset, plan)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a run's name for this process; the lock ends with it, however it ends.
+
+    Raises:
+        RunError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise RunError(
+                f"{folder.name!r} is being worked on by process {file.read().strip() or '?'}: "
+                "wait for it, stop it, or give another --name"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _streams(plan: Plan, dataset: Dataset) -> dict[str, Callable[[], Any]]:
+    return {
+        "train": functools.partial(_training, plan),
+        "validation": functools.partial(_validation, plan, dataset),
+    }
+
+
+def _training(plan: Plan) -> Any:
+    """The stream from where the newest checkpoint stands: made anew whenever workers start."""
+    found = Checkpoints(plan.folder / "checkpoints", rank=0, barrier=bool, keep_last=1).latest()
+    position = Position(**found.loop["position"]) if found else Position()
+    steps = plan.total_steps - (found.step if found else 0)
+    return stream.training_stream(plan.order, stream.layout_of(plan.config), position, max(1, steps))
+
+
+def _validation(plan: Plan, dataset: Dataset) -> Any:
+    """The first rows of the validation split in seeded order, the same for any number of workers."""
+    layout = stream.layout_of(plan.config)
+    window = -(-plan.config.train.eval_rows // layout.global_batch) * layout.global_batch
+    order = stream.order_of(dataset, "validation", seed=plan.config.seed, window_rows=window)
+    steps = -(-min(plan.config.train.eval_rows, order.rows) // layout.global_batch)
+    return stream.training_stream(order, layout, Position(), steps)
+
+
+def _check_splits(dataset: Dataset) -> None:
+    known = set(dataset.labels)
+    for split in ("train", "validation"):
+        if not dataset.rows(split):
+            raise RunError(f"the data set {dataset.path} has no rows in its split {split!r}: prepare it again")
+    if not known:
+        raise RunError(f"the data set {dataset.path} has no labels: a task other than classify is not supported yet")
+    unknown = sorted(set(dataset.info["splits"]["validation"]["labels"]) - known)
+    if unknown:
+        raise RunError(f"the validation split of {dataset.path} has labels that training never has: {unknown[:5]}")
+
+
+def _check_config(config: Config, folder: Path) -> None:
+    """A run that exists goes on only with the config it began with: else its curve would belong to two."""
+    file = folder / CONFIG_FILE
+    if file.exists():
+        before = resolve(yaml.safe_load(file.read_text()), {})
+        if before != config:
+            changed = _differences(before.model_dump(mode="json"), config.model_dump(mode="json"))
+            raise RunError(
+                f"the run {folder.name!r} began with another config ({', '.join(changed)}): give another --name, or "
+                f"the same config to go on"
+            )
+    storage.publish(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [line for key in a | b for line in _differences(a.get(key), b.get(key), f"{path}{key}.")]
+    return [] if a == b else [f"{path[:-1]}: was {a!r}, is {b!r}"]

@@ -1,0 +1,214 @@
+"""The only home of `ray.data`: shards stream through it into training workers, and through predictors in evaluation.
+
+Training: a read task takes one window of the order (`mmagent.order`), reads its rows, looks at the headers of their
+media, tokenises their text and lays them out step by step, rank by rank. The stream is cut into blocks of one rank's
+share of one optimizer step and handed out in turn, so that every rank gets its rows in the same order in every run,
+whatever the timing. A short last batch is filled up with rows of weight 0. Media stay encoded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from mmagent import text
+from mmagent.config import Config
+from mmagent.media import Limits, MediaError, check_audio, check_image
+from mmagent.order import Order, Part, Position
+from mmagent.record import Record
+from mmagent.shards import Dataset
+
+COLUMNS = ["id", "task", "messages", "images", "audios", "target", "weight", "meta"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a global batch is shared out, and what the read tasks need to know."""
+
+    world: int
+    rows_per_rank: int  # of one optimizer step
+    tokenizer: str
+    max_text_tokens: int
+    limits: Limits
+
+    @property
+    def global_batch(self) -> int:
+        return self.world * self.rows_per_rank
+
+
+def order_of(dataset: Dataset, split: str, *, seed: int, window_rows: int) -> Order:
+    """The order of a split's samples."""
+    groups = []
+    for file in dataset.shard_files(split):
+        footer = pq.read_metadata(file)
+        groups += [(str(file), index, footer.row_group(index).num_rows) for index in range(footer.num_row_groups)]
+    return Order(groups, seed=seed, window_rows=window_rows)
+
+
+def layout_of(config: Config) -> Layout:
+    return Layout(
+        world=config.cluster.workers,
+        rows_per_rank=config.train.micro_batch * config.train.accumulation,
+        tokenizer=config.model.backbone,
+        max_text_tokens=config.data.max_text_tokens,
+        limits=config.data.media,
+    )
+
+
+def training_stream(order: Order, layout: Layout, position: Position, steps: int) -> ray.data.Dataset:
+    """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``rank``,
+    ``epoch``, and ``error`` (why its media cannot be read, or empty). To be split among ranks by `split_in_turn`."""
+    parts = list(order.parts(position, steps, layout.global_batch))
+    read = functools.partial(_read_part, order=order, layout=layout, parts=parts)
+    windows = ray.data.range(len(parts), override_num_blocks=len(parts))
+    rows = windows.map_batches(read, batch_size=1, num_cpus=0.5, memory=None)
+    return rows.repartition(target_num_rows_per_block=layout.rows_per_rank)
+
+
+def split_in_turn(stream: ray.data.Dataset, world: int, reserved_cpus: float) -> list[Any]:
+    """One iterator for each rank; block n goes to rank n modulo `world`.
+
+    Args:
+        reserved_cpus: what the training workers hold, which the read tasks must leave alone.
+    """
+    options = stream.context.execution_options
+    options.preserve_order = True
+    options.exclude_resources = options.exclude_resources.add(ray.data.ExecutionResources(cpu=reserved_cpus))
+    stream.context.enable_progress_bars = False
+    # Not `equal`: that holds blocks back to even out the ends, and these blocks are even.
+    return stream.streaming_split(world, equal=False)
+
+
+def rank_blocks(iterator: Any, rank: int) -> Iterator[pa.Table]:
+    """The blocks of one rank, one for each optimizer step.
+
+    Raises:
+        RuntimeError: a block meant for another rank: the order of the run can no longer be trusted.
+    """
+    for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        meant = pc.unique(table["rank"]).to_pylist()
+        if meant != [rank]:
+            raise RuntimeError(f"rank {rank} was handed rows meant for {meant}: Ray Data split the stream differently")
+        yield table
+
+
+def apply(
+    dataset: Dataset,
+    split: str,
+    worker: type,
+    kwargs: dict[str, Any],
+    *,
+    workers: int,
+    batch_rows: int,
+    threads: int,
+) -> Iterator[pa.Table]:
+    """Runs every row of a split through `worker(**kwargs)`, built once in each of `workers` actors and called with
+    tables of record rows; yields the tables it gives back, in the order of the rows."""
+    files = [str(file) for file in dataset.shard_files(split)]
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    pieces = [
+        (file, group) for file in files for group in range(pq.read_metadata(file).num_row_groups)
+    ]  # a row group is a task: small enough to spread, large enough to be worth it
+    tasks = ray.data.from_items([{"file": f, "group": g} for f, g in pieces], override_num_blocks=len(pieces))
+    tasks.context.execution_options.preserve_order = True
+    rows = tasks.map_batches(_read_group, batch_size=1, num_cpus=0.25)
+    answers = rows.map_batches(
+        worker,
+        fn_constructor_kwargs=kwargs,
+        batch_size=batch_rows,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=0.5,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+    )
+    for table in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        yield table
+
+
+def _read_group(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+    for file, group in zip(batch["file"], batch["group"], strict=True):
+        yield pq.ParquetFile(str(file)).read_row_group(int(group))
+
+
+def _read_part(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, parts: list[Part]) -> Iterator[pa.Table]:
+    for index in batch["id"]:
+        part = parts[int(index)]
+        taken, weights = _laid_out(order.shuffle(part), part.steps(layout.global_batch), layout)
+        tables = []
+        for piece in part.pieces:
+            table = pq.ParquetFile(piece.file).read_row_group(piece.row_group, columns=COLUMNS)
+            tables.append(table.slice(piece.start, piece.stop - piece.start))
+        rows = pa.concat_tables(tables).combine_chunks().take(pa.array(taken.ravel()))
+        world = np.tile(np.repeat(np.arange(layout.world), layout.rows_per_rank), len(taken))
+        yield _annotate(rows, layout, part.epoch, world, weights.ravel())
+
+
+def _laid_out(rows: np.ndarray, steps: int, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers as (steps, rank x rows of a rank), and the factor of their weights: 0 for what fills the end up."""
+    size = steps * layout.global_batch
+    factor = np.zeros(size, np.float32)
+    factor[: len(rows)] = 1
+    filled = np.resize(rows, size)
+    # Rank r takes every world-th row, so that a short last batch is short on every rank alike.
+    shape = (steps, layout.rows_per_rank, layout.world)
+    return (
+        filled.reshape(shape).transpose(0, 2, 1).reshape(steps, -1),
+        factor.reshape(shape).transpose(0, 2, 1).reshape(steps, -1),
+    )
+
+
+def _annotate(rows: pa.Table, layout: Layout, epoch: int, rank: np.ndarray, factor: np.ndarray) -> pa.Table:
+    tokenizer = text.shared_tokenizer(layout.tokenizer)
+    words = [text.words(Record.from_row({"id": "", "messages": row})) for row in rows["messages"].to_pylist()]
+    ids = dict(zip(unique := sorted(set(words)), text.tokenize(tokenizer, unique, layout.max_text_tokens), strict=True))
+    errors = _media_errors(rows, layout.limits)
+    factor = factor * np.array([not error for error in errors], np.float32)
+    weight = pc.multiply(pc.fill_null(rows["weight"], 1.0).combine_chunks(), pa.array(factor))
+    rows = rows.set_column(rows.schema.get_field_index("weight"), "weight", weight)
+    extra = {
+        "ids": pa.array([ids[word] for word in words], pa.list_(pa.int64())),
+        "error": pa.array(errors),
+        "rank": pa.array(rank, pa.int32()),
+        "epoch": pa.array(np.full(len(rows), epoch), pa.int32()),
+    }
+    for name, column in extra.items():
+        rows = rows.append_column(name, column)
+    return rows
+
+
+def _media_errors(rows: pa.Table, limits: Limits) -> list[str]:
+    """Why a row's media cannot be read, from their headers; empty where they can. Each distinct medium once."""
+    errors = [""] * len(rows)
+    for kind, check in (("images", check_image), ("audios", check_audio)):
+        known: dict[bytes, str] = {}
+        column = rows[kind].combine_chunks()
+        for index, medias in enumerate(column):
+            for media in medias if medias.is_valid else ():
+                data = media["bytes"].as_py()
+                if data not in known:
+                    known[data] = _fault(data, check, limits)
+                if known[data] and not errors[index]:
+                    errors[index] = f"{kind}: {known[data]}"
+    return errors
+
+
+def _fault(data: bytes | None, check: Any, limits: Limits) -> str:
+    if data is None:
+        return "the shard holds no bytes for it"
+    try:
+        check(data, limits)
+    except MediaError as error:
+        return str(error)
+    return ""

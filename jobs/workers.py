@@ -1,0 +1,131 @@
+"""The only home of `ray.train`: a worker group of one process or many, and what a worker knows of its group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+import torch.distributed as dist
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from jobs import stream
+from mmagent.config import Config
+
+__all__ = ["Group", "TrainingFailedError", "run"]
+
+# Ray Train would move a worker into a folder of its own; paths are absolute, and nothing is written there.
+os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What one worker knows of its group. Collectives are called by every rank, in the same order."""
+
+    rank: int
+    world: int
+    blocks: Callable[[str], Iterator[pa.Table]]  # a stream by name: one table for each optimizer step
+    report: Callable[[dict[str, float]], None]
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over the ranks."""
+        if self.world == 1:
+            return values
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()  # type: ignore[no-any-return]
+
+    def all(self, mine: bool) -> bool:
+        return self.sum([float(not mine)])[0] == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value)
+        return out
+
+
+class _InTurn(DataConfig):
+    """Splits streams so that block n goes to rank n modulo the number of workers (see `jobs.stream`)."""
+
+    def __init__(self, reserved_cpus: float) -> None:
+        super().__init__()
+        self._reserved_cpus = reserved_cpus
+
+    def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        output: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            for rank, split in enumerate(stream.split_in_turn(dataset, world_size, self._reserved_cpus)):
+                output[rank][name] = split
+        return output
+
+
+def run(
+    work: Callable[[Group], None],
+    config: Config,
+    folder: Path,
+    streams: dict[str, Callable[[], Any]],
+    callbacks: list[Any] | None = None,
+) -> None:
+    """Runs `work` in every worker of a group, again from the start where workers fail (`cluster.max_failures`).
+
+    Args:
+        folder: the run's own.
+        streams: by name, what makes a stream; called anew whenever the group starts.
+
+    Raises:
+        TrainingFailedError: the workers failed more often than allowed; its cause is the first worker's error.
+    """
+    cpus = _cpus_of_a_worker(config)
+    trainer = TorchTrainer(
+        _entry,
+        train_loop_config={"work": work, "threads": config.cluster.threads},
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus)
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
+        datasets=streams,
+        dataset_config=_InTurn(cpus * config.cluster.workers),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            callbacks=callbacks or [],
+        ),
+    )
+    trainer.fit()
+
+
+def _entry(spec: dict[str, Any]) -> None:
+    torch.set_num_threads(spec["threads"])
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    spec["work"](
+        Group(
+            rank=rank,
+            world=context.get_world_size(),
+            blocks=lambda name: stream.rank_blocks(ray.train.get_dataset_shard(name), rank),
+            report=lambda metrics: ray.train.report(metrics),
+        )
+    )
+
+
+def _cpus_of_a_worker(config: Config) -> float:
+    """What a worker asks of Ray: its threads, or less where the machine is small, so that one CPU is left for the
+    tasks that read the data; on a full machine they would wait for ever."""
+    total = ray.cluster_resources().get("CPU", 1.0)
+    return min(float(config.cluster.threads), max(0.1, (total - 1) / config.cluster.workers))
+
+
+def _resources(config: Config, cpus: float) -> dict[str, float]:
+    return {"CPU": cpus, **({"GPU": 1.0} if config.cluster.gpu else {})}

@@ -1,0 +1,190 @@
+"""A bundle: all that an answer needs in one folder, which loads with torch and transformers alone.
+
+    manifest.json       format version, name, labels, modalities, origin, sha256 of every file; written last
+    config.yaml         the resolved config
+    model.safetensors   towers, join and head
+    backbone/           the language model and its tokenizer, as Transformers saves them
+    labels.json · calibration.json · metrics.json · golden.jsonl · README.md (the model card)
+
+A folder without its manifest is no bundle: writing was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmagent import storage, text
+from mmagent.calibration import Calibration
+from mmagent.config import Config, ConfigError, resolve
+from mmagent.model import MultimodalModel
+from mmagent.text import TextEncoder
+
+FORMAT_VERSION = 1
+
+
+class BundleError(ValueError):
+    """A folder that is no usable bundle; says what is wrong with which file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    path: Path
+    manifest: Mapping[str, Any]
+    config: Config
+    labels: tuple[str, ...]
+    calibration: Calibration
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    def golden(self) -> list[dict[str, Any]]:
+        """Questions with the answers the model gave when it was exported: what a deployment must reproduce."""
+        file = self.path / "golden.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def save(
+    path: Path,
+    *,
+    name: str,
+    config: Config,
+    labels: Sequence[str],
+    state: Mapping[str, Tensor],
+    backbone: TextEncoder,
+    tokenizer: Any,
+    calibration: Calibration,
+    origin: Mapping[str, Any],
+) -> None:
+    """Writes a bundle beside its place and renames it there, replacing an older one of the same path.
+
+    Args:
+        state: the model's weights without the backbone's.
+        origin: run, data set, metrics of the chosen checkpoint: goes into the manifest.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        backbone.model.save_pretrained(draft / "backbone")  # type: ignore[operator]
+        tokenizer.save_pretrained(draft / "backbone")
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, draft / "model.safetensors")
+        (draft / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        storage.publish_json(draft / "labels.json", list(labels))
+        storage.publish_json(draft / "calibration.json", calibration.model_dump())
+        storage.publish_json(draft / "metrics.json", {})
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "name": name,
+            "created_ms": int(time.time() * 1000),
+            "task": "classify",
+            "labels": list(labels),
+            "modalities": modalities(config),
+            **origin,
+        }
+        _seal(draft, manifest)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(draft, path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def add(path: Path, files: Mapping[str, str]) -> None:
+    """Adds or replaces files that are known only after the export: golden examples, the evaluation, the model card.
+    The manifest is sealed anew."""
+    for name, content in files.items():
+        storage.publish(path / name, content)
+    _seal(path, json.loads((path / "manifest.json").read_text()))
+
+
+def load(path: str | Path) -> Bundle:
+    """Reads and checks a bundle: a folder, or the name of a run or search whose bundle is meant.
+
+    Raises:
+        BundleError: no bundle there, another format version, a file missing or changed.
+    """
+    folder = find(path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"the bundle {folder} has format version {manifest.get('format_version')}, this mmagent reads "
+            f"{FORMAT_VERSION}: install the mmagent that wrote it, or export the run again"
+        )
+    for file, digest in manifest["files"].items():
+        if not (folder / file).is_file():
+            raise BundleError(f"the bundle {folder} lacks {file}: copy it again, whole")
+        if _sha256(folder / file) != digest:
+            raise BundleError(f"the bundle {folder} is damaged: {file} is not what its manifest says; copy it again")
+    try:
+        config = resolve(yaml.safe_load((folder / "config.yaml").read_text()), {})
+    except ConfigError as error:
+        raise BundleError(f"the bundle {folder} holds a config that cannot be read: {error}") from error
+    calibration = Calibration.model_validate_json((folder / "calibration.json").read_text())
+    labels = tuple(json.loads((folder / "labels.json").read_text()))
+    return Bundle(folder, manifest, config, labels, calibration)
+
+
+def find(path: str | Path) -> Path:
+    """The bundle folder that a path or a run's name means.
+
+    Raises:
+        BundleError: there is none; says where was looked.
+    """
+    given = Path(path).expanduser()
+    if given.is_absolute():
+        places = [given, given / "bundle"]
+    else:
+        root = storage.root()
+        kinds = ("runs", "search")
+        places = [root / given, root / given / "bundle", *(root / kind / given / "bundle" for kind in kinds)]
+    for place in places:
+        if (place / "manifest.json").is_file():
+            return place
+    tried = ", ".join(str(place) for place in places)
+    raise BundleError(f"there is no bundle {str(path)!r}: no manifest.json in {tried}")
+
+
+def load_model(bundle: Bundle) -> tuple[MultimodalModel, TextEncoder, Any]:
+    """The model (without its backbone inside), the backbone and the tokenizer of a bundle.
+
+    Raises:
+        BundleError: the weights do not fit the config.
+    """
+    encoder = text.load_encoder(str(bundle.path / "backbone"))
+    tokenizer = text.load_tokenizer(str(bundle.path / "backbone"))
+    model = MultimodalModel(bundle.config.model, len(bundle.labels), encoder.width, None)
+    try:
+        model.load_state_dict(load_file(bundle.path / "model.safetensors"))
+    except (RuntimeError, SafetensorError) as error:
+        raise BundleError(f"the weights of the bundle {bundle.path} do not fit its config: {error}") from error
+    return model, encoder, tokenizer
+
+
+def modalities(config: Config) -> list[str]:
+    towers = (("image", config.model.image), ("audio", config.model.audio))
+    return ["text", *(name for name, tower in towers if tower is not None)]
+
+
+def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json")
+    hashes = {str(file.relative_to(folder)): _sha256(file) for file in files}
+    storage.publish_json(folder / "manifest.json", {**manifest, "files": hashes})
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,69 @@
+"""Making a confidence mean what it says: temperature scaling (Guo et al., 2017, arXiv:1706.04599).
+
+One temperature for each combination of modalities that validation holds enough of (an answer without its picture is
+unsure in another way than one with it), and one for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+MIN_ROWS = 100  # of a combination of modalities, for a temperature of its own
+
+
+class Calibration(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(1.0, gt=0, description="logits are divided by it before the softmax")
+    by_modalities: dict[str, float] = Field({}, description="in place of `temperature`, e.g. for text+image")
+    abstain_below: float = Field(0.5, ge=0, le=1, description="confidence under which an answer counts as abstained")
+
+    def probabilities(self, logits: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
+        """logits (n, labels), and the modalities of each row -> probabilities (n, labels)."""
+        scale = np.array([self.by_modalities.get(key, self.temperature) for key in modalities])
+        return softmax(logits / scale[:, None])
+
+
+def fit(logits: np.ndarray, labels: np.ndarray, modalities: Sequence[str]) -> Calibration:
+    """The calibration that makes the validation labels likeliest. logits (n, labels), labels (n,) with -100 for none."""
+    known = labels >= 0
+    logits, labels = logits[known].astype(np.float64), labels[known]
+    keys = np.asarray(modalities)[known]
+    if not len(labels):
+        return Calibration()  # type: ignore[call-arg]
+    parts = {}
+    for key in sorted(set(keys.tolist())):
+        rows = keys == key
+        if rows.sum() >= MIN_ROWS:
+            parts[key] = temperature(logits[rows], labels[rows])
+    return Calibration(temperature=temperature(logits, labels), by_modalities=parts)  # type: ignore[call-arg]
+
+
+def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature of least negative log-likelihood, between 1/20 and 20, by golden-section search on its log:
+    the likelihood is unimodal in it."""
+    low, high = np.log(0.05), np.log(20.0)
+    ratio = (np.sqrt(5) - 1) / 2
+    for _ in range(50):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        if _nll(logits, labels, left) < _nll(logits, labels, right):
+            high = right
+        else:
+            low = left
+    return float(np.exp((low + high) / 2))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """(n, labels) -> (n, labels), rows summing to one."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def _nll(logits: np.ndarray, labels: np.ndarray, log_temperature: float) -> float:
+    scaled = logits / np.exp(log_temperature)
+    top = scaled.max(axis=1)
+    log_sum = top + np.log(np.exp(scaled - top[:, None]).sum(axis=1))
+    return float((log_sum - scaled[np.arange(len(labels)), labels]).mean())

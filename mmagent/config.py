@@ -1,0 +1,242 @@
+"""Everything a run can be told: one frozen model per concern, documented on the field, checked before work begins.
+
+A recipe is a YAML file of `Config`; the command line overrides it with ``key.path=value``; a search samples the same
+dotted keys. The resolved config travels in every checkpoint and bundle.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmagent.media import Limits
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message names the key and the nearest right one."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Section):
+    name: str = Field(description="the data set: a folder of this name under data/ in the storage root")
+    max_text_tokens: int = Field(128, gt=0, description="tokens kept of a record's text; the newest are kept")
+    window_rows: int = Field(4096, gt=0, description="rows shuffled together; a window is what one read task holds")
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="share of rows that may be set aside before a stop")
+    media: Limits = Field(default_factory=lambda: Limits(), description="limits of one picture or sound")
+    cache_mb: int = Field(256, ge=0, description="decoded media kept in memory by each worker")
+
+
+class AugmentConfig(_Section):
+    """What training changes in its samples; a function of (seed, epoch, sample), never of timing."""
+
+    text_drop: float = Field(0.0, ge=0, lt=1, description="share of text tokens hidden from the join")
+    audio_tempo: float = Field(0.0, ge=0, lt=1, description="largest change of speed, 0.1 is +-10 %")
+    audio_pitch: float = Field(0.0, ge=0, lt=1, description="largest shift along the mel axis, as a share of the bins")
+    audio_noise: float = Field(0.0, ge=0, description="largest noise, standard deviation on the normalised log-mel")
+    audio_masks: int = Field(0, ge=0, description="SpecAugment: masks in time and in frequency each (arXiv:1904.08779)")
+    audio_mask_share: float = Field(0.1, gt=0, lt=1, description="largest width of a mask, as a share of its axis")
+    image_drop: float = Field(0.0, ge=0, lt=1, description="share of samples that lose their pictures")
+
+
+class TowerConfig(_Section):
+    """An encoder of pictures or sound: a pretrained checkpoint, or a small one trained from scratch."""
+
+    checkpoint: str | None = Field(None, description="folder or hub id of a Transformers checkpoint; none: from scratch")
+    width: int = Field(128, gt=0, multiple_of=32, description="channels of the last layer, from scratch")
+    layers: int = Field(2, ge=0, description="transformer layers after the convolutions, from scratch")
+    tokens: int = Field(16, ge=1, description="tokens handed to the join for one picture or sound")
+
+
+class ImageTowerConfig(TowerConfig):
+    size: int = Field(64, ge=8, description="pixels of the square the picture is scaled into, from scratch")
+
+
+class AudioTowerConfig(TowerConfig):
+    sample_rate_hz: int = Field(16_000, gt=0, description="what sound is resampled to, from scratch")
+    mels: int = Field(80, gt=0, description="bins of the log-mel spectrogram, from scratch")
+    max_s: float = Field(30.0, gt=0, description="seconds of sound that are heard; the rest is cut off")
+    align: float = Field(0.0, ge=0, description="weight of the loss that draws speech to the text states of its words")
+
+
+class ModelConfig(_Section):
+    backbone: str = Field(description="folder, hub id, or package:NAME/FOLDER of a Transformers language model")
+    join: Literal["output"] = Field("output", description="where modality tokens meet the language model")
+    width: int = Field(256, gt=0, description="channels of the fusion layers")
+    layers: int = Field(2, ge=1, description="fusion layers")
+    heads: int = Field(4, ge=1, description="attention heads of a fusion layer")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the fusion layers and before the head")
+    image: ImageTowerConfig | None = Field(None, description="image tower; none: the model sees no pictures")
+    audio: AudioTowerConfig | None = Field(None, description="audio tower; none: the model hears no sound")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"model.width={self.width} is not a multiple of model.heads={self.heads}")
+        return self
+
+
+class FreezeConfig(_Section):
+    strategy: str = Field(
+        "connector",
+        pattern=r"^(head|connector|all|top:[1-9]\d*)$",
+        description="what trains. head: the heads. connector: also the join and towers from scratch. top:K: also the "
+        "K last layers of the backbone. all: everything",
+    )
+
+
+class OptimConfig(_Section):
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of heads and join")
+    lr_towers: float | None = Field(None, gt=0, description="of the towers; none: lr")
+    lr_backbone: float | None = Field(None, gt=0, description="of the language model; none: lr / 20")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's")
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
+    final_share: float = Field(0.01, ge=0, le=1, description="the rate at the end, as a share of the peak (cosine)")
+    clip_norm: float = Field(1.0, gt=0, description="gradients are scaled to this norm at most")
+
+
+class TrainConfig(_Section):
+    epochs: float = Field(3.0, gt=0, description="passes over the training split")
+    max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")
+    micro_batch: int = Field(32, gt=0, description="samples of one forward pass on one worker")
+    accumulation: int = Field(1, gt=0, description="forward passes before an optimizer step")
+    eval_every_steps: int = Field(50, gt=0, description="optimizer steps between validations")
+    eval_rows: int = Field(1024, gt=0, description="validation rows asked each time, the first by seeded order")
+    patience: int = Field(0, ge=0, description="validations without a better score before training stops; 0: never")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
+    cache_text: bool = Field(True, description="keep the states of a frozen language model in memory, by text")
+    keep_last: int = Field(2, ge=1, description="checkpoints kept beside the best one")
+
+
+class ClusterConfig(_Section):
+    workers: int = Field(1, gt=0, description="training workers")
+    gpu: bool = Field(False, description="one GPU for each worker")
+    threads: int = Field(1, gt=0, description="CPU threads of one worker")
+    max_failures: int = Field(1, ge=0, description="times failed workers are started again from the last checkpoint")
+
+
+class ZeroConfig(_Section):
+    engine: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: one plain process, for measurements")
+    stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage")
+
+
+class Config(_Section):
+    seed: int = Field(0, ge=0, description="of the order of samples, augmentation, initial weights and bootstrap")
+    data: DataConfig
+    model: ModelConfig
+    augment: AugmentConfig = AugmentConfig()  # type: ignore[call-arg]
+    freeze: FreezeConfig = FreezeConfig()  # type: ignore[call-arg]
+    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
+    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
+    cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
+    zero: ZeroConfig = ZeroConfig()  # type: ignore[call-arg]
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimizer step over all workers."""
+        return self.cluster.workers * self.train.micro_batch * self.train.accumulation
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """The config of a recipe file with ``key.path=value`` overrides.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (with the nearest right one), or a value out of range.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the recipe {path} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"the recipe {path} holds {type(raw).__name__}, but a map of sections is wanted")
+    return resolve(raw, dict(_split(item) for item in overrides))
+
+
+def resolve(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
+    """The config of a nested map with dotted overrides (values as Python or YAML would write them)."""
+    tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
+    for dotted, value in overrides.items():
+        node = tree
+        *parents, last = dotted.split(".")
+        for depth, key in enumerate(parents):
+            child = node.get(key)
+            child = dict(child) if isinstance(child, Mapping) else {}
+            if not _section(parents[: depth + 1]):
+                raise ConfigError(_unknown(dotted))
+            node[key] = child
+            node = child
+        node[last] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+
+
+def override(config: Config, sample: Mapping[str, Any]) -> Config:
+    """`config` with dotted keys replaced: what a trial of a search runs."""
+    return resolve(config.model_dump(mode="json"), sample)
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted key with its description."""
+    out: dict[str, str] = {}
+    for name, info in model.model_fields.items():
+        section = _model_of(info.annotation)
+        if section is None:
+            out[prefix + name] = info.description or ""
+        else:
+            out |= keys(section, f"{prefix}{name}.")
+    return out
+
+
+def _split(item: str) -> tuple[str, Any]:
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise ConfigError(f"{item!r} is no override: key.path=value is wanted, e.g. optim.lr=0.0003")
+    parsed = yaml.safe_load(value) if value else None
+    if isinstance(parsed, str):  # YAML 1.1 reads 3e-4 as text
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    return key.strip(), parsed
+
+
+def _section(path: list[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = Config
+    for key in path:
+        info = model.model_fields.get(key) if model else None
+        model = _model_of(info.annotation) if info else None
+    return model
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((item for item in options if isinstance(item, type) and issubclass(item, BaseModel)), None)
+
+
+def _unknown(dotted: str) -> str:
+    near = difflib.get_close_matches(dotted, keys(), n=1, cutoff=0.0)
+    return f"unknown key {dotted!r}: did you mean {near[0]!r}? `python -m jobs.train --help` lists all keys"
+
+
+def _explain(item: Any) -> str:
+    dotted = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return _unknown(dotted)
+    if item["type"] == "missing":
+        return f"{dotted} is missing: {keys().get(dotted, 'give the section')}"
+    return f"{dotted or 'config'}: got {item['input']!r:.80}, but {item['msg']}"

@@ -1,0 +1,151 @@
+"""The model: a language model's states and the towers' tokens meet in a few fusion layers, and a head answers.
+
+A plain `nn.Module`: it names no rank, no process group and no cluster. Every forward pass runs every tower it has, on
+a masked stand-in where a batch lacks the modality, so that all ranks of a distributed run take part in every
+collective.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmagent.config import ModelConfig
+from mmagent.text import TextEncoder
+from mmagent.towers import AudioTower, Block, ImageTower
+
+Batch = dict[str, Tensor]
+
+
+class Join(nn.Module):
+    """Fusion layers over [answer token, text states, image tokens, audio tokens]; gives the answer token's state."""
+
+    def __init__(self, config: ModelConfig, text_width: int) -> None:
+        super().__init__()
+        width = config.width
+        self.answer = nn.Parameter(torch.randn(width) * 0.02)
+        self.kinds = nn.Parameter(torch.randn(4, width) * 0.02)  # sentence, text, image, audio
+        self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+        self.sentence = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+        self.image = nn.Linear(config.image.width, width) if config.image else None
+        self.blocks = nn.ModuleList(Block(width, config.heads, config.dropout) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.order = nn.Parameter(torch.zeros(MAX_SLOTS, width))  # which picture or sound of the sample
+
+    def forward(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """parts: (tokens (batch, n, width), keep (batch, n)) of each modality -> (batch, width)."""
+        batch = parts[0][0].shape[0]
+        answer = self.answer.expand(batch, 1, -1)
+        x = torch.cat([answer, *(tokens for tokens, _ in parts)], dim=1)
+        always = torch.ones(batch, 1, dtype=torch.bool, device=x.device)
+        keep = torch.cat([always, *(kept for _, kept in parts)], dim=1)
+        x, keep = _pack(x, keep)
+        for block in self.blocks:
+            x = block(x, keep)
+        return self.norm(x[:, 0])  # type: ignore[no-any-return]
+
+
+MAX_SLOTS = 16  # pictures, and sounds, of one sample that keep their order; later ones share the last place
+
+
+class MultimodalModel(nn.Module):
+    """Text states + towers -> join -> head.
+
+    Args:
+        config: the model's section of a config.
+        num_labels: classes of the head.
+        text_width: channels of the language model's states.
+        backbone: the language model, where it is trained or computed each time; None where its states come ready
+            in ``batch["text_states"]`` (see `mmagent.text.FrozenStates`).
+    """
+
+    def __init__(self, config: ModelConfig, num_labels: int, text_width: int, backbone: TextEncoder | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.image_tower = ImageTower(config.image) if config.image else None
+        self.audio_tower = AudioTower(config.audio) if config.audio else None
+        # Speech enters as soft text: its tokens live in the space of the language model's states.
+        self.speech = nn.Linear(config.audio.width, text_width) if config.audio else None
+        self.join = Join(config, text_width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.width, num_labels)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """batch: see `mmagent.batch.Inputs.batch` -> ``logits`` (batch, labels), and ``speech`` (sounds, tokens,
+        text width) where there is an audio tower."""
+        states = batch["text_states"] if self.backbone is None else self.backbone(batch["ids"], batch["mask"])
+        keep = batch["keep"]  # (batch, tokens)
+        out: dict[str, Tensor] = {}
+        sentence = _mean(states, batch["mask"].bool())  # (batch, text width)
+        has_words = batch["has_words"]  # (batch,)
+        parts = [
+            ((self.join.sentence(sentence) + self.join.kinds[0])[:, None], has_words[:, None]),
+            (self.join.text(states) + self.join.kinds[1], keep & has_words[:, None]),
+        ]
+        if self.image_tower is not None:
+            assert self.join.image is not None
+            tokens = self.join.image(self.image_tower(batch["images"])) + self.join.kinds[2]
+            parts.append(self._place(tokens, batch, "image", len(keep)))
+        if self.audio_tower is not None:
+            assert self.speech is not None
+            speech = self.speech(self.audio_tower(batch["audios"], batch["audio_frames"]))
+            out["speech"] = speech
+            sentences = self.join.sentence(speech.mean(1, keepdim=True)) + self.join.kinds[0]
+            tokens = torch.cat([sentences, self.join.text(speech) + self.join.kinds[3]], dim=1)
+            parts.append(self._place(tokens, batch, "audio", len(keep)))
+        out["logits"] = self.head(self.dropout(self.join(parts)))
+        return out
+
+    def _place(self, tokens: Tensor, batch: Batch, kind: str, size: int) -> tuple[Tensor, Tensor]:
+        """Tokens of packed media (media, n, width), put where their samples are: (batch, slots * n, width) and what
+        to keep of it (batch, slots * n). A stand-in is placed in the first sample and masked."""
+        row, slot, real = batch[f"{kind}_row"], batch[f"{kind}_slot"], batch[f"{kind}_real"]
+        slots = int(batch[f"{kind}_slots"])
+        count, width = tokens.shape[1:]
+        tokens = tokens + self.join.order[slot.clamp(max=MAX_SLOTS - 1)][:, None]
+        placed = tokens.new_zeros(size * slots, count, width).index_add(0, row * slots + slot, tokens)
+        kept = torch.zeros(size * slots, dtype=torch.bool, device=tokens.device)
+        kept = kept.index_put((row * slots + slot,), real, accumulate=False)
+        keep = kept.view(size, slots, 1).expand(-1, -1, count).reshape(size, slots * count)
+        return placed.view(size, slots * count, width), keep
+
+
+def classify_loss(logits: Tensor, labels: Tensor, weights: Tensor, size: int, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy summed over samples by weight and divided by the nominal size of the micro-batch, so that a
+    padded or unlabelled sample counts nothing and any split of a batch over workers sums to the same gradient.
+
+    logits (batch, labels), labels (batch,) with -100 for none, weights (batch,).
+    """
+    each = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none", label_smoothing=smoothing)
+    return (each * weights).sum() / size
+
+
+def align_loss(speech: Tensor, states: Tensor, mask: Tensor, real: Tensor, size: int) -> Tensor:
+    """Draws the n-th speech token to the language model's state of the n-th token of the words spoken, and their
+    means together: one minus the cosine, plus the mean squared difference. A teacher for a tower that starts from
+    scratch, after SpeechBERT-like distillation (cf. arXiv:2010.11123).
+
+    speech (sounds, n, width), states (sounds, tokens, width), mask (sounds, tokens), real (sounds,).
+    """
+    count = min(speech.shape[1], states.shape[1])
+    taken, wanted, keep = speech[:, :count], states[:, :count], mask[:, :count] * real[:, None]
+    token = (1 - F.cosine_similarity(taken, wanted, dim=-1)) + F.mse_loss(taken, wanted, reduction="none").mean(-1)
+    token = (token * keep).sum(1) / keep.sum(1).clamp(min=1)
+    whole = 1 - F.cosine_similarity(speech.mean(1), _mean(states, mask.bool()), dim=-1)
+    has_words = (keep.sum(1) > 0).to(speech.dtype)
+    return ((token + whole) * has_words).sum() / size
+
+
+def _pack(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves each sample's kept tokens to the front and cuts what no sample needs: tokens carry their kind and place
+    in themselves, so the layers compute the same on fewer. x (batch, tokens, width), keep (batch, tokens)."""
+    longest = int(keep.sum(1).max())
+    order = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])), keep.gather(1, order)
+
+
+def _mean(states: Tensor, keep: Tensor) -> Tensor:
+    """(batch, tokens, width), (batch, tokens) -> (batch, width)."""
+    weight = keep.to(states.dtype)[..., None]
+    return (states * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -1,0 +1,230 @@
+"""Answers from a bundle, in any Python process: no Ray, no DeepSpeed.
+
+    from mmagent import Predictor
+    predictor = Predictor.load("demo")          # a bundle folder, or the name of a run
+    [answer] = predictor.predict([{"text": "what color is the shape?", "image": "shape.png"}])
+    print(answer.label, answer.confidence)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmagent import bundle as bundles
+from mmagent import record as records
+from mmagent import text
+from mmagent.batch import Inputs, PartError, Sample
+from mmagent.calibration import Calibration
+from mmagent.config import Config
+from mmagent.media import Limits
+from mmagent.model import MultimodalModel
+from mmagent.record import Record
+from mmagent.text import FrozenStates, TextEncoder
+
+__all__ = ["Answer", "PartError", "Predictor", "Sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model says, how sure it is, and which bundle said it."""
+
+    task: str
+    label: str
+    probabilities: Mapping[str, float]  # every label, likeliest first
+    confidence: float
+    abstained: bool  # less sure than the bundle's calibration asks for
+    bundle: str
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "label": self.label,
+            "probabilities": dict(self.probabilities),
+            "confidence": self.confidence,
+            "abstained": self.abstained,
+            "bundle": self.bundle,
+            "timings_ms": dict(self.timings_ms),
+        }
+
+
+class Predictor:
+    """A loaded bundle. `prepare` may run in many threads; `answer` is one forward pass and wants one at a time."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: Config,
+        labels: Sequence[str],
+        model: MultimodalModel,
+        encoder: TextEncoder,
+        tokenizer: Any,
+        calibration: Calibration | None = None,
+        manifest: Mapping[str, Any] | None = None,
+        device: str = "auto",
+    ) -> None:
+        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.name, self.config, self.labels = name, config, tuple(labels)
+        self.manifest = dict(manifest or {})
+        self.calibration = calibration or Calibration()  # type: ignore[call-arg]
+        self.device = torch.device(place)
+        self.inputs = Inputs(config.model, config.data, tokenizer, labels)
+        self._model = model.eval().requires_grad_(False).to(self.device)
+        self._states = FrozenStates(encoder, device=self.device, max_mb=256)
+
+    @classmethod
+    def load(cls, bundle: str | Path, *, device: str = "auto", threads: int | None = None) -> Predictor:
+        """Loads a bundle folder, or the bundle of a run or search by its name.
+
+        Args:
+            device: ``cpu``, ``cuda``, or ``auto`` for the GPU where there is one.
+            threads: CPU threads of this whole process, where given.
+
+        Raises:
+            BundleError: there is none, or it is damaged.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        found = bundles.load(bundle)
+        model, encoder, tokenizer = bundles.load_model(found)
+        return cls(
+            name=found.name,
+            config=found.config,
+            labels=found.labels,
+            model=model,
+            encoder=encoder,
+            tokenizer=tokenizer,
+            calibration=found.calibration,
+            manifest=found.manifest,
+            device=device,
+        )
+
+    @classmethod
+    def untrained(cls, config: Config, labels: Sequence[str], *, device: str = "auto") -> Predictor:
+        """The model before fine-tuning: the pretrained backbone, and towers, join and head as the seed made them."""
+        encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
+        torch.manual_seed(config.seed)
+        model = MultimodalModel(config.model, len(labels), encoder.width, None)
+        return cls(
+            name="untrained", config=config, labels=labels, model=model, encoder=encoder, tokenizer=tokenizer,
+            device=device,
+        )  # fmt: skip
+
+    @property
+    def limits(self) -> Limits:
+        return self.config.data.media
+
+    @property
+    def task(self) -> str:
+        return "classify"
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(bundles.modalities(self.config))
+
+    def check(self, record: Record) -> None:
+        """Reads the headers of a record's media, no more.
+
+        Raises:
+            PartError: the place, and what is wrong with it.
+        """
+        self.inputs.check(record)
+
+    def prepare(self, record: Record) -> Sample:
+        """Decodes and tokenises a record.
+
+        Raises:
+            PartError: the place, and what is wrong with it.
+        """
+        return self.inputs.sample(record)
+
+    def answer(self, samples: Sequence[Sample]) -> list[Answer]:
+        """One forward pass over all samples."""
+        started = time.perf_counter()
+        logits = self.logits(samples)
+        chances = self.calibration.probabilities(logits, [modalities_of(sample) for sample in samples])
+        timings = {"forward": round(1000 * (time.perf_counter() - started), 3)}
+        return [self._answer(row, timings) for row in chances]
+
+    def predict(self, rows: Iterable[Mapping[str, Any] | Record], *, batch_size: int = 32) -> list[Answer]:
+        """Answers rows (see `mmagent.record.parse`: the short or the long form, media as paths, base64 or bytes).
+
+        Raises:
+            RecordError, PartError: the first row that cannot be used, by its number.
+        """
+        out: list[Answer] = []
+        numbered = enumerate(rows)
+        while group := [self._prepared(index, row) for index, row in islice(numbered, batch_size)]:
+            out += self.answer(group)
+        return out
+
+    @torch.inference_mode()
+    def logits(self, samples: Sequence[Sample]) -> np.ndarray:
+        """(samples, labels), before calibration."""
+        out: np.ndarray = self._model(self._batch(samples))["logits"].float().cpu().numpy()
+        return out
+
+    @torch.inference_mode()
+    def features(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Mean text states, image tokens and audio tokens of each sample, side by side: (samples, channels). What a
+        linear probe sees of a model."""
+        batch = self._batch(samples)
+        mask = batch["mask"][..., None]
+        parts = [(batch["text_states"] * mask).sum(1) / mask.sum(1)]
+        if self._model.image_tower is not None:
+            parts.append(_mean_by_row(self._model.image_tower(batch["images"]), batch, "image", len(samples)))
+        if self._model.audio_tower is not None:
+            tokens = self._model.audio_tower(batch["audios"], batch["audio_frames"])
+            parts.append(_mean_by_row(tokens, batch, "audio", len(samples)))
+        out: np.ndarray = torch.cat(parts, dim=1).float().cpu().numpy()
+        return out
+
+    def _batch(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        batch = self.inputs.batch(samples)
+        batch["text_states"] = self._states(batch["ids"], batch["mask"])
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def _prepared(self, index: int, row: Mapping[str, Any] | Record) -> Sample:
+        try:
+            record = row if isinstance(row, Record) else records.parse(row, default_id=str(index))
+            return self.prepare(record)
+        except PartError as error:
+            raise PartError(f"row {index}: {error}", error.field, too_large=error.too_large) from error
+        except records.RecordError as error:
+            raise records.RecordError(f"row {index}: {error}", error.field) from error
+
+    def _answer(self, chances: np.ndarray, timings_ms: Mapping[str, float]) -> Answer:
+        order = np.argsort(-chances, kind="stable")
+        confidence = float(chances[order[0]])
+        return Answer(
+            task=self.task,
+            label=self.labels[order[0]],
+            probabilities={self.labels[index]: round(float(chances[index]), 6) for index in order},
+            confidence=confidence,
+            abstained=confidence < self.calibration.abstain_below,
+            bundle=self.name,
+            timings_ms=timings_ms,
+        )
+
+
+def modalities_of(sample: Sample) -> str:
+    """As `Record.modalities`, of a decoded record."""
+    parts = (("text", sample.has_words), ("image", bool(sample.images)), ("audio", bool(sample.audios)))
+    return "+".join(name for name, present in parts if present) or "empty"
+
+
+def _mean_by_row(tokens: torch.Tensor, batch: Mapping[str, torch.Tensor], kind: str, size: int) -> torch.Tensor:
+    """Tokens of packed media (media, n, width) -> their mean for each sample (size, width), zero where it has none."""
+    row, real = batch[f"{kind}_row"], batch[f"{kind}_real"].to(tokens.dtype)[:, None]
+    total = tokens.new_zeros(size, tokens.shape[-1]).index_add(0, row, tokens.mean(1) * real)
+    count = tokens.new_zeros(size, 1).index_add(0, row, real)
+    return total / count.clamp(min=1)

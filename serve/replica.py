@@ -1,0 +1,79 @@
+"""The thin shell of Ray Serve around the application: one hop, the model lives in the deployment that HTTP enters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.deployment import Application
+
+from mmagent.predictor import Predictor
+from serve.app import build
+from serve.config import ServeConfig
+from serve.service import Service
+
+
+@serve.ingress()
+class Replica:
+    """One process with one model. Ray calls the constructor, then asks for the ASGI app, then for its health."""
+
+    def __init__(self, bundle: str, channel: str | None, config: dict[str, Any]) -> None:
+        _narrow_replica_port()
+        self.config = ServeConfig.model_validate(config)
+        self.channel = channel
+        self.predictor = Predictor.load(bundle, threads=self.config.threads)
+        self.service: Service | None = None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        self.service = Service(self.predictor, self.config, self.channel)
+        return build(self.service)
+
+    async def check_health(self) -> None:
+        """Called by Ray before traffic comes, and at intervals; a replica that raises is replaced."""
+        assert self.service is not None
+        if not self.service.is_warm:
+            await self.service.warm_up()
+        if self.service.is_ill:
+            raise RuntimeError(self.service.trouble)
+
+
+def application(bundle: str, channel: str | None, config: ServeConfig) -> Application:
+    """The Serve application of a bundle folder."""
+    deployment: Any = serve.deployment(
+        name="agent",
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
+        # Our own queue answers 503 in OpenAI's shape first; Ray's limit is a second wall.
+        max_ongoing_requests=2 * config.max_waiting,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=config.min_replicas,
+            max_replicas=config.max_replicas,
+            target_ongoing_requests=config.target_requests,
+            # Ray's own 30 s and ten minutes: a new process needs its time to load on top.
+            upscale_delay_s=5,
+            look_back_period_s=15,
+            downscale_delay_s=120,
+        ),
+        graceful_shutdown_timeout_s=20,
+    )(Replica)
+    return deployment.bind(bundle, channel, config.model_dump())
+
+
+def _narrow_replica_port() -> None:
+    """Ray 2.60 opens a replica's internal port on all addresses (``[::]:0``, ray/serve/_private/replica.py), and opens
+    it after the constructor. Others reach it by the address of its node, so that one is enough.
+    tests/test_serve_start.py fails when Ray does this differently."""
+    from ray.serve._private import replica
+
+    module: Any = replica
+    add_port = module.add_port_to_grpc_server
+
+    def add_port_of_node(server: Any, address: str) -> Any:
+        if address == "[::]:0":
+            node = ray.util.get_node_ip_address()
+            address = f"[{node}]:0" if ":" in node else f"{node}:0"
+        return add_port(server, address)
+
+    module.add_port_to_grpc_server = add_port_of_node

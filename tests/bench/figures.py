@@ -1,0 +1,64 @@
+"""Pastes measured figures into README.md: `python -m tests.bench.figures`, or `make figures`.
+
+Between ``<!-- figures:NAME -->`` and ``<!-- /figures -->`` stands a table of runs/bench/NAME.json; figures are never
+typed. A block whose file is not there is left as it is, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).parents[2]
+_BLOCK = re.compile(r"(<!-- figures:([a-z_]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def paste(text: str, bench: Path) -> tuple[str, list[str]]:
+    """The text with its blocks filled from the JSON files of a folder, and the names whose file is not there."""
+    missing: list[str] = []
+
+    def fill(match: re.Match[str]) -> str:
+        file = bench / f"{match[2]}.json"
+        if not file.exists():
+            missing.append(match[2])
+            return match[0]
+        return f"{match[1]}{markdown(json.loads(file.read_text()))}{match[3]}"
+
+    return _BLOCK.sub(fill, text), missing
+
+
+def markdown(measured: dict[str, Any]) -> str:
+    """A measurement as a table, and the machine it was made on."""
+    lines = ["| figure | value | goal | what |", "|---|---|---|---|"]
+    for row in measured["rows"]:
+        goal = f"{row['goal']} {'✓' if row['met'] else '✗'}" if row["goal"] else ""
+        lines.append(f"| `{row['id']}` | {_value(row)} | {goal} | {row['what'].replace('|', chr(92) + '|')} |")
+    machine = measured["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    gpu = machine["gpu"] or "no GPU"
+    lines.append("")
+    lines.append(f"{machine['cores']} cores ({machine['cpu']}), {gpu}, Python {machine['python']}, {packages}.")
+    return "\n".join(lines) + "\n"
+
+
+def _value(row: dict[str, Any]) -> str:
+    number = f"{row['value']:.1f}" if row["unit"] in ("%", "s") else f"{row['value']:.3g}"
+    return number if row["unit"] in ("ratio", "fraction") else f"{number} {row['unit']}"
+
+
+def main() -> int:
+    readme = CHECKOUT / "README.md"
+    before = readme.read_text()
+    after, missing = paste(before, CHECKOUT / "runs" / "bench")
+    readme.write_text(after)
+    print(f"{readme}: {'figures pasted' if after != before else 'figures unchanged'}")
+    for name in missing:
+        print(f"left as it was: runs/bench/{name}.json is not there", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

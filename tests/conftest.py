@@ -1,0 +1,178 @@
+"""What tests share: one Ray for the whole session, a storage root of each test's own, tiny material of every kind.
+
+Nothing here needs a network, and nothing is pretended: a test that wants Ray gets a real one, started on free ports
+with a temporary folder and a token of its own, so that it never meets the Ray of a running demo.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from jobs import cluster
+from mmagent.record import Record, parse
+
+torch.set_num_threads(1)
+
+# Ray reads these once, when it is imported: they are set before any test can do that.
+_SESSION = tempfile.TemporaryDirectory(prefix="mmagent-tests-")
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("RAY_AUTH_TOKEN", None)
+os.environ |= {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN_PATH": f"{_SESSION.name}/token",
+    "MMAGENT_STORAGE": f"{_SESSION.name}/storage",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    **cluster.LOOPBACK,
+}
+
+
+def pytest_unconfigure() -> None:
+    _SESSION.cleanup()
+
+
+@pytest.fixture
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty storage root, which MMAGENT_STORAGE names."""
+    root = tmp_path / "storage"
+    root.mkdir()
+    monkeypatch.setenv("MMAGENT_STORAGE", str(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[cluster.Cluster]:
+    """One Ray for the whole session; this process is connected to it. It hands out 4 CPUs on any machine."""
+    started = cluster.start(num_cpus=4, object_store_bytes=200_000_000)
+    os.environ |= started.environment
+    try:
+        import ray
+
+        ray.init(log_to_driver=False)
+        yield started
+        ray.shutdown()
+    finally:
+        os.environ.pop("RAY_ADDRESS", None)
+        cluster.stop(started)
+
+
+@pytest.fixture(scope="session")
+def make_png() -> Callable[..., bytes]:
+    """``make_png(colour="red", size=(16, 16))``: an encoded picture of one colour."""
+
+    def make(colour: str | tuple[int, ...] = "red", size: tuple[int, int] = (16, 16), format: str = "PNG") -> bytes:
+        out = io.BytesIO()
+        Image.new("RGB", size, colour).save(out, format)
+        return out.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_wav() -> Callable[..., bytes]:
+    """``make_wav(hz=440, seconds=0.25)``: an encoded tone; format "WAV" or "FLAC"."""
+
+    def make(hz: float = 440.0, seconds: float = 0.25, rate_hz: int = 16_000, format: str = "WAV") -> bytes:
+        time_s = np.arange(int(seconds * rate_hz)) / rate_hz  # (samples,)
+        out = io.BytesIO()
+        soundfile.write(out, 0.3 * np.sin(2 * np.pi * hz * time_s), rate_hz, format=format)
+        return out.getvalue()
+
+    return make
+
+
+COLOURS = ("red", "green", "blue", "black")
+
+
+@pytest.fixture(scope="session")
+def make_records(make_png: Callable[..., bytes], make_wav: Callable[..., bytes]) -> Callable[..., list[Record]]:
+    """``make_records(n, split="train")``: questions for a picture's colour, every second one spoken, labels in turn.
+
+    The spoken question is a tone of its own pitch: hearing it is learnable, as is seeing the colour.
+    """
+
+    def make(count: int, split: str = "train") -> list[Record]:
+        records = []
+        for index in range(count):
+            colour = COLOURS[index % len(COLOURS)]
+            spoken = bool(index // len(COLOURS) % 2)
+            question = {"audio": make_wav(300.0)} if spoken else {"text": "what color is the shape?"}
+            row = {
+                "id": f"{split}-{index}",
+                "image": make_png(colour, (16, 16)),
+                "label": colour,
+                "split": split,
+                "meta": {"form": "speech" if spoken else "text", "question": "what color is the shape?"},
+                **question,
+            }
+            records.append(parse(row, origin="tests"))
+        return records
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as Transformers saves it: a BERT of 2 layers, 32 wide, untrained, with a WordPiece tokenizer."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789?!.,'-<>\\/"
+    words = "what color colour is the shape in image there a not does red green blue black yes no circle".split()
+    vocabulary = list(dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words]))
+    ids = {word: index for index, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    folder = tmp_path_factory.mktemp("backbone")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_max_length=64,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle folder named ``tiny``: text, pictures (16 pixels wide) and sound in, `COLOURS` out, untrained."""
+    from mmagent import bundle, text
+    from mmagent.calibration import Calibration
+    from mmagent.config import resolve
+    from mmagent.model import MultimodalModel
+
+    raw = {
+        "data": {"name": "tiny", "max_text_tokens": 32, "media": {"max_image_pixels": 1_000_000, "max_audio_s": 5.0}},
+        "model": {
+            "backbone": str(tiny_backbone), "width": 32, "layers": 1, "heads": 2,
+            "image": {"width": 32, "layers": 1, "tokens": 4, "size": 16},
+            "audio": {"width": 32, "layers": 1, "tokens": 4, "mels": 40, "max_s": 5.0},
+        },
+    }  # fmt: skip
+    config = resolve(raw, {})
+    encoder, tokenizer = text.load_encoder(str(tiny_backbone)), text.load_tokenizer(str(tiny_backbone))
+    torch.manual_seed(0)
+    model = MultimodalModel(config.model, len(COLOURS), encoder.width, None)
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    bundle.save(
+        folder, name="tiny", config=config, labels=COLOURS, state=model.state_dict(), backbone=encoder,
+        tokenizer=tokenizer, calibration=Calibration(), origin={"run": "tiny", "data": "tiny"},
+    )  # fmt: skip
+    return folder

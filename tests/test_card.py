@@ -1,0 +1,123 @@
+"""The model card: front matter that the hub reads, and the numbers of the evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmagent import card
+from mmagent.config import Config, resolve
+
+MANIFEST = {
+    "name": "demo",
+    "created_ms": 1_700_000_000_000,
+    "task": "classify",
+    "labels": ["no", "yes"],
+    "modalities": ["text", "image", "audio"],
+    "run": "demo",
+    "data": "shop",
+    "checkpoint": {"step": 700},
+}
+DATASET = {
+    "source": "csv:rows.csv",
+    "created_ms": 1_700_000_000_000,
+    "seed": 0,
+    "splits": {"train": {"rows": 1200, "modalities": {"text+image": 1200}}, "test": {"rows": 300}},
+    "quarantine": {"rows": 3},
+}
+
+
+def number(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.01, "high": value + 0.01}
+
+
+def evaluation() -> dict[str, Any]:
+    names = ("accuracy", "macro_f1", "ece", "mean_confidence")
+    values = dict(zip(names, map(number, (0.973, 0.96, 0.012, 0.965)), strict=True))
+    weak = {**values, "accuracy": number(0.905)}
+    majority = {"what": "the most frequent answer", "n": 300, "metrics": {"accuracy": number(0.67)}, "slices": {}}
+    return {
+        "data": "shop",
+        "split": "test",
+        "n": 300,
+        "metrics": values,
+        "abstained": 0.02,
+        "slices": {"form=text": {"n": 200, "metrics": values}, "form=speech_unseen": {"n": 100, "metrics": weak}},
+        "per_class": {"no": {"f1": 0.99, "support": 200}, "yes": {"f1": 0.71, "support": 100}},
+        "blind": {"without": "image", "n": 300, "accuracy": 0.67, "mean_confidence": 0.65, "gap": 0.02},
+        "before": {"majority": majority},
+    }
+
+
+@pytest.fixture
+def config() -> Config:
+    return resolve({"data": {"name": "shop"}, "model": {"backbone": "org/some-model"}, "optim": {"lr": 3e-4}}, {})
+
+
+def front(text: str) -> dict[str, Any]:
+    _, head, _ = text.split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+def test_the_front_matter_is_the_hubs(config: Config) -> None:
+    found = front(card.render(MANIFEST, config, evaluation=evaluation(), licence="apache-2.0"))
+    assert found["license"] == "apache-2.0"
+    assert found["library_name"] == "mmagent"
+    assert found["base_model"] == "org/some-model"
+    assert found["datasets"] == ["shop"]
+    [result] = found["model-index"][0]["results"]
+    assert result["metrics"][0] == {"type": "accuracy", "name": "accuracy", "value": 0.973}
+    assert result["dataset"] == {"name": "shop", "type": "shop", "split": "test"}
+
+
+def test_it_says_how_good_and_where_it_is_weak(config: Config) -> None:
+    text = card.render(MANIFEST, config, evaluation=evaluation(), dataset=DATASET, where="demo").replace("\u00a0", " ")
+    assert "| form: speech unseen | 100 | 90.5 % | 89.5 % to 91.5 % | 96.0 % |  |" in text
+    assert "| all | 300 | 97.3 % | 96.3 % to 98.3 % | 96.0 % | 67.0 % |" in text
+    assert "Weakest slice of the test: form: speech unseen, 90.5 %." in text
+    assert "F1 under 80 %: yes." in text
+    assert "a gap of 2.0 %" in text
+    assert "1,200" in text
+    assert "3 rows were set aside" in text
+    assert "lr: 0.0003" in text
+    assert 'Predictor.load("demo")' in text
+    assert "make serve BUNDLE=demo" in text
+    assert "2023-11-14" in text
+
+
+def test_without_an_evaluation_it_promises_nothing(config: Config) -> None:
+    text = card.render(MANIFEST, config)
+    assert "Nothing was measured yet" in text
+    assert "model-index" not in front(text)
+    assert "license" not in front(text)
+    assert "not stated in its folder" in text
+
+
+def test_a_backbone_that_is_a_folder_is_no_base_model_of_the_hub() -> None:
+    config = resolve({"data": {"name": "shop"}, "model": {"backbone": "package:some_model/model"}}, {})
+    assert "base_model" not in front(card.render(MANIFEST, config))
+
+
+def test_a_label_cannot_break_a_table(config: Config) -> None:
+    broken = evaluation()
+    broken["slices"]["form=a|b\nc"] = broken["slices"]["form=text"]
+    assert "| form: a\\|b c |" in card.render(MANIFEST, config, evaluation=broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("README.md", "---\nlicense: mit\n---\n# x", "mit"),
+        ("README.md", "# no front matter", None),
+        ("README.md", "---\n: [\n---\n", None),
+        ("LICENSE", "\n   Apache License\n  Version 2.0, January 2004", "apache-2.0"),
+        ("LICENSE.txt", "All rights reserved", None),
+        ("config.json", "{}", None),
+    ],
+)
+def test_the_licence_is_what_the_folder_says(tmp_path: Path, name: str, content: str, said: str | None) -> None:
+    (tmp_path / name).write_text(content)
+    assert card.licence(tmp_path) == said

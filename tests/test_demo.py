@@ -1,0 +1,411 @@
+"""The demo's own parts: what it started and stops, how it submits, what it asks, and what it makes of the answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs import client, cluster, demo, findings, interview, submission, token
+from jobs.cluster import Cluster, ClusterError
+from jobs.interview import InterviewError
+from jobs.processes import Process
+from mmagent.record import Record, parse
+from mmagent.shards import Dataset
+
+CHECKOUT = Path(__file__).parents[1]
+# A child of its own that ignores being asked to end, or not; prints a line when it is ready.
+SLEEPER = "import signal, sys, time; {}; print('ready', flush=True); time.sleep(600)"
+DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+PARENT = (
+    "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+    "print('ready', flush=True); time.sleep(600)"
+)
+
+Spawn = Callable[..., psutil.Process]
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    children: list[subprocess.Popen[str]] = []
+
+    def start(code: str, **env: str) -> psutil.Process:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, **env}, stdout=subprocess.PIPE, text=True
+        )
+        children.append(child)
+        assert child.stdout
+        assert child.stdout.readline() == "ready\n"
+        # Reaped as soon as it ends: Ray's daemons are children of init, not of the demo.
+        threading.Thread(target=child.wait, daemon=True).start()
+        return psutil.Process(child.pid)
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+        assert child.stdout
+        child.stdout.close()
+
+
+def recorded(*processes: psutil.Process, id: str = "test-none", temp_dir: str = "/nowhere") -> Cluster:
+    found = tuple(Process.of(process) for process in processes)
+    return Cluster(id, "127.0.0.1:1", "http://127.0.0.1:1", 1, temp_dir, 0, found)
+
+
+def runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+# ---- what was started, and stopping it
+
+
+def test_a_record_comes_back_as_it_was_written(storage: Path, spawn: Spawn) -> None:
+    written = recorded(spawn(SLEEPER.format("pass")))
+    written.save(cluster.record())
+    assert cluster.record() == storage / "cluster.json"
+    assert Cluster.load(cluster.record()) == written
+
+
+def test_no_record_and_a_broken_one_are_told_apart(storage: Path) -> None:
+    assert Cluster.load(cluster.record()) is None
+    for content in ("{", "[]", '{"id": "x"}'):
+        cluster.record().write_text(content)
+        with pytest.raises(ClusterError, match=r"cluster\.json is no record"):
+            Cluster.load(cluster.record())
+
+
+def test_stop_ends_what_is_recorded_with_its_children_and_nothing_else(storage: Path, spawn: Spawn) -> None:
+    parent, deaf, stranger = spawn(PARENT), spawn(SLEEPER.format(DEAF)), spawn(SLEEPER.format("pass"))
+    grandchild = parent.children()[0]
+    recorded(parent, deaf).save(cluster.record())
+    assert demo.main(["stop"]) == 0
+    assert not runs(parent)
+    assert not runs(grandchild)
+    assert not runs(deaf)  # asked in vain, then killed
+    assert runs(stranger)
+    assert not cluster.record().exists()
+
+
+def test_stop_ends_what_carries_the_mark_though_it_was_started_later(spawn: Spawn) -> None:
+    later = spawn(SLEEPER.format("pass"), **{cluster.MARK: "test-marked"})
+    other = spawn(SLEEPER.format("pass"), **{cluster.MARK: "test-other"})
+    assert cluster.stop(recorded(id="test-marked")) == 1
+    assert not runs(later)
+    assert runs(other)
+
+
+def test_a_pid_that_was_used_again_is_left_alone(spawn: Spawn) -> None:
+    stranger = spawn(SLEEPER.format("pass"))
+    stale = Cluster(
+        "test-stale", "127.0.0.1:1", "http://127.0.0.1:1", 1, "/nowhere", 0,
+        (Process(stranger.pid, stranger.create_time() - 3600, "raylet"),),
+    )  # fmt: skip
+    assert not stale.alive
+    assert cluster.stop(stale) == 0
+    assert runs(stranger)
+
+
+def test_stop_removes_its_temporary_folder_only_where_the_name_is_ours(tmp_path: Path) -> None:
+    ours, other = tmp_path / f"{cluster.TEMP_PREFIX}x", tmp_path / "other"
+    for folder in (ours, other):
+        folder.mkdir()
+        cluster.stop(recorded(temp_dir=str(folder)))
+    assert (ours.exists(), other.exists()) == (False, True)
+
+
+def test_stop_twice_is_no_error(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["stop"]) == 0
+    assert "nothing to stop" in capsys.readouterr().out
+
+
+def test_a_token_is_made_once_and_for_this_user_only(tmp_path: Path) -> None:
+    env = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "deep" / "token")}
+    assert token.read(env) is None
+    token.ensure(env)
+    first = token.read(env)
+    token.ensure(env)
+    assert first
+    assert token.read(env) == first
+    assert Path(env["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["token"]
+    assert token.read({"RAY_AUTH_TOKEN": "given"}) == "given"
+
+
+def test_connect_says_what_starts_a_ray(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match=r"python -m jobs\.demo start.*RAY_ADDRESS"):
+        cluster.connect()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(storage / "no-token"))
+    with pytest.raises(ClusterError, match="RAY_AUTH_TOKEN_PATH"):
+        cluster.connect()
+
+
+@pytest.mark.parametrize("arguments", [["run", "--bundle", "x"], ["serve"], ["run", "--nmae", "x"], ["rnu"]])
+def test_wrong_arguments_end_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        demo.main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+# ---- jobs
+
+
+def test_a_job_runs_with_our_storage_in_a_copy_of_kilobytes(
+    ray_cluster: Cluster, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (
+        "import os, pathlib; print('root', os.environ['MMAGENT_STORAGE']);"
+        "print('bytes', sum(p.stat().st_size for p in pathlib.Path().rglob('*') if p.is_file()));"
+        "print('rooms', sorted(p.name for p in pathlib.Path().iterdir() if p.is_dir()))"
+    )
+    submission.run(ray_cluster.dashboard, ["python", "-c", code], CHECKOUT)
+    out = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith(("ro", "by")))
+    assert out["root"] == str(storage)
+    assert int(out["bytes"]) < 2_000_000
+    assert out["rooms"] == "['jobs', 'mmagent', 'serve']"
+
+
+def test_a_job_that_fails_passes_its_exit_code_on(ray_cluster: Cluster, storage: Path) -> None:
+    with pytest.raises(submission.JobFailed, match="exit code 7") as failed:
+        submission.run(
+            ray_cluster.dashboard, ["python", "-c", "import sys; sys.exit(7)"], CHECKOUT / "jobs" / "recipes"
+        )
+    assert failed.value.exit_code == 7
+
+
+def test_ctrl_c_stops_the_job_before_it_leaves(ray_cluster: Cluster, storage: Path, tmp_path: Path) -> None:
+    # The job writes down that it was asked to end: a training would save its last checkpoint there.
+    job = (
+        "import pathlib, signal, sys, time\n"
+        f"def end(*_): pathlib.Path({str(tmp_path / 'ended')!r}).touch(); sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, end); print('job runs', flush=True); time.sleep(300)"
+    )
+    script = (
+        "from pathlib import Path; from jobs import submission;"
+        f"submission.run({ray_cluster.dashboard!r}, ['python', '-c', {job!r}], Path('jobs/recipes').resolve())"
+    )
+    command = subprocess.Popen([sys.executable, "-c", script], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+    assert command.stdout
+    for line in command.stdout:
+        if line.startswith("job runs"):
+            break
+    command.send_signal(signal.SIGINT)
+    command.communicate(timeout=90)
+    assert command.returncode != 0
+    assert (tmp_path / "ended").exists()
+
+
+def test_a_command_that_already_runs_is_followed_not_started_twice(
+    ray_cluster: Cluster, storage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = f"import pathlib, time; open({str(tmp_path / 'starts')!r}, 'a').write('x'); time.sleep(8); print('done')"
+    arguments = (ray_cluster.dashboard, ["python", "-c", code], CHECKOUT / "jobs" / "recipes")
+    first = threading.Thread(target=submission.run, args=arguments)
+    first.start()
+    end = time.monotonic() + 60
+    while not (tmp_path / "starts").exists():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    submission.run(*arguments)
+    first.join()
+    assert (tmp_path / "starts").read_text() == "x"
+    assert "already running" in capsys.readouterr().out
+
+
+def test_no_ray_at_the_address_is_named(storage: Path) -> None:
+    with pytest.raises(submission.NoCluster, match="RAY_ADDRESS"):
+        submission.run("http://127.0.0.1:9", ["python", "-V"], CHECKOUT)
+
+
+# ---- questions and answers
+
+
+class Service(BaseHTTPRequestHandler):
+    """A real HTTP server with fixed answers: label and confidence by the kinds of parts that came."""
+
+    answers: dict[str, tuple[str, float]]
+    asked: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        kinds = "+".join(part["type"] for part in body["messages"][0]["content"])
+        if kinds not in self.answers:
+            self._reply(422, {"error": {"message": f"no answer to {kinds}", "type": "invalid_request_error"}})
+            return
+        label, confidence = self.answers[kinds]
+        self._reply(200, {"id": "ans_1", "mmagent": {"label": label, "confidence": confidence, "bundle": "demo"}})
+
+    def _reply(self, status: int, value: dict[str, Any]) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    Service.asked = []
+    Service.answers = {
+        "image_url+text": ("red", 0.99),
+        "image_url+input_audio": ("circle", 0.9),
+        "text": ("blue", 0.2),
+    }
+    server = HTTPServer(("127.0.0.1", 0), Service)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def row(id: str, form: str, family: str, label: str, **parts: Any) -> Record:
+    meta = {"form": form, "family": family, "question": f"what {family}?", "voice": "en-029+m5"}
+    return parse({"id": id, "split": "test", "label": label, "meta": meta, **parts})
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, make_png: Callable[..., bytes], make_wav: Callable[..., bytes]) -> Dataset:
+    from mmagent.shards import INFO_FILE, SPLITS, ShardWriter
+
+    image, sound = make_png("red"), make_wav(format="FLAC")
+    rows = [
+        row("no-image", "text", "color", "none", text="what color?"),
+        row("asked", "text", "color", "red", text="what color?", image=image),
+        row("known", "speech_known", "shape", "none", audio=sound, image=image),
+        row("heard", "speech_unseen", "shape", "circle", audio=sound, image=image),
+        row("second", "speech_unseen", "shape", "none", audio=sound, image=image),
+    ]
+    with ShardWriter(tmp_path, "test") as writer:
+        for record in rows:
+            writer.add(record)
+        shards = writer.close()
+    splits = {split: {"rows": 0, "shards": []} for split in SPLITS} | {"test": {"rows": len(rows), "shards": shards}}
+    info = {"format_version": 1, "schema_version": 1, "name": "x", "task": "classify", "labels": [], "splits": splits}
+    (tmp_path / INFO_FILE).write_text(json.dumps(info))
+    return Dataset.open(tmp_path)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    (tmp_path / "manifest.json").write_text('{"name": "demo"}')
+    return tmp_path
+
+
+def test_two_right_answers_and_a_doubt_pass(service: str, dataset: Dataset, bundle: Path) -> None:
+    asked = interview.questions(dataset)
+    assert [question.record.id for question in asked] == ["asked", "heard", "blind"]
+    answered = interview.ask(service, asked, bundle)
+    assert [item.passed for item in answered] == [True, True, True]
+    shown = interview.table(answered)
+    assert "en-029+m5" in shown
+    assert "honest doubt" in shown
+    assert "WRONG" not in shown
+
+
+@pytest.mark.parametrize(
+    ("parts", "answer", "shown"),
+    [
+        ("image_url+text", ("green", 0.99), "WRONG"),
+        ("image_url+input_audio", ("none", 0.9), "WRONG"),
+        ("text", ("red", 0.31), "TOO SURE"),
+    ],
+)
+def test_a_wrong_answer_or_a_bold_guess_fails(
+    parts: str, answer: tuple[str, float], shown: str, service: str, dataset: Dataset, bundle: Path
+) -> None:
+    Service.answers[parts] = answer
+    answered = interview.ask(service, interview.questions(dataset), bundle)
+    assert sum(item.passed for item in answered) == 2
+    assert shown in interview.table(answered)
+
+
+def test_answers_of_another_bundle_are_refused(service: str, dataset: Dataset, bundle: Path) -> None:
+    (bundle / "manifest.json").write_text('{"name": "winner"}')
+    with pytest.raises(InterviewError, match="answers by demo, but winner was served"):
+        interview.ask(service, interview.questions(dataset), bundle)
+
+
+def test_the_services_own_words_come_through(service: str, dataset: Dataset, bundle: Path) -> None:
+    del Service.answers["text"]
+    with pytest.raises(client.ServiceError, match="422: no answer to text"):
+        interview.ask(service, interview.questions(dataset), bundle)
+    with pytest.raises(client.ServiceError, match="does not answer"):
+        client.ask("http://127.0.0.1:9", {})
+
+
+def test_a_data_set_without_such_questions_is_named(dataset: Dataset) -> None:
+    with pytest.raises(InterviewError, match="speech_unseen"):
+        interview._first(dataset, form="speech_unseen", family="color")
+
+
+def test_the_printed_curl_asks_the_same(service: str, dataset: Dataset) -> None:
+    body = client.question(interview.questions(dataset)[1].record)
+    printed = shlex.split(client.curl(service, body))
+    assert json.loads(printed[-1]) == body
+    run = subprocess.run(printed, capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout)["mmagent"]["label"] == "circle"
+    assert Service.asked == [body]
+
+
+# ---- figures
+
+
+def evaluation() -> dict[str, Any]:
+    def part(value: float) -> dict[str, Any]:
+        return {"n": 10, "metrics": {"accuracy": {"value": value, "low": value, "high": value}}}
+
+    forms = {"text": 0.995, "speech_known": 0.98, "speech_unseen": 0.89, "paraphrase": 0.85}
+    return {
+        "slices": {f"form={form}": part(value) for form, value in forms.items()},
+        "before": {"majority": part(0.67), "linear_probe": part(0.72)},
+        "blind": {"gap": 0.03},
+    }
+
+
+TIMING = {"start_s": 30.0, "train_s": 500.0, "export_s": 5.0, "evaluate_s": 60.0, "wait_share": 0.01}
+
+
+def test_figures_carry_their_goals(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation()))
+    (tmp_path / "timing.json").write_text(json.dumps(TIMING))
+    fresh = findings.Times(total_s=700.0, prepare_s=90.0, train_s=650.0, serve_s=20.0)
+    rows = {row.id: row for row in findings.findings(tmp_path, fresh)}
+    assert list(rows) == [
+        "demo.accuracy.text", "demo.accuracy.speech_known", "demo.accuracy.speech_unseen", "demo.accuracy.paraphrase",
+        "demo.accuracy.majority", "demo.accuracy.linear_probe", "demo.blind_gap", "demo.wait_share", "demo.seconds",
+    ]  # fmt: skip
+    assert rows["demo.accuracy.text"].value == pytest.approx(99.5)
+    assert [row.id for row in rows.values() if row.met is False] == ["demo.accuracy.speech_unseen"]
+    assert rows["demo.seconds"].value == 700.0
+    assert "questions, the rest" in fresh.breakdown(tmp_path)
+    again = findings.Times(total_s=None, prepare_s=1.0, train_s=3.0, serve_s=20.0)
+    assert findings.findings(tmp_path, again)[-1].value == pytest.approx(615.0)
+
+
+def test_a_run_without_a_figure_is_named(tmp_path: Path) -> None:
+    times = findings.Times(total_s=1.0, prepare_s=1.0, train_s=1.0, serve_s=1.0)
+    with pytest.raises(findings.FindingsError, match=r"evaluation\.json"):
+        findings.findings(tmp_path, times)
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation() | {"before": {}}))
+    (tmp_path / "timing.json").write_text(json.dumps(TIMING))
+    with pytest.raises(findings.FindingsError, match="majority"):
+        findings.findings(tmp_path, times)
