@@ -54,7 +54,8 @@ def majority(dataset: Dataset, split: str, table: pa.Table, *, seed: int = 0) ->
     guess = {key: best.get(question) or _most(everywhere) for question, key in _questions(dataset, split, "id")}
     rows = zip(table["id"].to_pylist(), table["label"].to_pylist(), strict=True)
     hits = [None if label is None else guess[key] == label for key, label in rows]
-    return evaluation.compare(table, hits, "the most frequent answer to the same question in training and validation", seed=seed)
+    what = "the most frequent answer to the same question in training and validation"
+    return evaluation.compare(table, hits, what, seed=seed)
 
 
 def linear_probe(

@@ -33,8 +33,8 @@ class Reply:
     ms: float  # from the first byte sent to the last one read
 
 
-def question(record: Record) -> dict[str, Any]:
-    """The body of ``POST /v1/chat/completions`` that asks what the record asks, parts in its order."""
+def question(record: Record, model: str) -> dict[str, Any]:
+    """The body of ``POST /v1/chat/completions`` that asks a bundle what the record asks, parts in its order."""
     images, audios = iter(record.images), iter(record.audios)
     content: list[dict[str, Any]] = []
     for kind, text in record.segments():
@@ -44,7 +44,7 @@ def question(record: Record) -> dict[str, Any]:
             content.append({"type": "input_audio", "input_audio": _audio(next(audios))})
         elif text.strip():
             content.append({"type": "text", "text": text.strip()})
-    return {"model": "mmagent", "messages": [{"role": "user", "content": content}]}
+    return {"model": model, "messages": [{"role": "user", "content": content}]}
 
 
 def ask(address: str, body: Mapping[str, Any]) -> Reply:

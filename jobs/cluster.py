@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import importlib.util
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -112,13 +113,25 @@ def connect() -> None:
     import ray  # after the environment is set: Ray reads it when it is imported
 
     try:
-        ray.init(ignore_reinit_error=True, log_to_driver=True)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        _knock(os.environ["RAY_ADDRESS"])
+        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ray.exceptions.AuthenticationError) as error:
         raise ClusterError(
             f"cannot connect to Ray at {os.environ['RAY_ADDRESS']} (RAY_ADDRESS): {error}\n"
             "Unset RAY_ADDRESS and run `python -m jobs.demo start` for one of your own; where the token is wrong or "
             "missing, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries an address for half a minute before it gives up.
+
+    Raises:
+        OSError: nobody listens.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 def adopt(address: str) -> None:

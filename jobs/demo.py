@@ -129,9 +129,10 @@ def _serve(target: Target, bundle: str) -> float:
 def _interview(target: Target, bundle: Path) -> bool:
     """Asks the three questions, prints the answers; whether they are as they should be."""
     questions = interview.questions(Dataset.open(storage.folder("data", DATA)))
-    answered = interview.ask(target.service, questions, bundle)
+    name = interview.name_of(bundle)
+    answered = interview.ask(target.service, questions, name)
     print(f"\n{interview.table(answered)}\n")
-    print(f"ask it yourself:\n\n  {client.curl(target.service, client.question(questions[0].record))}")
+    print(f"ask it yourself:\n\n  {client.curl(target.service, client.question(questions[0].record, name))}")
     return all(item.passed for item in answered)
 
 

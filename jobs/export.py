@@ -49,7 +49,7 @@ def export(
     origin = {"run": plan.folder.name, "data": plan.data, "checkpoint": chosen}
     bundle.save(
         path,
-        name=plan.folder.name,
+        name=plan.name,
         config=plan.config,
         labels=plan.labels,
         state={key: value for key, value in weights.items() if not key.startswith("backbone.")},

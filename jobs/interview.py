@@ -57,15 +57,19 @@ def questions(dataset: Dataset) -> list[Question]:
     ]
 
 
-def ask(service: str, asked: Sequence[Question], bundle: Path) -> list[Answered]:
-    """Asks them one after another.
+def name_of(bundle: Path) -> str:
+    """The name by which a bundle is asked and answers."""
+    return str(json.loads((bundle / "manifest.json").read_text())["name"])
+
+
+def ask(service: str, asked: Sequence[Question], name: str) -> list[Answered]:
+    """Asks the bundle of this name, one question after another.
 
     Raises:
         ServiceError: no answer.
-        InterviewError: the answers come from another bundle than `bundle`.
+        InterviewError: the answers come from another bundle.
     """
-    name = json.loads((bundle / "manifest.json").read_text())["name"]
-    answered = [Answered(question, client.ask(service, client.question(question.record))) for question in asked]
+    answered = [Answered(question, client.ask(service, client.question(question.record, name))) for question in asked]
     others = {str(item.reply.answer["bundle"]) for item in answered} - {name}
     if others:
         raise InterviewError(f"{service} answers by {', '.join(others)}, but {name} was served: see `make stop`")

@@ -45,6 +45,8 @@ class Plan:
     config: Config
     labels: tuple[str, ...]
     folder: Path  # of the run
+    name: str  # of the bundle
+    bundle: Path | None  # where it goes; none: the run ends without
     data: str  # name of the data set
     order: Order
     total_steps: int
@@ -139,7 +141,7 @@ def train(group: Group, plan: Plan) -> None:
     feed.close()
 
     # -- export ------------------------------------------------------------------------------------------------
-    if (plan.folder / STOP_FILE).exists():
+    if plan.bundle is None or (plan.folder / STOP_FILE).exists():
         return
     best = checkpoints.best()
     assert best is not None, "the last step always saves a checkpoint"
@@ -148,7 +150,7 @@ def train(group: Group, plan: Plan) -> None:
     weights = engine.state()
     if group.rank == 0:
         chosen = {"step": best.step, "score": best.loop["score"], "wait_share": meter.wait_share()}
-        export(plan.folder / "bundle", plan, weights, encoder, tokenizer, answered, plan.golden_source, chosen)
+        export(plan.bundle, plan, weights, encoder, tokenizer, answered, plan.golden_source, chosen)
     group.all(True)
 
 

@@ -10,7 +10,7 @@ import fcntl
 import functools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ import yaml
 from jobs import stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, train
+from mmagent import bundle as bundles
 from mmagent import storage
-from mmagent.bundle import BundleError
-from mmagent.bundle import find as find_bundle
 from mmagent.config import Config, resolve
 from mmagent.order import Position
 from mmagent.shards import Dataset
@@ -47,13 +46,15 @@ class Run:
     @property
     def exported(self) -> bool:
         """Whether the run has its bundle: nothing is left to train."""
-        with contextlib.suppress(BundleError):
-            return find_bundle(self.folder / "bundle") is not None
-        return False
+        return self.plan.bundle is not None and (self.plan.bundle / bundles.MANIFEST).is_file()
 
     def resumed_step(self) -> int:
         found = Checkpoints(self.folder / "checkpoints", rank=0, barrier=bool, keep_last=1).latest()
         return found.step if found else 0
+
+    def at_its_end(self) -> Run:
+        """The same run with no step left: to export what it has."""
+        return replace(self, plan=replace(self.plan, total_steps=self.resumed_step()))
 
     def fit(self, callbacks: list[Any] | None = None) -> bool:
         """Trains to the end and exports, or until asked to stop; whether it came to the end.
@@ -72,8 +73,15 @@ class Run:
         (self.folder / STOP_FILE).touch()
 
 
-def prepare(config: Config, folder: Path) -> Run:
+def prepare(
+    config: Config, folder: Path, *, name: str | None = None, bundle: Path | None = None, export: bool = True
+) -> Run:
     """Checks all that can be checked before a worker starts, and writes the run's config.
+
+    Args:
+        folder: the run's own.
+        name, bundle: the bundle's name and folder; the run's own name, and ``bundle`` in its folder, where not given.
+        export: whether the run ends with a bundle.
 
     Raises:
         DatasetError, BackboneError: what is missing, and where.
@@ -83,12 +91,16 @@ def prepare(config: Config, folder: Path) -> Run:
     _check_splits(dataset)
     _check_config(config, folder)
     window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
-    order = stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows)
+    order = stream.order_of(
+        dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share
+    )
     steps = order.steps(config.train.epochs, config.global_batch)
     plan = Plan(
         config=config,
         labels=tuple(dataset.labels),
         folder=folder,
+        name=name or folder.name,
+        bundle=(bundle or folder / "bundle") if export else None,
         data=config.data.name,
         order=order,
         total_steps=min(steps, config.train.max_steps or steps),

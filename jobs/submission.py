@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shlex
 import sys
@@ -94,6 +95,9 @@ def _connect(address: str) -> JobSubmissionClient:
     cluster.adopt(address)
     from ray.job_submission import JobSubmissionClient
 
+    # What is packed and what is left out, a dozen lines for each job, is .rayignore's business and known.
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
     try:
         with _only(address):
             return JobSubmissionClient(address)

@@ -27,7 +27,9 @@ from jobs.arguments import Parser
 from jobs.cluster import ClusterError
 from mmagent import config as configs
 from mmagent import storage
+from mmagent.bundle import BundleError
 from mmagent.config import Config, ConfigError
+from mmagent.evaluation import EvaluationError
 from mmagent.shards import Dataset, DatasetError
 from mmagent.text import BackboneError
 
@@ -61,14 +63,15 @@ def train(args: argparse.Namespace) -> int:
     with run.locked(folder):
         work = run.prepare(config, folder)
         _tell(work, config)
-        timing = {"start_s": round(time.time() - started, 1)}
+        timing = _read_timing(folder)
         if not work.exported:
+            timing = {"start_s": round(time.time() - started, 1)}
             began = time.time()
             if not _fit(work):
                 print(f"stopped at step {work.resumed_step()}; the same command goes on from there")
                 return EXIT_STOPPED
             timing |= _split_times(folder, began)
-        if not args.no_evaluate:
+        if not args.no_evaluate and not (folder / "evaluation.json").exists():
             began = time.time()
             _evaluate(work)
             timing["evaluate_s"] = round(time.time() - began, 1)
@@ -157,6 +160,12 @@ class Follower:
         print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", flush=True)
 
 
+def _read_timing(folder: Path) -> dict[str, float]:
+    """What an earlier start of the same run wrote."""
+    file = folder / "timing.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def _split_times(folder: Path, began: float) -> dict[str, float]:
     """Seconds of starting the workers, training and exporting, from the times of the run's first and last lines."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -172,12 +181,24 @@ def _split_times(folder: Path, began: float) -> dict[str, float]:
 
 def _evaluate(work: Any) -> None:
     """Asks the test split once, if there is one, and writes evaluation.json, report.html and the model card."""
-    from jobs.evaluate import evaluate
+    from jobs.evaluate import describe, evaluate, table_of
 
     if not work.dataset.rows("test"):
         print("the data set has no test split: no evaluation")
         return
-    evaluate(work.folder / "bundle", work.dataset, "test", out=work.folder, before=True, blind=True)
+    result = evaluate(
+        work.plan.bundle,
+        work.dataset,
+        "test",
+        out=work.folder,
+        before=True,
+        without="image" if work.config.model.image is not None else None,
+        workers=work.config.cluster.workers,
+        threads=work.config.cluster.threads,
+        seed=work.config.seed,
+    )
+    describe(work.plan.bundle, work.dataset, result)
+    print(table_of(result))
 
 
 def _clock(seconds: float) -> str:
@@ -198,7 +219,7 @@ def _user_errors() -> tuple[type[BaseException], ...]:
         from jobs.run import RunError
         from jobs.workers import TrainingFailedError
 
-        known += [RunError, TrainingFailedError]
+        known += [RunError, TrainingFailedError, BundleError, EvaluationError]
     return tuple(known)
 
 

@@ -33,6 +33,7 @@ from mmagent.model import MultimodalModel
 from mmagent.text import TextEncoder
 
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
 
 
 class BundleError(ValueError):
@@ -108,7 +109,7 @@ def add(path: Path, files: Mapping[str, str]) -> None:
     The manifest is sealed anew."""
     for name, content in files.items():
         storage.publish(path / name, content)
-    _seal(path, json.loads((path / "manifest.json").read_text()))
+    _seal(path, json.loads((path / MANIFEST).read_text()))
 
 
 def load(path: str | Path) -> Bundle:
@@ -118,7 +119,7 @@ def load(path: str | Path) -> Bundle:
         BundleError: no bundle there, another format version, a file missing or changed.
     """
     folder = find(path)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
     if manifest.get("format_version") != FORMAT_VERSION:
         raise BundleError(
             f"the bundle {folder} has format version {manifest.get('format_version')}, this mmagent reads "
@@ -152,7 +153,7 @@ def find(path: str | Path) -> Path:
         kinds = ("runs", "search")
         places = [root / given, root / given / "bundle", *(root / kind / given / "bundle" for kind in kinds)]
     for place in places:
-        if (place / "manifest.json").is_file():
+        if (place / MANIFEST).is_file():
             return place
     tried = ", ".join(str(place) for place in places)
     raise BundleError(f"there is no bundle {str(path)!r}: no manifest.json in {tried}")
@@ -180,9 +181,9 @@ def modalities(config: Config) -> list[str]:
 
 
 def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json")
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
     hashes = {str(file.relative_to(folder)): _sha256(file) for file in files}
-    storage.publish_json(folder / "manifest.json", {**manifest, "files": hashes})
+    storage.publish_json(folder / MANIFEST, {**manifest, "files": hashes})
 
 
 def _sha256(file: Path) -> str:

@@ -29,6 +29,7 @@ class _Section(BaseModel):
 
 class DataConfig(_Section):
     name: str = Field(description="the data set: a folder of this name under data/ in the storage root")
+    share: float = Field(1.0, gt=0, le=1, description="share of the training split that is used, by whole row groups")
     max_text_tokens: int = Field(128, gt=0, description="tokens kept of a record's text; the newest are kept")
     window_rows: int = Field(4096, gt=0, description="rows shuffled together; a window is what one read task holds")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of rows that may be set aside before a stop")
@@ -175,7 +176,7 @@ def resolve(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
             child = node.get(key)
             child = dict(child) if isinstance(child, Mapping) else {}
             if not _section(parents[: depth + 1]):
-                raise ConfigError(_unknown(dotted))
+                raise ConfigError(unknown(dotted))
             node[key] = child
             node = child
         node[last] = value
@@ -228,7 +229,8 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return next((item for item in options if isinstance(item, type) and issubclass(item, BaseModel)), None)
 
 
-def _unknown(dotted: str) -> str:
+def unknown(dotted: str) -> str:
+    """What is said of a key that is none: the nearest right one."""
     near = difflib.get_close_matches(dotted, keys(), n=1, cutoff=0.0)
     return f"unknown key {dotted!r}: did you mean {near[0]!r}? `python -m jobs.train --help` lists all keys"
 
@@ -236,7 +238,7 @@ def _unknown(dotted: str) -> str:
 def _explain(item: Any) -> str:
     dotted = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return _unknown(dotted)
+        return unknown(dotted)
     if item["type"] == "missing":
         return f"{dotted} is missing: {keys().get(dotted, 'give the section')}"
     return f"{dotted or 'config'}: got {item['input']!r:.80}, but {item['msg']}"

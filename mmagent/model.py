@@ -29,6 +29,7 @@ class Join(nn.Module):
         self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
         self.sentence = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
         self.image = nn.Linear(config.image.width, width) if config.image else None
+        self.film = nn.Linear(text_width, 2 * width) if config.image else None
         self.blocks = nn.ModuleList(Block(width, config.heads, config.dropout) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.order = nn.Parameter(torch.zeros(MAX_SLOTS, width))  # which picture or sound of the sample
@@ -86,7 +87,12 @@ class MultimodalModel(nn.Module):
         if self.image_tower is not None:
             assert self.join.image is not None
             tokens = self.join.image(self.image_tower(batch["images"])) + self.join.kinds[2]
-            parts.append(self._place(tokens, batch, "image", len(keep)))
+            tokens, kept = self._place(tokens, batch, "image", len(keep))
+            import os
+            if os.environ.get("FILM") == "1":
+                g, b = self.join.film(F.layer_norm(sentence, sentence.shape[-1:]))[:, None].chunk(2, -1)
+                tokens = tokens * (1 + g) + b
+            parts.append((tokens, kept))
         if self.audio_tower is not None:
             assert self.speech is not None
             speech = self.speech(self.audio_tower(batch["audios"], batch["audio_frames"]))

@@ -15,6 +15,10 @@ from torch.nn import functional as F
 from mmagent.config import AudioTowerConfig, ImageTowerConfig
 
 
+import os
+GLU = os.environ.get('GLU') == '1'
+
+
 class Block(nn.Module):
     """A pre-norm transformer layer (arXiv:2002.04745) with an attention mask over its keys."""
 
@@ -24,7 +28,10 @@ class Block(nn.Module):
         self.dropout = dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        if GLU:
+            self.up, self.down = nn.Linear(width, 2 * (8 * width // 3)), nn.Linear(8 * width // 3, width)
+        else:
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         """x: (batch, tokens, width); keep: (batch, tokens), True where a token may be attended to."""
@@ -34,7 +41,13 @@ class Block(nn.Module):
         drop = self.dropout if self.training else 0.0
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None, :], dropout_p=drop)
         x = x + F.dropout(self.out(seen.transpose(1, 2).reshape(batch, tokens, width)), self.dropout, self.training)
-        return x + F.dropout(self.down(F.gelu(self.up(self.norm2(x)))), self.dropout, self.training)
+        h = self.up(self.norm2(x))
+        if GLU:
+            a, b = h.chunk(2, -1)
+            h = F.gelu(a) * b
+        else:
+            h = F.gelu(h)
+        return x + F.dropout(self.down(h), self.dropout, self.training)
 
 
 class ImageTower(nn.Module):

@@ -149,8 +149,11 @@ def test_connect_says_what_starts_a_ray(storage: Path, monkeypatch: pytest.Monke
     with pytest.raises(ClusterError, match=r"python -m jobs\.demo start.*RAY_ADDRESS"):
         cluster.connect()
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(storage / "no-token"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(storage / "token"))
     with pytest.raises(ClusterError, match="RAY_AUTH_TOKEN_PATH"):
+        cluster.connect()
+    token.ensure(os.environ)
+    with pytest.raises(ClusterError, match=r"cannot connect to Ray at 127\.0\.0\.1:1"):
         cluster.connect()
 
 
@@ -304,16 +307,10 @@ def dataset(tmp_path: Path, make_png: Callable[..., bytes], make_wav: Callable[.
     return Dataset.open(tmp_path)
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    (tmp_path / "manifest.json").write_text('{"name": "demo"}')
-    return tmp_path
-
-
-def test_two_right_answers_and_a_doubt_pass(service: str, dataset: Dataset, bundle: Path) -> None:
+def test_two_right_answers_and_a_doubt_pass(service: str, dataset: Dataset) -> None:
     asked = interview.questions(dataset)
     assert [question.record.id for question in asked] == ["asked", "heard", "blind"]
-    answered = interview.ask(service, asked, bundle)
+    answered = interview.ask(service, asked, "demo")
     assert [item.passed for item in answered] == [True, True, True]
     shown = interview.table(answered)
     assert "en-029+m5" in shown
@@ -330,24 +327,25 @@ def test_two_right_answers_and_a_doubt_pass(service: str, dataset: Dataset, bund
     ],
 )
 def test_a_wrong_answer_or_a_bold_guess_fails(
-    parts: str, answer: tuple[str, float], shown: str, service: str, dataset: Dataset, bundle: Path
+    parts: str, answer: tuple[str, float], shown: str, service: str, dataset: Dataset
 ) -> None:
     Service.answers[parts] = answer
-    answered = interview.ask(service, interview.questions(dataset), bundle)
+    answered = interview.ask(service, interview.questions(dataset), "demo")
     assert sum(item.passed for item in answered) == 2
     assert shown in interview.table(answered)
 
 
-def test_answers_of_another_bundle_are_refused(service: str, dataset: Dataset, bundle: Path) -> None:
-    (bundle / "manifest.json").write_text('{"name": "winner"}')
+def test_answers_of_another_bundle_are_refused(service: str, dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "winner"}')
+    assert interview.name_of(tmp_path) == "winner"
     with pytest.raises(InterviewError, match="answers by demo, but winner was served"):
-        interview.ask(service, interview.questions(dataset), bundle)
+        interview.ask(service, interview.questions(dataset), "winner")
 
 
-def test_the_services_own_words_come_through(service: str, dataset: Dataset, bundle: Path) -> None:
+def test_the_services_own_words_come_through(service: str, dataset: Dataset) -> None:
     del Service.answers["text"]
     with pytest.raises(client.ServiceError, match="422: no answer to text"):
-        interview.ask(service, interview.questions(dataset), bundle)
+        interview.ask(service, interview.questions(dataset), "demo")
     with pytest.raises(client.ServiceError, match="does not answer"):
         client.ask("http://127.0.0.1:9", {})
 
@@ -358,7 +356,7 @@ def test_a_data_set_without_such_questions_is_named(dataset: Dataset) -> None:
 
 
 def test_the_printed_curl_asks_the_same(service: str, dataset: Dataset) -> None:
-    body = client.question(interview.questions(dataset)[1].record)
+    body = client.question(interview.questions(dataset)[1].record, "demo")
     printed = shlex.split(client.curl(service, body))
     assert json.loads(printed[-1]) == body
     run = subprocess.run(printed, capture_output=True, text=True, check=True)
