@@ -156,7 +156,9 @@ class ZeroEngine:
 
 
 def make(model: MultimodalModel, groups: list[dict[str, Any]], config: Config) -> Engine:
-    return ZeroEngine(model, groups, config) if config.zero.engine == "deepspeed" else TorchEngine(model, groups, config)
+    return (
+        ZeroEngine(model, groups, config) if config.zero.engine == "deepspeed" else TorchEngine(model, groups, config)
+    )
 
 
 def zero_config(config: Config) -> dict[str, Any]:

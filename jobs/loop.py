@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from jobs.export import export
 from jobs.meter import Log, Meter
 from jobs.workers import Group
 from mmagent import freeze, text
-from mmagent.calibration import softmax
 from mmagent.batch import Inputs, PartError, Sample, augment, drop_tokens
+from mmagent.calibration import softmax
 from mmagent.config import Config
 from mmagent.model import Batch, MultimodalModel, align_loss, classify_loss
 from mmagent.order import Order, Position, sample_rng
@@ -44,6 +44,7 @@ class Plan:
 
     config: Config
     labels: tuple[str, ...]
+    label_weights: tuple[float, ...]  # of training samples, by label (see train.class_balance)
     folder: Path  # of the run
     name: str  # of the bundle
     bundle: Path | None  # where it goes; none: the run ends without
@@ -81,7 +82,7 @@ def train(group: Group, plan: Plan) -> None:
     inputs = Inputs(config.model, config.data, tokenizer, plan.labels)
     model, frozen = build(config, len(plan.labels), encoder)
     engine = engines.make(model, freeze.groups(model, config), config)
-    batches = Batches(inputs, frozen, config, engine.device)
+    batches = Batches(inputs, frozen, config, plan.label_weights, engine.device)
     checkpoints = Checkpoints(
         plan.folder / "checkpoints", rank=group.rank, barrier=group.all, keep_last=config.train.keep_last
     )
@@ -125,8 +126,16 @@ def train(group: Group, plan: Plan) -> None:
             )
         if logging:
             figures = meter.read(group)
-            log.write({"kind": "train", "step": state.step, "total_steps": plan.total_steps, "lr": rate,
-                       "epoch": state.position.epoch, **figures})
+            log.write(
+                {
+                    "kind": "train",
+                    "step": state.step,
+                    "total_steps": plan.total_steps,
+                    "lr": rate,
+                    "epoch": state.position.epoch,
+                    **figures,
+                }
+            )
         if due:
             score, metrics = validate(engine, batches, validation_rows, group)
             note(state, score)
@@ -169,7 +178,7 @@ def loss_of(out: Batch, batch: Batch, config: Config) -> torch.Tensor:
     loss = classify_loss(out["logits"], batch["label"], batch["weight"], size, config.train.label_smoothing)
     if "transcript_states" in batch:
         assert config.model.audio is not None
-        real = batch["audio_real"].to(loss.dtype) * batch["weight"][batch["audio_row"]].clamp(max=1)
+        real = (batch["audio_real"] & (batch["weight"][batch["audio_row"]] > 0)).to(loss.dtype)
         taught = align_loss(out["speech"], batch["transcript_states"], batch["transcript_mask"], real, size)
         loss = loss + config.model.audio.align * taught
     return loss
@@ -178,8 +187,16 @@ def loss_of(out: Batch, batch: Batch, config: Config) -> torch.Tensor:
 class Batches:
     """Makes the micro-batches of a step from the rows of a stream; counts what cannot be read."""
 
-    def __init__(self, inputs: Inputs, frozen: FrozenStates | None, config: Config, device: torch.device) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        frozen: FrozenStates | None,
+        config: Config,
+        label_weights: Sequence[float],
+        device: torch.device,
+    ) -> None:
         self.inputs, self.frozen, self.config, self.device = inputs, frozen, config, device
+        self.label_weights = label_weights
         self.last_error = ""
         self.blank = Sample("", np.asarray(inputs.tokenize([""])[0]), False, (), (), -100, 0.0)
 
@@ -204,6 +221,8 @@ class Batches:
             return replace(self.blank, id=row["id"]), True
         if epoch is None:
             return sample, False
+        if sample.label >= 0:
+            sample = replace(sample, weight=sample.weight * self.label_weights[sample.label])
         return augment(sample, self.config.augment, sample_rng(self.config.seed, epoch, sample.id)), False
 
     @torch.no_grad()
@@ -261,7 +280,9 @@ class Feed:
 
 
 @torch.no_grad()
-def answers(engine: Engine, batches: Batches, samples: list[Sample], group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def answers(
+    engine: Engine, batches: Batches, samples: list[Sample], group: Group
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All ranks' answers to their validation samples, on every rank: logits (n, labels), labels (n,), modalities (n,).
 
     Every rank makes the same number of forward passes: ZeRO-3 gathers weights in each.
@@ -272,7 +293,9 @@ def answers(engine: Engine, batches: Batches, samples: list[Sample], group: Grou
     logits = []
     for at in range(0, passes * size, size):
         part = samples[at : at + size] or [batches.blank]
-        logits.append(engine.forward(batches.make(part))["logits"].float().cpu().numpy()[: len(samples[at : at + size])])
+        logits.append(
+            engine.forward(batches.make(part))["logits"].float().cpu().numpy()[: len(samples[at : at + size])]
+        )
     engine.model.train()
     mine = (np.concatenate(logits), np.array([s.label for s in samples]), [modalities_of(s) for s in samples])
     everyones = group.gather(mine)

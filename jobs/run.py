@@ -1,6 +1,6 @@
 """A run: its folder, its lock, and what is fixed before the first step, whoever starts it (a command or a search).
 
-    runs/NAME/{config.yaml, metrics.jsonl, tb/, checkpoints/step_N/, evaluation.json, report.html, timing.json, bundle/}
+runs/NAME/{config.yaml, metrics.jsonl, tb/, checkpoints/step_N/, evaluation.json, report.html, timing.json, bundle/}
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from jobs import stream, workers
@@ -64,7 +65,11 @@ class Run:
         """
         (self.folder / STOP_FILE).unlink(missing_ok=True)
         workers.run(
-            functools.partial(train, plan=self.plan), self.config, self.folder, _streams(self.plan, self.dataset), callbacks
+            functools.partial(train, plan=self.plan),
+            self.config,
+            self.folder,
+            _streams(self.plan, self.dataset),
+            callbacks,
         )
         return self.exported
 
@@ -91,13 +96,12 @@ def prepare(
     _check_splits(dataset)
     _check_config(config, folder)
     window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
-    order = stream.order_of(
-        dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share
-    )
+    order = stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share)
     steps = order.steps(config.train.epochs, config.global_batch)
     plan = Plan(
         config=config,
         labels=tuple(dataset.labels),
+        label_weights=_label_weights(dataset, config.train.class_balance),
         folder=folder,
         name=name or folder.name,
         bundle=(bundle or folder / "bundle") if export else None,
@@ -155,6 +159,14 @@ def _validation(plan: Plan, dataset: Dataset) -> Any:
     order = stream.order_of(dataset, "validation", seed=plan.config.seed, window_rows=window)
     steps = -(-min(plan.config.train.eval_rows, order.rows) // layout.global_batch)
     return stream.training_stream(order, layout, Position(), steps)
+
+
+def _label_weights(dataset: Dataset, balance: float) -> tuple[float, ...]:
+    """Frequency to the power of -balance for each label, scaled so that the mean over samples is one."""
+    counts = np.array([dataset.info["splits"]["train"]["labels"].get(label, 0) for label in dataset.labels], float)
+    shares = np.maximum(counts, 1) / max(counts.sum(), 1)
+    weights = shares**-balance
+    return tuple((weights / (weights * shares).sum()).tolist())
 
 
 def _check_splits(dataset: Dataset) -> None:

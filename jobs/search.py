@@ -178,7 +178,9 @@ def _living(ray: Any) -> set[str]:
     from ray.util.state import list_actors
 
     job = ray.get_runtime_context().get_job_id()
-    return {actor.actor_id for actor in list_actors(filters=[("state", "=", "ALIVE"), ("job_id", "=", job)], limit=1000)}
+    return {
+        actor.actor_id for actor in list_actors(filters=[("state", "=", "ALIVE"), ("job_id", "=", job)], limit=1000)
+    }
 
 
 def _count_left(ray: Any, before: set[str]) -> int:

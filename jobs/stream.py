@@ -12,7 +12,6 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,10 +83,21 @@ def training_stream(order: Order, layout: Layout, position: Position, steps: int
     """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``rank``,
     ``epoch``, and ``error`` (why its media cannot be read, or empty). To be split among ranks by `split_in_turn`."""
     parts = list(order.parts(position, steps, layout.global_batch))
-    read = functools.partial(_read_part, order=order, layout=layout, parts=parts)
+    read = functools.partial(read_part, order=order, layout=layout, parts=parts)
     windows = ray.data.range(len(parts), override_num_blocks=len(parts))
     rows = windows.map_batches(read, batch_size=1, num_cpus=0.5, memory=None)
     return rows.repartition(target_num_rows_per_block=layout.rows_per_rank)
+
+
+def tables(order: Order, layout: Layout, position: Position, steps: int) -> Iterator[pa.Table]:
+    """The same rows without Ray, for one process alone: a table for each optimizer step."""
+    if layout.world != 1:
+        raise ValueError(f"{layout.world} ranks share a stream; without Ray there is one")
+    parts = list(order.parts(position, steps, layout.global_batch))
+    for index in range(len(parts)):
+        for window in read_part({"id": np.array([index])}, order=order, layout=layout, parts=parts):
+            for start in range(0, len(window), layout.global_batch):
+                yield window.slice(start, layout.global_batch)
 
 
 def split_in_turn(stream: ray.data.Dataset, world: int, reserved_cpus: float) -> list[Any]:
@@ -159,7 +169,7 @@ def _read_group(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         yield pq.ParquetFile(str(file)).read_row_group(int(group))
 
 
-def _read_part(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, parts: list[Part]) -> Iterator[pa.Table]:
+def read_part(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, parts: list[Part]) -> Iterator[pa.Table]:
     for index in batch["id"]:
         part = parts[int(index)]
         taken, weights = _laid_out(order.shuffle(part), part.steps(layout.global_batch), layout)

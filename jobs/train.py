@@ -77,7 +77,10 @@ def train(args: argparse.Namespace) -> int:
             timing["evaluate_s"] = round(time.time() - began, 1)
         storage.publish_json(folder / "timing.json", timing)
     print(f"bundle  {folder / 'bundle'}")
-    print("time    " + ", ".join(f"{key.removesuffix('_s')} {value:g} s" for key, value in timing.items() if key.endswith("_s")))
+    print(
+        "time    "
+        + ", ".join(f"{key.removesuffix('_s')} {value:g} s" for key, value in timing.items() if key.endswith("_s"))
+    )
     return 0
 
 
@@ -145,9 +148,14 @@ class Follower:
 
     def _print(self, row: dict[str, Any]) -> None:
         if row["kind"] == "validation":
-            parts = ", ".join(f"{k.removeprefix('accuracy/')} {v:.1%}" for k, v in row.items() if k.startswith("accuracy/"))
+            parts = ", ".join(
+                f"{k.removeprefix('accuracy/')} {v:.1%}" for k, v in row.items() if k.startswith("accuracy/")
+            )
             clear = "\r\x1b[K" if self._terminal else ""
-            print(f"{clear}step {row['step']}: validation accuracy {row['accuracy']:.2%} ({parts}), loss {row['loss']:.4f}", flush=True)
+            print(
+                f"{clear}step {row['step']}: validation accuracy {row['accuracy']:.2%} ({parts}), loss {row['loss']:.4f}",
+                flush=True,
+            )
             return
         step, total = row["step"], row["total_steps"]
         self._rates = [*self._rates[-5:], row["samples_per_s"]]

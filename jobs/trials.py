@@ -55,7 +55,9 @@ def distribution(key: str, spec: Any) -> Any:
     except (TypeError, ValueError) as error:
         raise SpaceError(f"{key}: {kind} takes [low, high] of numbers, but got {values!r}") from error
     if not low < high or (kind == "loguniform" and low <= 0):
-        raise SpaceError(f"{key}: {kind} wants low < high{', both above 0' if kind == 'loguniform' else ''}: {values!r}")
+        raise SpaceError(
+            f"{key}: {kind} wants low < high{', both above 0' if kind == 'loguniform' else ''}: {values!r}"
+        )
     return kinds[kind](int(low), int(high)) if kind == "randint" else kinds[kind](low, high)
 
 
@@ -124,7 +126,9 @@ class _Teller(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(f"trial {trial.trial_id}  begins   {short(trial.config)}")
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         best = max((t.last_result.get(METRIC, 0.0) for t in trials if t.last_result), default=0.0)
         self._tell(
             f"trial {trial.trial_id}  step {result['step']:.0f}  accuracy {result['score']:.2%}  best so far "
@@ -141,4 +145,6 @@ class _Teller(Callback):
 
 def short(sample: Mapping[str, Any]) -> str:
     """A sample in one line."""
-    return "  ".join(f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in sample.items())
+    return "  ".join(
+        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in sample.items()
+    )

@@ -91,7 +91,9 @@ def run(
         _entry,
         train_loop_config={"work": work, "threads": config.cluster.threads},
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus)
+            num_workers=config.cluster.workers,
+            use_gpu=config.cluster.gpu,
+            resources_per_worker=_resources(config, cpus),
         ),
         torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
         datasets=streams,

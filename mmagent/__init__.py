@@ -1,7 +1,7 @@
 """The library of mmagent: records, media, batches, models, bundles and the predictor. It needs no Ray.
 
-    from mmagent import Predictor
-    answers = Predictor.load("bundle").predict([{"text": "what color is the shape?", "image": "shape.png"}])
+from mmagent import Predictor
+answers = Predictor.load("bundle").predict([{"text": "what color is the shape?", "image": "shape.png"}])
 """
 
 from __future__ import annotations

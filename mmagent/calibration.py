@@ -22,7 +22,7 @@ class Calibration(BaseModel):
     abstain_below: float = Field(0.5, ge=0, le=1, description="confidence under which an answer counts as abstained")
 
     def probabilities(self, logits: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
-        """logits (n, labels), and the modalities of each row -> probabilities (n, labels)."""
+        """Logits (n, labels), and the modalities of each row -> probabilities (n, labels)."""
         scale = np.array([self.by_modalities.get(key, self.temperature) for key in modalities])
         return softmax(logits / scale[:, None])
 

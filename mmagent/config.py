@@ -52,7 +52,9 @@ class AugmentConfig(_Section):
 class TowerConfig(_Section):
     """An encoder of pictures or sound: a pretrained checkpoint, or a small one trained from scratch."""
 
-    checkpoint: str | None = Field(None, description="folder or hub id of a Transformers checkpoint; none: from scratch")
+    checkpoint: str | None = Field(
+        None, description="folder or hub id of a Transformers checkpoint; none: from scratch"
+    )
     width: int = Field(128, gt=0, multiple_of=32, description="channels of the last layer, from scratch")
     layers: int = Field(2, ge=0, description="transformer layers after the convolutions, from scratch")
     tokens: int = Field(16, ge=1, description="tokens handed to the join for one picture or sound")
@@ -115,6 +117,9 @@ class TrainConfig(_Section):
     eval_rows: int = Field(1024, gt=0, description="validation rows asked each time, the first by seeded order")
     patience: int = Field(0, ge=0, description="validations without a better score before training stops; 0: never")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
+    class_balance: float = Field(
+        0.0, ge=0, le=1, description="weight of a sample is its label's frequency to the power of minus this; 1: even"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
     cache_text: bool = Field(True, description="keep the states of a frozen language model in memory, by text")
     keep_last: int = Field(2, ge=1, description="checkpoints kept beside the best one")

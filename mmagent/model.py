@@ -29,7 +29,8 @@ class Join(nn.Module):
         self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
         self.sentence = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
         self.image = nn.Linear(config.image.width, width) if config.image else None
-        self.film = nn.Linear(text_width, 2 * width) if config.image else None
+        # FiLM (arXiv:1709.07871): what is asked scales and shifts what is seen, before any layer compares the two.
+        self.film = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, 2 * width)) if config.image else None
         self.blocks = nn.ModuleList(Block(width, config.heads, config.dropout) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.order = nn.Parameter(torch.zeros(MAX_SLOTS, width))  # which picture or sound of the sample
@@ -76,31 +77,29 @@ class MultimodalModel(nn.Module):
         """batch: see `mmagent.batch.Inputs.batch` -> ``logits`` (batch, labels), and ``speech`` (sounds, tokens,
         text width) where there is an audio tower."""
         states = batch["text_states"] if self.backbone is None else self.backbone(batch["ids"], batch["mask"])
-        keep = batch["keep"]  # (batch, tokens)
-        out: dict[str, Tensor] = {}
-        sentence = _mean(states, batch["mask"].bool())  # (batch, text width)
         has_words = batch["has_words"]  # (batch,)
+        asked = _mean(states, batch["mask"].bool()) * has_words[:, None]  # (batch, text width)
+        join, size = self.join, len(has_words)
+        out: dict[str, Tensor] = {}
         parts = [
-            ((self.join.sentence(sentence) + self.join.kinds[0])[:, None], has_words[:, None]),
-            (self.join.text(states) + self.join.kinds[1], keep & has_words[:, None]),
+            ((join.sentence(asked) + join.kinds[0])[:, None], has_words[:, None]),
+            (join.text(states) + join.kinds[1], batch["keep"] & has_words[:, None]),
         ]
-        if self.image_tower is not None:
-            assert self.join.image is not None
-            tokens = self.join.image(self.image_tower(batch["images"])) + self.join.kinds[2]
-            tokens, kept = self._place(tokens, batch, "image", len(keep))
-            import os
-            if os.environ.get("FILM") == "1":
-                g, b = self.join.film(F.layer_norm(sentence, sentence.shape[-1:]))[:, None].chunk(2, -1)
-                tokens = tokens * (1 + g) + b
-            parts.append((tokens, kept))
         if self.audio_tower is not None:
             assert self.speech is not None
             speech = self.speech(self.audio_tower(batch["audios"], batch["audio_frames"]))
             out["speech"] = speech
-            sentences = self.join.sentence(speech.mean(1, keepdim=True)) + self.join.kinds[0]
-            tokens = torch.cat([sentences, self.join.text(speech) + self.join.kinds[3]], dim=1)
-            parts.append(self._place(tokens, batch, "audio", len(keep)))
-        out["logits"] = self.head(self.dropout(self.join(parts)))
+            said = speech.mean(1)  # (sounds, text width)
+            asked = asked.index_add(0, batch["audio_row"], said * batch["audio_real"][:, None])
+            tokens = torch.cat([join.sentence(said)[:, None] + join.kinds[0], join.text(speech) + join.kinds[3]], dim=1)
+            parts.append(self._place(tokens, batch, "audio", size))
+        if self.image_tower is not None:
+            assert join.image is not None and join.film is not None
+            tokens = join.image(self.image_tower(batch["images"])) + join.kinds[2]
+            placed, keep = self._place(tokens, batch, "image", size)
+            scale, shift = join.film(asked)[:, None].chunk(2, dim=-1)
+            parts.append((placed * (1 + scale) + shift, keep))
+        out["logits"] = self.head(self.dropout(join(parts)))
         return out
 
     def _place(self, tokens: Tensor, batch: Batch, kind: str, size: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Answers from a bundle, in any Python process: no Ray, no DeepSpeed.
 
-    from mmagent import Predictor
-    predictor = Predictor.load("demo")          # a bundle folder, or the name of a run
-    [answer] = predictor.predict([{"text": "what color is the shape?", "image": "shape.png"}])
-    print(answer.label, answer.confidence)
+from mmagent import Predictor
+predictor = Predictor.load("demo")          # a bundle folder, or the name of a run
+[answer] = predictor.predict([{"text": "what color is the shape?", "image": "shape.png"}])
+print(answer.label, answer.confidence)
 """
 
 from __future__ import annotations

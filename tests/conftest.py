@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ import torch
 from PIL import Image
 
 from jobs import cluster
-from mmagent.record import Record, parse
+from mmagent import storage as storages
+from mmagent.record import SCHEMA_VERSION, Record, parse
+from mmagent.shards import Dataset, ShardWriter
 
 torch.set_num_threads(1)
 
@@ -151,14 +155,9 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle folder named ``tiny``: text, pictures (16 pixels wide) and sound in, `COLOURS` out, untrained."""
-    from mmagent import bundle, text
-    from mmagent.calibration import Calibration
-    from mmagent.config import resolve
-    from mmagent.model import MultimodalModel
-
-    raw = {
+def tiny_recipe(tiny_backbone: Path) -> dict[str, Any]:
+    """A recipe for `mmagent.config.resolve`: the tiny backbone, pictures 16 pixels wide, sound up to 5 s."""
+    return {
         "data": {"name": "tiny", "max_text_tokens": 32, "media": {"max_image_pixels": 1_000_000, "max_audio_s": 5.0}},
         "model": {
             "backbone": str(tiny_backbone), "width": 32, "layers": 1, "heads": 2,
@@ -166,7 +165,41 @@ def tiny_bundle(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -
             "audio": {"width": 32, "layers": 1, "tokens": 4, "mels": 40, "max_s": 5.0},
         },
     }  # fmt: skip
-    config = resolve(raw, {})
+
+
+@pytest.fixture(scope="session")
+def make_dataset() -> Callable[..., Dataset]:
+    """``make_dataset(folder, {"train": records, ...})``: a data set as `jobs.prepare` leaves it, labels `COLOURS`."""
+
+    def make(folder: Path, splits: Mapping[str, Sequence[Record]], row_group_rows: int = 16) -> Dataset:
+        info: dict[str, Any] = {}
+        for split, records in splits.items():
+            with ShardWriter(folder, split, row_group_rows=row_group_rows) as writer:
+                for record in records:
+                    writer.add(record)
+                labels = Counter(record.target.label for record in records if record.target.label is not None)
+                info[split] = {"rows": len(records), "shards": writer.close(), "labels": dict(labels)}
+        document = {
+            "format_version": 1, "schema_version": SCHEMA_VERSION, "name": folder.name, "source": "tests", "seed": 0,
+            "created_ms": 0, "task": "classify", "labels": sorted(COLOURS), "splits": info, "quarantine": {"rows": 0},
+        }  # fmt: skip
+        storages.publish_json(folder / "dataset.json", document)
+        return Dataset.open(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_backbone: Path, tiny_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle folder named ``tiny``: text, pictures (16 pixels wide) and sound in, `COLOURS` out, untrained."""
+    from mmagent import bundle, text
+    from mmagent.calibration import Calibration
+    from mmagent.config import resolve
+    from mmagent.model import MultimodalModel
+
+    config = resolve(tiny_recipe, {})
     encoder, tokenizer = text.load_encoder(str(tiny_backbone)), text.load_tokenizer(str(tiny_backbone))
     torch.manual_seed(0)
     model = MultimodalModel(config.model, len(COLOURS), encoder.width, None)

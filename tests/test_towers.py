@@ -1,0 +1,98 @@
+"""The towers: shapes, and that a picture or a sound is seen the same whatever lies beside it in the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmagent.config import AudioTowerConfig, ImageTowerConfig
+from mmagent.towers import AudioTower, Block, ImageTower
+
+
+def image_tower(**settings: int) -> ImageTower:
+    torch.manual_seed(0)
+    return ImageTower(ImageTowerConfig(**{"width": 32, "layers": 1, "tokens": 4, "size": 16, **settings})).eval()
+
+
+@pytest.fixture
+def audio_tower() -> AudioTower:
+    torch.manual_seed(0)
+    return AudioTower(AudioTowerConfig(width=32, layers=2, tokens=5, mels=24)).eval()  # type: ignore[call-arg]
+
+
+def sounds(*frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sounds of these lengths, padded with zeros as `Inputs.batch` does."""
+    out = torch.zeros(len(frames), max(frames) + -max(frames) % 16, 24)
+    for index, length in enumerate(frames):
+        torch.manual_seed(length)
+        out[index, :length] = torch.randn(length, 24)
+    return out, torch.tensor(frames)
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(64, 16), (16, 4), (30, 9), (8, 1), (8, 64), (224, 49), (20, 100)])
+def test_a_picture_becomes_so_many_tokens(size: int, tokens: int) -> None:
+    tower = image_tower(size=size, tokens=tokens)
+    assert tower(torch.rand(2, 3, size, size)).shape == (2, tokens, 32)
+
+
+@pytest.mark.parametrize("tokens", [2, 12, 50])
+def test_tokens_that_make_no_square_are_refused(tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"model.image.tokens={tokens} is no square number"):
+        image_tower(tokens=tokens)
+
+
+def test_each_picture_is_seen_alone() -> None:
+    tower, pictures = image_tower(), torch.rand(3, 3, 16, 16)
+    together = tower(pictures)
+    for index in range(3):
+        torch.testing.assert_close(tower(pictures[index : index + 1]), together[index : index + 1])
+
+
+def test_where_something_lies_is_seen() -> None:
+    tower, picture = image_tower(), torch.rand(1, 3, 16, 16)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(tower.places)
+    assert not torch.allclose(tower(picture).mean(1), tower(picture.flip(-1)).mean(1), atol=1e-3)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8, 9, 100, 1000])
+def test_a_sound_becomes_so_many_tokens(audio_tower: AudioTower, frames: int) -> None:
+    tokens = audio_tower(*sounds(frames))
+    assert tokens.shape == (1, 5, 32)
+    assert tokens.isfinite().all()
+
+
+def test_a_stand_in_without_a_frame_gives_numbers(audio_tower: AudioTower) -> None:
+    assert audio_tower(torch.zeros(1, 16, 24), torch.tensor([0])).isfinite().all()
+
+
+@pytest.mark.parametrize("frames", [3, 50, 64, 100])
+def test_each_sound_is_heard_alone(audio_tower: AudioTower, frames: int) -> None:
+    """The padding up to the longest sound of a batch is not heard: an answer does not depend on its neighbours."""
+    alone = audio_tower(*sounds(frames))
+    beside = audio_tower(*sounds(frames, 400))
+    torch.testing.assert_close(beside[:1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_when_something_sounds_is_heard(audio_tower: AudioTower) -> None:
+    frames, lengths = sounds(96)
+    assert not torch.allclose(audio_tower(frames, lengths), audio_tower(frames.flip(1), lengths), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_every_parameter_learns(kind: str, audio_tower: AudioTower) -> None:
+    tower: torch.nn.Module = image_tower() if kind == "image" else audio_tower
+    out = tower(torch.rand(2, 3, 16, 16)) if kind == "image" else tower(*sounds(40, 90))
+    (out * torch.randn_like(out)).sum().backward()
+    silent = [name for name, p in tower.named_parameters() if p.grad is None or not p.grad.any()]
+    # A bias of all keys alike shifts a softmax by a constant; nothing can come of it.
+    assert [name for name in silent if not name.endswith("key.bias")] == []
+
+
+def test_a_masked_token_is_not_attended_to() -> None:
+    torch.manual_seed(0)
+    block, x = Block(32, 4, 0.5).eval(), torch.randn(2, 6, 32)
+    keep = torch.tensor([[True] * 4 + [False] * 2] * 2)
+    changed = torch.where(keep[..., None], x, torch.full_like(x, 9.0))
+    torch.testing.assert_close(block(x, keep)[:, :4], block(changed, keep)[:, :4])
+    torch.testing.assert_close(block(x, keep)[:, :4], block(x[:, :4], keep[:, :4]))
