@@ -6,14 +6,19 @@ import argparse
 import difflib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the module's docstring as manual. Errors end the command with status 2 and one message."""
+    """argparse with the module's docstring as manual. Errors end the command with status 2 and one message.
 
-    def __init__(self, prog: str, manual: str | None, **settings: Any) -> None:
+    Args:
+        keys: dotted keys that the command takes as ``key.path=value``: who writes one as a flag is told.
+    """
+
+    def __init__(self, prog: str, manual: str | None, *, keys: Iterable[str] = (), **settings: Any) -> None:
+        self._keys = {key.rpartition(".")[2]: key for key in keys}
         super().__init__(
             prog=f"python -m {prog}",
             description=inspect.cleandoc(manual or ""),
@@ -28,9 +33,14 @@ class Parser(argparse.ArgumentParser):
         for item in given[: given.index("--")] if "--" in given else given:
             flag = item.partition("=")[0]
             if item.startswith("--") and flag not in flags:
-                near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.0)
-                self.error(f"unknown flag {flag}: did you mean {near[0]}? --help lists all")
+                self.error(f"unknown flag {flag}: did you mean {self._nearest(flag, flags)}? --help lists all")
         return super().parse_args(given, namespace)
+
+    def _nearest(self, flag: str, flags: Sequence[str]) -> str:
+        word = flag.removeprefix("--").replace("-", "_")
+        if word in self._keys or word in self._keys.values():
+            return f"{self._keys.get(word, word)}=VALUE"
+        return difflib.get_close_matches(flag, flags, n=1, cutoff=0.0)[0]
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)

@@ -83,7 +83,7 @@ class TorchEngine:
         return out
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
+        (loss / self._accumulation).backward()
 
     def step(self) -> None:
         self._seen += 1
@@ -146,7 +146,8 @@ class ZeroEngine:
     def state(self) -> dict[str, Tensor]:
         import deepspeed
 
-        out = {key: value.detach().cpu() for key, value in self.model.named_buffers()}
+        saved = self.model.state_dict().keys()  # a buffer that is made anew with the model is none of its weights
+        out = {key: value.detach().cpu() for key, value in self.model.named_buffers() if key in saved}
         for name, parameter in self.model.named_parameters():
             # One parameter at a time: no rank ever holds the model twice.
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -168,7 +169,8 @@ def zero_config(config: Config) -> dict[str, Any]:
         "gradient_accumulation_steps": config.train.accumulation,
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": {"stage": config.zero.stage},
-        "bf16": {"enabled": use_bf16(config)},
+        # Autocast, as `TorchEngine` does: parameters stay in fp32, and a layer takes what it computes best in.
+        "torch_autocast": {"enabled": use_bf16(config), "dtype": "bfloat16"},
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": config.optim.lr, "betas": list(config.optim.betas), "torch_adam": True},
@@ -192,4 +194,8 @@ def _import_deepspeed() -> Any:
     with contextlib.redirect_stdout(None):
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed 0.19 compiles an op for all-reduce within one machine at every first start on a CPU, which only its
+    # inference calls. It wants a C++ compiler, and a worker that is killed meanwhile leaves a lock in
+    # ~/.cache/torch_extensions that all later ones wait for without end.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed

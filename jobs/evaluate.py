@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         dataset = Dataset.open(_data(options.data))
+        _check(bundles.load(options.bundle), dataset, options.split)  # before Ray is looked for: that takes a while
         cluster.connect()
         out = storage.resolve(options.out)
         result = evaluate(

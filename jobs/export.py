@@ -29,7 +29,7 @@ def export(
     weights: dict[str, Tensor],
     encoder: TextEncoder,
     tokenizer: Any,
-    answers: tuple[np.ndarray, np.ndarray, Sequence[str]],
+    answers: tuple[np.ndarray, np.ndarray, np.ndarray],
     golden_source: Sequence[Path],
     chosen: dict[str, Any],
 ) -> None:
@@ -45,7 +45,7 @@ def export(
     if trained:
         encoder.load_state_dict(trained)
     logits, labels, kinds = answers
-    fitted = calibration.fit(logits, labels, kinds)
+    fitted = calibration.fit(logits, labels, kinds.tolist())
     origin = {"run": plan.folder.name, "data": plan.data, "checkpoint": chosen}
     bundle.save(
         path,

@@ -6,11 +6,12 @@ the step and the sample, so that a run that was stopped and goes on does what it
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ STOP_FILE = "stop"  # in the run's folder: the loop saves and ends at the next s
 _LOG_EVERY_S = 5.0
 
 
+class BadRowsError(ValueError):
+    """More rows that cannot be read than the config allows; names the last."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What every rank knows before the first step."""
@@ -60,7 +65,7 @@ class State:
     """Where the loop stands; all of it is in every checkpoint."""
 
     step: int = 0
-    position: Position = Position()
+    position: Position = field(default_factory=Position)
     score: float = -1.0  # of the last validation
     best_score: float = -1.0
     best_step: int = 0
@@ -74,7 +79,7 @@ def train(group: Group, plan: Plan) -> None:
     Raises:
         CheckpointError: a checkpoint could not be written.
         FloatingPointError: the loss is no number.
-        RuntimeError: more bad rows than `data.max_bad_share` allows.
+        BadRowsError: more bad rows than `data.max_bad_share` allows.
     """
     # -- set up ------------------------------------------------------------------------------------------------
     config = plan.config
@@ -120,7 +125,7 @@ def train(group: Group, plan: Plan) -> None:
         stopping, logging, bad_rows = group.sum([float(stop), float(log_due), float(bad)])
         state.bad_rows += int(bad_rows)
         if state.bad_rows > plan.max_bad_rows:
-            raise RuntimeError(
+            raise BadRowsError(
                 f"{state.bad_rows} rows could not be read, more than data.max_bad_share={config.data.max_bad_share} "
                 f"of the split allows ({plan.max_bad_rows}); the last: {batches.last_error}"
             )
@@ -268,15 +273,14 @@ class Feed:
                 if self._closed:
                     return
             self._put(RuntimeError("the stream ended before the last step"))
-        except BaseException as error:  # goes to the loop, which raises it
+        except BaseException as error:  # noqa: BLE001  goes to the loop, which raises it
             self._put(error)
 
     def _put(self, item: Any) -> None:
         while not self._closed:
-            try:
-                return self._queue.put(item, timeout=1.0)
-            except queue.Full:
-                continue
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=1.0)
+                return
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from jobs import stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, train
 from mmagent import bundle as bundles
-from mmagent import storage
+from mmagent import storage, text
 from mmagent.config import Config, resolve
 from mmagent.order import Position
 from mmagent.shards import Dataset
@@ -50,7 +50,7 @@ class Run:
         return self.plan.bundle is not None and (self.plan.bundle / bundles.MANIFEST).is_file()
 
     def resumed_step(self) -> int:
-        found = Checkpoints(self.folder / "checkpoints", rank=0, barrier=bool, keep_last=1).latest()
+        found = _checkpoints(self.folder).latest()
         return found.step if found else 0
 
     def at_its_end(self) -> Run:
@@ -61,7 +61,7 @@ class Run:
         """Trains to the end and exports, or until asked to stop; whether it came to the end.
 
         Raises:
-            TrainingFailedError: see `jobs.workers.run`.
+            WorkersFailed: see `jobs.workers.run`.
         """
         (self.folder / STOP_FILE).unlink(missing_ok=True)
         workers.run(
@@ -94,6 +94,7 @@ def prepare(
     """
     dataset = Dataset.open(storage.folder("data", config.data.name))
     _check_splits(dataset)
+    text.check(config.model.backbone)
     _check_config(config, folder)
     window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share)
@@ -137,6 +138,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _checkpoints(folder: Path) -> Checkpoints:
+    """Those of a run, to read."""
+    return Checkpoints(folder / "checkpoints", rank=0, barrier=bool, keep_last=1)
+
+
 def _streams(plan: Plan, dataset: Dataset) -> dict[str, Callable[[], Any]]:
     return {
         "train": functools.partial(_training, plan),
@@ -146,7 +152,7 @@ def _streams(plan: Plan, dataset: Dataset) -> dict[str, Callable[[], Any]]:
 
 def _training(plan: Plan) -> Any:
     """The stream from where the newest checkpoint stands: made anew whenever workers start."""
-    found = Checkpoints(plan.folder / "checkpoints", rank=0, barrier=bool, keep_last=1).latest()
+    found = _checkpoints(plan.folder).latest()
     position = Position(**found.loop["position"]) if found else Position()
     steps = plan.total_steps - (found.step if found else 0)
     return stream.training_stream(plan.order, stream.layout_of(plan.config), position, max(1, steps))
@@ -182,9 +188,11 @@ def _check_splits(dataset: Dataset) -> None:
 
 
 def _check_config(config: Config, folder: Path) -> None:
-    """A run that exists goes on only with the config it began with: else its curve would belong to two."""
+    """A run that has a checkpoint or a bundle goes on only with the config it began with: else its curve would belong to
+    two."""
     file = folder / CONFIG_FILE
-    if file.exists():
+    began = _checkpoints(folder).latest() or (folder / "bundle" / bundles.MANIFEST).exists()
+    if file.exists() and began:
         before = resolve(yaml.safe_load(file.read_text()), {})
         if before != config:
             changed = _differences(before.model_dump(mode="json"), config.model_dump(mode="json"))

@@ -1,11 +1,11 @@
 """Searches learning rate, dropout, freezing strategy, or any other key of a recipe, and exports the winner.
 
-    python -m jobs.search --config jobs/recipes/easy_vqa.yaml --space jobs/recipes/easy_vqa_space.yaml --name demo_search
-    ray job submit --working-dir . -- python -m jobs.search --config RECIPE --space SPACE --name NAME
+    python -m jobs.search --config RECIPE.yaml --space SPACE.yaml --name NAME
+    ray job submit --working-dir . -- python -m jobs.search --config RECIPE.yaml --space SPACE.yaml --name NAME
 
-A trial is a training under Ray Train with some keys of the recipe replaced; Ray Tune draws them from the space, and ASHA
-stops those that fall behind. The recipe's own values are always the first trial. What is written, in ROOT/search/NAME:
-trials.json, winner.json, trials/ID (a run folder each) and the winner's bundle/.
+A trial is a training under Ray Train with some keys of the recipe replaced; Ray Tune draws them from the space, and
+ASHA stops those that fall behind. The recipe's own values are always the first trial. What is written, in
+ROOT/search/NAME: trials.json, winner.json, trials/ID (a run folder each) and the winner's bundle/.
 
 A space is a YAML file:
 
@@ -20,6 +20,7 @@ A space is a YAML file:
 
 from __future__ import annotations
 
+import difflib
 import sys
 import time
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ class Space(BaseModel):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("jobs.search", __doc__)
+    parser = Parser("jobs.search", __doc__, keys=configs.keys())
     parser.add_argument("--config", required=True, type=Path, help="the recipe")
     parser.add_argument("--space", required=True, type=Path, help="the search space")
     parser.add_argument("--name", required=True, help="the search's name")
@@ -140,13 +141,28 @@ def load_space(file: Path) -> Space:
         space = Space.model_validate(yaml.safe_load(Path(file).read_text()))
     except OSError as error:
         raise ConfigError(f"cannot read the search space {file}: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValidationError) as error:
-        raise ConfigError(f"the search space {file} cannot be used: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the search space {file} is not YAML: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"the search space {file}: {_explain(error.errors()[0])}") from error
     known = configs.keys()
     for key in (*space.set, *space.space):
         if key not in known:
             raise ConfigError(f"the search space {file}: {configs.unknown(key)}")
     return space
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, Space.model_fields, n=1, cutoff=0.0)[0]
+        return f"unknown key {key!r}: did you mean {near!r}? There are {', '.join(Space.model_fields)}"
+    if item["type"] == "missing":
+        example = "{optim.lr: {loguniform: [1.0e-4, 1.0e-2]}}"
+        return f"{key} is missing: {Space.model_fields[key].description}, e.g. {example}"
+    if not key:
+        return f"it holds {type(item['input']).__name__}, but a map with trials and space is wanted (see --help)"
+    return f"{key}: got {item['input']!r:.80}, but {item['msg']}"
 
 
 def _value(config: Config, dotted: str) -> Any:

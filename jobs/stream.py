@@ -160,8 +160,7 @@ def apply(
         num_cpus=0.5,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )
-    for table in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        yield table
+    yield from answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 
 def _read_group(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:

@@ -37,7 +37,7 @@ EXIT_STOPPED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("jobs.train", __doc__, epilog=_all_keys())
+    parser = Parser("jobs.train", __doc__, keys=configs.keys(), epilog=_all_keys())
     parser.add_argument("--config", required=True, type=Path, help="the recipe: a YAML file of sections")
     parser.add_argument("--name", required=True, help="the run's name; given again, the run goes on")
     parser.add_argument("--no-evaluate", action="store_true", help="leave out the test split and the report")
@@ -98,14 +98,14 @@ def _fit(work: Any) -> bool:
     """Trains in a thread, so that this one can hear signals and show progress.
 
     Raises:
-        TrainingFailedError: as `Run.fit`.
+        WorkersFailed: as `Run.fit`.
     """
     result: dict[str, Any] = {}
 
     def fit() -> None:
         try:
             result["done"] = work.fit()
-        except BaseException as error:  # raised again below, in the main thread
+        except BaseException as error:  # noqa: BLE001  raised again below, in the main thread
             result["error"] = error
 
     def ask_to_stop(number: int, _: FrameType | None) -> None:
@@ -153,7 +153,8 @@ class Follower:
             )
             clear = "\r\x1b[K" if self._terminal else ""
             print(
-                f"{clear}step {row['step']}: validation accuracy {row['accuracy']:.2%} ({parts}), loss {row['loss']:.4f}",
+                f"{clear}step {row['step']}: validation accuracy {row['accuracy']:.2%} ({parts}), "
+                f"loss {row['loss']:.4f}",
                 flush=True,
             )
             return
@@ -225,9 +226,9 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     ]  # fmt: skip
     if "jobs.run" in sys.modules:
         from jobs.run import RunError
-        from jobs.workers import TrainingFailedError
+        from jobs.workers import WorkersFailed
 
-        known += [RunError, TrainingFailedError, BundleError, EvaluationError]
+        known += [RunError, WorkersFailed, BundleError, EvaluationError]
     return tuple(known)
 
 

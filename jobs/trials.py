@@ -42,7 +42,12 @@ def distribution(key: str, spec: Any) -> Any:
     Raises:
         SpaceError: anything else.
     """
-    kinds = {"loguniform": tune.loguniform, "uniform": tune.uniform, "randint": tune.randint, "choice": tune.choice}
+    kinds: dict[str, Any] = {
+        "loguniform": tune.loguniform,
+        "uniform": tune.uniform,
+        "randint": tune.randint,
+        "choice": tune.choice,
+    }
     if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in kinds:
         raise SpaceError(f"{key}: got {spec!r}, but one of {{{', '.join(kinds)}: [...]}} is wanted")
     kind, values = next(iter(spec.items()))
@@ -103,7 +108,8 @@ def run(
         ),
         run_config=RunConfig(name="tune", storage_path=str(folder), verbose=0, callbacks=[_Teller(tell)]),
     )
-    results = tuner.fit()
+    grid = tuner.fit()
+    results = [grid[index] for index in range(len(grid))]
     return [
         Trial(
             id=Path(result.path).name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,19 @@ import torch
 import torch.distributed as dist
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from jobs import stream
 from mmagent.config import Config
 
-__all__ = ["Group", "TrainingFailedError", "run"]
+__all__ = ["Group", "WorkersFailed", "run"]
 
 # Ray Train would move a worker into a folder of its own; paths are absolute, and nothing is written there.
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+
+
+class WorkersFailed(RuntimeError):
+    """The training workers failed; the message is theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Group:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         total = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(total)
-        return total.tolist()  # type: ignore[no-any-return]
+        return total.tolist()
 
     def all(self, mine: bool) -> bool:
         return self.sum([float(not mine)])[0] == 0
@@ -74,7 +78,7 @@ def run(
     work: Callable[[Group], None],
     config: Config,
     folder: Path,
-    streams: dict[str, Callable[[], Any]],
+    streams: Mapping[str, Callable[[], Any]],
     callbacks: list[Any] | None = None,
 ) -> None:
     """Runs `work` in every worker of a group, again from the start where workers fail (`cluster.max_failures`).
@@ -84,7 +88,7 @@ def run(
         streams: by name, what makes a stream; called anew whenever the group starts.
 
     Raises:
-        TrainingFailedError: the workers failed more often than allowed; its cause is the first worker's error.
+        WorkersFailed: they failed more often than `cluster.max_failures` allows.
     """
     cpus = _cpus_of_a_worker(config)
     trainer = TorchTrainer(
@@ -96,7 +100,7 @@ def run(
             resources_per_worker=_resources(config, cpus),
         ),
         torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
-        datasets=streams,
+        datasets=dict(streams),
         dataset_config=_InTurn(cpus * config.cluster.workers),
         run_config=RunConfig(
             name="train",
@@ -105,7 +109,23 @@ def run(
             callbacks=callbacks or [],
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise WorkersFailed(_last_words(error)) from error
+
+
+def _last_words(error: TrainingFailedError) -> str:
+    """What the workers said. An error of this project explains itself; of any other the traceback is wanted too."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    if causes and all(_explains_itself(cause) for cause in causes):
+        return "\n".join(dict.fromkeys(str(cause) for cause in causes))
+    return str(error)
+
+
+def _explains_itself(error: BaseException) -> bool:
+    return isinstance(error, FloatingPointError) or type(error).__module__.startswith(("jobs.", "mmagent."))
 
 
 def _entry(spec: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ class Inputs:
                 if tower is None:
                     raise PartError(f"this model takes no {kind}", f"{kind}[{index}]")
                 with _named(f"{kind}[{index}]"):
-                    look(media.read(), self.data.media)  # type: ignore[operator]
+                    look(media.read(), self.data.media)
 
     def sample(self, record: Record, ids: np.ndarray | None = None) -> Sample:
         """Decodes a record; `ids` saves tokenising where a stream did it before.
@@ -297,7 +297,7 @@ class _Cache:
 
     def get(self, data: bytes, decode: Any) -> np.ndarray:
         if not self._max_bytes:
-            return decode()  # type: ignore[no-any-return]
+            return decode()
         key = hashlib.blake2b(data, digest_size=16).digest()
         with self._lock:
             if key in self._kept:
@@ -310,4 +310,4 @@ class _Cache:
                 self._bytes += value.nbytes
             while self._bytes > self._max_bytes:
                 self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        return value  # type: ignore[no-any-return]
+        return value

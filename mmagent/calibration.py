@@ -28,18 +28,18 @@ class Calibration(BaseModel):
 
 
 def fit(logits: np.ndarray, labels: np.ndarray, modalities: Sequence[str]) -> Calibration:
-    """The calibration that makes the validation labels likeliest. logits (n, labels), labels (n,) with -100 for none."""
+    """The calibration that makes the validation labels likeliest: logits (n, labels), labels (n,), -100 for none."""
     known = labels >= 0
     logits, labels = logits[known].astype(np.float64), labels[known]
     keys = np.asarray(modalities)[known]
     if not len(labels):
-        return Calibration()  # type: ignore[call-arg]
+        return Calibration()
     parts = {}
     for key in sorted(set(keys.tolist())):
         rows = keys == key
         if rows.sum() >= MIN_ROWS:
             parts[key] = temperature(logits[rows], labels[rows])
-    return Calibration(temperature=temperature(logits, labels), by_modalities=parts)  # type: ignore[call-arg]
+    return Calibration(temperature=temperature(logits, labels), by_modalities=parts)
 
 
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:

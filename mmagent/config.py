@@ -141,12 +141,12 @@ class Config(_Section):
     seed: int = Field(0, ge=0, description="of the order of samples, augmentation, initial weights and bootstrap")
     data: DataConfig
     model: ModelConfig
-    augment: AugmentConfig = AugmentConfig()  # type: ignore[call-arg]
-    freeze: FreezeConfig = FreezeConfig()  # type: ignore[call-arg]
-    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
-    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
-    cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
-    zero: ZeroConfig = ZeroConfig()  # type: ignore[call-arg]
+    augment: AugmentConfig = AugmentConfig()
+    freeze: FreezeConfig = FreezeConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    zero: ZeroConfig = ZeroConfig()
 
     @property
     def global_batch(self) -> int:

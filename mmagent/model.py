@@ -45,7 +45,7 @@ class Join(nn.Module):
         x, keep = _pack(x, keep)
         for block in self.blocks:
             x = block(x, keep)
-        return self.norm(x[:, 0])  # type: ignore[no-any-return]
+        return self.norm(x[:, 0])
 
 
 MAX_SLOTS = 16  # pictures, and sounds, of one sample that keep their order; later ones share the last place
@@ -90,11 +90,13 @@ class MultimodalModel(nn.Module):
             speech = self.speech(self.audio_tower(batch["audios"], batch["audio_frames"]))
             out["speech"] = speech
             said = speech.mean(1)  # (sounds, text width)
-            asked = asked.index_add(0, batch["audio_row"], said * batch["audio_real"][:, None])
+            heard = (said * batch["audio_real"][:, None]).to(asked.dtype)  # autocast computes speech in bf16
+            asked = asked.index_add(0, batch["audio_row"], heard)
             tokens = torch.cat([join.sentence(said)[:, None] + join.kinds[0], join.text(speech) + join.kinds[3]], dim=1)
             parts.append(self._place(tokens, batch, "audio", size))
         if self.image_tower is not None:
-            assert join.image is not None and join.film is not None
+            assert join.image is not None
+            assert join.film is not None
             tokens = join.image(self.image_tower(batch["images"])) + join.kinds[2]
             placed, keep = self._place(tokens, batch, "image", size)
             scale, shift = join.film(asked)[:, None].chunk(2, dim=-1)

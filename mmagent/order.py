@@ -33,7 +33,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is left of a window: `pieces` hold its rows as stored, of which the first `skip` of the shuffled are done."""
+    """What is left of a window: `pieces` hold its rows as stored; the first `skip` of the shuffled are done."""
 
     epoch: int
     window: int

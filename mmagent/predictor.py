@@ -75,7 +75,7 @@ class Predictor:
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.name, self.config, self.labels = name, config, tuple(labels)
         self.manifest = dict(manifest or {})
-        self.calibration = calibration or Calibration()  # type: ignore[call-arg]
+        self.calibration = calibration or Calibration()
         self.device = torch.device(place)
         self.inputs = Inputs(config.model, config.data, tokenizer, labels)
         self._model = model.eval().requires_grad_(False).to(self.device)

@@ -6,9 +6,10 @@ lies inside an installed Python package. Nothing here knows a model by name.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,33 @@ def load_encoder(name: str, *, weights: bool = True) -> TextEncoder:
         config = AutoConfig.from_pretrained(place)
         if weights:
             # Parameters are made in one precision, whatever the file holds: the engine chooses how to compute.
-            model = AutoModel.from_pretrained(place, config=config, use_safetensors=True, dtype=torch.float32)
+            with _quietly():
+                model = AutoModel.from_pretrained(place, config=config, use_safetensors=True, dtype=torch.float32)
         else:
             model = AutoModel.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(_unloadable(name, place, error)) from error
     return TextEncoder(model.get_encoder() if config.is_encoder_decoder else model)
+
+
+def check(name: str) -> None:
+    """Looks at all of a checkpoint but its weights, so that what is missing is told before a worker starts.
+
+    Raises:
+        BackboneError: see `load_tokenizer` and `load_encoder`.
+    """
+    from transformers import AutoConfig
+
+    load_tokenizer(name)
+    place = locate(name)
+    try:
+        AutoConfig.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(_unloadable(name, place, error)) from error
+    if Path(place).is_dir() and not any(Path(place).glob("*.safetensors")):
+        raise BackboneError(
+            f"the model folder {place} has no weights: *.safetensors is wanted (model.save_pretrained writes it)"
+        )
 
 
 class TextEncoder(nn.Module):
@@ -116,12 +138,28 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask: (batch, tokens) -> states (batch, tokens, width)."""
-        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # type: ignore[no-any-return]
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
     def blocks(self) -> list[nn.Module]:
         """The layers, first to last: the longest `nn.ModuleList` of the model, which is what every family has."""
         lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
-        return list(max(lists, key=len)) if lists else []
+        return list(max(lists, key=lambda blocks: len(blocks))) if lists else []
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Transformers' progress bar, and its report that the pooler is missing: it is thrown away here."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def words(record: Record) -> str:

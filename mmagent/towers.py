@@ -61,6 +61,7 @@ class EdgeStem(nn.Module):
             for index in range(directions)
             for part in _gabor(x, y, math.pi * index / directions, scale)
         ]
+        self.filters: Tensor
         self.register_buffer("filters", torch.stack(filters)[:, None], persistent=False)
         self.channels = directions * len(scales) + 3
 
@@ -80,7 +81,10 @@ def _gabor(x: Tensor, y: Tensor, angle: float, scale: float) -> tuple[Tensor, Te
     along = x * math.cos(angle) + y * math.sin(angle)
     across = y * math.cos(angle) - x * math.sin(angle)
     envelope = torch.exp(-(along.square() + (0.6 * across).square()) / (2 * (1.2 * scale) ** 2))
-    real, imaginary = envelope * torch.cos(math.pi / 2 / scale * along), envelope * torch.sin(math.pi / 2 / scale * along)
+    real, imaginary = (
+        envelope * torch.cos(math.pi / 2 / scale * along),
+        envelope * torch.sin(math.pi / 2 / scale * along),
+    )
     real = real - envelope * (real.sum() / envelope.sum())
     return real / real.norm(), imaginary / imaginary.norm()
 
@@ -118,7 +122,7 @@ class ImageTower(nn.Module):
         keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         for block in self.blocks:
             x = block(x, keep)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)
 
 
 class AudioTower(nn.Module):
@@ -156,7 +160,7 @@ class AudioTower(nn.Module):
             _split(queries), _split(self.key(x)), _split(self.value(x)), attn_mask=keep[:, None, None, :]
         )
         tokens = queries + read.transpose(1, 2).flatten(2)
-        return self.norm_out(self.mix(tokens, torch.ones_like(tokens[..., 0], dtype=torch.bool)))  # type: ignore[no-any-return]
+        return self.norm_out(self.mix(tokens, torch.ones_like(tokens[..., 0], dtype=torch.bool)))
 
 
 def _split(x: Tensor, heads: int = 4) -> Tensor:

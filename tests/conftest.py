@@ -190,9 +190,7 @@ def make_dataset() -> Callable[..., Dataset]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(
-    tiny_backbone: Path, tiny_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tiny_bundle(tiny_backbone: Path, tiny_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle folder named ``tiny``: text, pictures (16 pixels wide) and sound in, `COLOURS` out, untrained."""
     from mmagent import bundle, text
     from mmagent.calibration import Calibration

@@ -143,9 +143,7 @@ def test_a_part_that_cannot_be_used_is_named(
 
 
 @pytest.mark.parametrize("step", ["check", "sample"])
-def test_a_model_without_a_tower_refuses_its_kind(
-    make_inputs: Make, make_png: Any, make_wav: Any, step: str
-) -> None:
+def test_a_model_without_a_tower_refuses_its_kind(make_inputs: Make, make_png: Any, make_wav: Any, step: str) -> None:
     for kind, data in (("image", make_png()), ("audio", make_wav())):
         inputs = make_inputs({f"model.{kind}": None})
         with pytest.raises(PartError, match="this model takes no") as error:

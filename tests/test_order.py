@@ -21,7 +21,9 @@ SHAPES = [
 
 
 def order_of(sizes: list[int], window: int, seed: int = 0) -> Order:
-    return Order([(f"part-{index // 2}", index % 2, rows) for index, rows in enumerate(sizes)], seed=seed, window_rows=window)
+    return Order(
+        [(f"part-{index // 2}", index % 2, rows) for index, rows in enumerate(sizes)], seed=seed, window_rows=window
+    )
 
 
 def rows_of(order: Order, part: Part) -> list[tuple[str, int, int]]:

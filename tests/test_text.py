@@ -42,9 +42,7 @@ def test_a_relative_name_is_a_folder_of_the_storage_root(storage: Path, tiny_bac
     assert text.locate("owner/model") == "owner/model"  # a hub id
 
 
-def test_a_folder_inside_a_python_package(
-    tmp_path: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_inside_a_python_package(tmp_path: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "brought_by_pip").mkdir()
     (tmp_path / "brought_by_pip" / "__init__.py").touch()
     shutil.copytree(tiny_backbone, tmp_path / "brought_by_pip" / "model")

@@ -53,7 +53,9 @@ def find(path: str) -> Path:
     place = storage.resolve(path)
     if not place.exists():
         here = Path(path).expanduser().absolute()
-        hint = f"; did you mean {here}? Relative paths are below the storage root" if here.exists() else ""
+        hint = f"; did you mean {here}?" if here.exists() and here != place else ""
+        if not Path(path).expanduser().is_absolute():
+            hint += " (a relative path is below the storage root)"
         raise SourceError(f"{place} does not exist{hint}")
     return place
 

@@ -8,12 +8,15 @@ from typing import Any
 
 from jobs.sources import GoodRow, SourceError
 
+_FEW_GROUPS = 50
+
 
 class Tally:
     def __init__(self) -> None:
         self.rows = 0
         self._counts: dict[str, Counter[str]] = {key: Counter() for key in ("tasks", "modalities", "forms", "labels")}
         self._first: dict[str, str] = {}  # label -> where it occurs first
+        self.groups: set[str] = set()  # as far as they are few, which is when they make a split empty
 
     def add(self, row: GoodRow) -> None:
         record = row.record
@@ -25,6 +28,8 @@ class Tally:
         self._counts["labels"][label] += 1
         if form := record.meta.get("form"):
             self._counts["forms"][form] += 1
+        if (group := record.meta.get("group")) and len(self.groups) < _FEW_GROUPS:
+            self.groups.add(group)
         if label not in self._first:
             self._first[label] = f"{row.file} row {row.number}"
 
@@ -45,7 +50,10 @@ def check(tallies: Mapping[str, Tally], cut: tuple[str, ...]) -> None:
     for split, tally in tallies.items():
         if not tally.rows:
             advice = "another --seed, a larger share, or more rows" if split in cut else f"rows with split={split}"
-            raise SourceError(f"the split {split} is empty (rows: {rows}); give {advice}")
+            groups = set().union(*(each.groups for each in tallies.values()))
+            why = f": rows of one group stay together, and there are {len(groups)} groups" if groups else ""
+            why = why if split in cut and len(groups) < _FEW_GROUPS else ""
+            raise SourceError(f"the split {split} is empty (rows: {rows}){why}; give {advice}")
     trained = set(tallies["train"].labels)
     for split, tally in tallies.items():
         for label in tally.labels:

@@ -1,0 +1,24 @@
+"""What a command says to a flag that it has not."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.arguments import Parser
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--sorce", "did you mean --source?"),
+        ("--max-steps", "did you mean train.max_steps=VALUE?"),
+        ("--train.max_steps=3", "did you mean train.max_steps=VALUE?"),
+    ],
+)
+def test_an_unknown_flag_names_what_was_meant(flag: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser("jobs.anything", "A manual.", keys=["train.max_steps", "optim.lr"])
+    parser.add_argument("--source")
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args([flag])
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
