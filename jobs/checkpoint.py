@@ -8,7 +8,6 @@ not what the marker says, is torn and passed over. A full disk costs the checkpo
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 from mmagent import storage
 
 MARKER = "marker.json"
+_FULL_BYTES = 1 << 20  # a disk with less room is full
 
 
 class CheckpointError(OSError):
@@ -58,14 +58,14 @@ class Checkpoints:
         """
         final = self._folder / f"step_{loop['step']:08d}"
         draft = self._folder / f".draft_{final.name}"
-        fault = ""
-        if self._rank == 0:
-            fault = _attempt(lambda: _fresh(draft))
-        fault = self._agree(fault)
-        fault = self._agree(_attempt(lambda: write(draft)))
-        if self._rank == 0:
-            fault = _attempt(lambda: self._seal(draft, final, loop))
-        self._agree(fault)
+        try:
+            self._agree(self._attempt(lambda: _fresh(draft)) if self._rank == 0 else "")
+            self._agree(self._attempt(lambda: write(draft)))
+            self._agree(self._attempt(lambda: self._seal(draft, final, loop)) if self._rank == 0 else "")
+        except CheckpointError:
+            if self._rank == 0:
+                shutil.rmtree(draft, ignore_errors=True)  # what is left of it would keep the disk full
+            raise
         return final
 
     def latest(self) -> Checkpoint | None:
@@ -80,13 +80,21 @@ class Checkpoints:
         found = [checkpoint for path in sorted(self._folder.glob("step_*")) if (checkpoint := _read(path))]
         return max(found, key=lambda checkpoint: (checkpoint.loop["score"], checkpoint.step), default=None)
 
-    def _agree(self, fault: str) -> str:
+    def _agree(self, fault: str) -> None:
         if not self._barrier(not fault):
             kept = self.latest()
             usable = f"the last good checkpoint is {kept.path}" if kept else "there is no earlier checkpoint"
             what = fault or "another rank could not write its part"
             raise CheckpointError(f"cannot write a checkpoint into {self._folder}: {what}; {usable}")
-        return fault
+
+    def _attempt(self, action: Callable[[], None]) -> str:
+        """Runs it; what went wrong in words, or nothing. torch reports a full disk as a RuntimeError of other words."""
+        try:
+            action()
+        except (OSError, RuntimeError) as error:
+            full = shutil.disk_usage(self._folder.parent).free < _FULL_BYTES
+            return f"the disk is full ({error})" if full else str(error)
+        return ""
 
     def _seal(self, draft: Path, final: Path, loop: Mapping[str, Any]) -> None:
         storage.publish_json(draft / "loop.json", dict(loop))
@@ -116,16 +124,6 @@ def _read(path: Path) -> Checkpoint | None:
 def _fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _attempt(action: Callable[[], None]) -> str:
-    """Runs it; what went wrong in words, or nothing. torch reports a full disk as a RuntimeError."""
-    try:
-        action()
-    except (OSError, RuntimeError) as error:
-        number = getattr(error, "errno", None)
-        return "the disk is full" if number == errno.ENOSPC else str(error)
-    return ""
 
 
 def _sha256(file: Path) -> str:

@@ -105,7 +105,7 @@ def train(group: Group, plan: Plan) -> None:
     # -- train -------------------------------------------------------------------------------------------------
     meter = Meter()
     feed = Feed(batches.steps(group.blocks("train")))
-    done = state.step >= plan.total_steps
+    done, stopping = state.step >= plan.total_steps, 0.0
     while not done:
         micros, bad = feed.next(meter)
         torch.manual_seed(step_seed(config.seed, state.step, group.rank))
@@ -146,7 +146,8 @@ def train(group: Group, plan: Plan) -> None:
             note(state, score)
             log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **metrics})
         if due or stopping:
-            checkpoints.save(engine.save, state_dict(state))
+            # Only what was validated just now may be taken for the best.
+            checkpoints.save(engine.save, state_dict(state if due else replace(state, score=-1.0)))
             meter.restart()
         if due:
             group.report({"step": float(state.step), "score": state.score, "best_score": state.best_score, **metrics})
@@ -155,7 +156,7 @@ def train(group: Group, plan: Plan) -> None:
     feed.close()
 
     # -- export ------------------------------------------------------------------------------------------------
-    if plan.bundle is None or (plan.folder / STOP_FILE).exists():
+    if plan.bundle is None or stopping:  # what rank 0 saw, not the file: all ranks must go the same way
         return
     best = checkpoints.best()
     assert best is not None, "the last step always saves a checkpoint"
@@ -184,7 +185,8 @@ def loss_of(out: Batch, batch: Batch, config: Config) -> torch.Tensor:
     if "transcript_states" in batch:
         assert config.model.audio is not None
         real = (batch["audio_real"] & (batch["weight"][batch["audio_row"]] > 0)).to(loss.dtype)
-        taught = align_loss(out["speech"], batch["transcript_states"], batch["transcript_mask"], real, size)
+        words = batch["transcript_states"], batch["transcript_ids"], batch["transcript_mask"]
+        taught = align_loss(out["speech"], *words, real, size)
         loss = loss + config.model.audio.align * taught
     return loss
 

@@ -9,6 +9,7 @@ whatever the timing. A short last batch is filled up with rows of weight 0. Medi
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def apply(
     files = [str(file) for file in dataset.shard_files(split)]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan, its log files, its missing progress bars
     pieces = [
         (file, group) for file in files for group in range(pq.read_metadata(file).num_row_groups)
     ]  # a row group is a task: small enough to spread, large enough to be worth it

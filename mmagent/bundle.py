@@ -119,7 +119,10 @@ def load(path: str | Path) -> Bundle:
         BundleError: no bundle there, another format version, a file missing or changed.
     """
     folder = find(path)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except ValueError as error:
+        raise BundleError(f"the bundle {folder} is damaged: {MANIFEST} cannot be read; copy it again") from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise BundleError(
             f"the bundle {folder} has format version {manifest.get('format_version')}, this mmagent reads "

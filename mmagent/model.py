@@ -48,6 +48,7 @@ class Join(nn.Module):
         return self.norm(x[:, 0])
 
 
+_TEMPERATURE = 0.1  # of the contrast between speeches
 MAX_SLOTS = 16  # pictures, and sounds, of one sample that keep their order; later ones share the last place
 
 
@@ -128,20 +129,29 @@ def classify_loss(logits: Tensor, labels: Tensor, weights: Tensor, size: int, sm
     return (each * weights).sum() / size
 
 
-def align_loss(speech: Tensor, states: Tensor, mask: Tensor, real: Tensor, size: int) -> Tensor:
-    """Draws the n-th speech token to the language model's state of the n-th token of the words spoken, and their
-    means together: one minus the cosine, plus the mean squared difference. A teacher for a tower that starts from
-    scratch, after SpeechBERT-like distillation (cf. arXiv:2010.11123).
+def align_loss(speech: Tensor, states: Tensor, ids: Tensor, mask: Tensor, real: Tensor, size: int) -> Tensor:
+    """Teaches an audio tower the language model's states of the words spoken: each speech token is drawn to the state
+    of the token in its place (one minus the cosine), and the whole of a speech to its own words more than to those of
+    the batch's other speeches (InfoNCE, arXiv:1807.03748), measured from their mean, since sentences of one form
+    differ in a word or two.
 
-    speech (sounds, n, width), states (sounds, tokens, width), mask (sounds, tokens), real (sounds,).
+    speech (sounds, n, width), states (sounds, tokens, width), ids and mask (sounds, tokens), real (sounds,).
     """
     count = min(speech.shape[1], states.shape[1])
-    taken, wanted, keep = speech[:, :count], states[:, :count], mask[:, :count] * real[:, None]
-    token = (1 - F.cosine_similarity(taken, wanted, dim=-1)) + F.mse_loss(taken, wanted, reduction="none").mean(-1)
-    token = (token * keep).sum(1) / keep.sum(1).clamp(min=1)
-    whole = 1 - F.cosine_similarity(speech.mean(1), _mean(states, mask.bool()), dim=-1)
-    has_words = (keep.sum(1) > 0).to(speech.dtype)
-    return ((token + whole) * has_words).sum() / size
+    keep = mask[:, :count] * real[:, None].to(mask.dtype)  # (sounds, count)
+    taken, wanted = speech[:, :count].float(), states[:, :count].float()
+    known = (keep.sum(1) > 0).to(taken.dtype)  # (sounds,)
+    place = ((1 - F.cosine_similarity(taken, wanted, dim=-1)) * keep).sum(1) / keep.sum(1).clamp(min=1)
+
+    middle = (wanted * known[:, None, None]).sum(0) / known.sum().clamp(min=1)  # (count, width)
+    said = F.normalize((taken - middle).flatten(1), dim=1)
+    meant = F.normalize(((wanted - middle) * keep[..., None]).flatten(1), dim=1)
+    alike = said @ meant.T / _TEMPERATURE  # (sounds, sounds)
+    alike = alike.masked_fill(known[None] == 0, torch.finfo(alike.dtype).min)
+    same = (ids[:, None] == ids[None]).all(-1) & (known[None] > 0)
+    own = alike.masked_fill(~same, torch.finfo(alike.dtype).min)
+    contrast = alike.logsumexp(1) - own.logsumexp(1)
+    return ((place + contrast) * known).sum() / size
 
 
 def _pack(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

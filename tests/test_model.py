@@ -211,21 +211,40 @@ def test_the_loss_by_hand() -> None:
 def test_speech_that_says_the_words_costs_nothing() -> None:
     states = torch.randn(2, 4, 8)
     mask, real = torch.ones(2, 4), torch.ones(2)
-    assert float(align_loss(states, states, mask, real, 2)) == pytest.approx(0, abs=1e-5)
-    assert float(align_loss(states + 1, states, mask, real, 2)) > 0.1
+    assert float(align_loss(states, states, _ids(2, 4), mask, real, 2)) == pytest.approx(0, abs=1e-5)
+    assert float(align_loss(states + 1, states, _ids(2, 4), mask, real, 2)) > 0.1
+
+
+def test_speech_that_says_another_s_words_costs_more_than_one_that_says_none() -> None:
+    states, mask, real = torch.randn(2, 4, 8), torch.ones(2, 4), torch.ones(2)
+    swapped = float(align_loss(states.flip(0), states, _ids(2, 4), mask, real, 2))
+    blurred = float(align_loss(states.mean(0, keepdim=True).expand(2, -1, -1), states, _ids(2, 4), mask, real, 2))
+    assert swapped > blurred > 0
+
+
+def test_the_same_words_said_twice_are_no_rivals() -> None:
+    states, mask, real = torch.randn(1, 4, 8).expand(2, -1, -1), torch.ones(2, 4), torch.ones(2)
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    assert float(align_loss(states, states, ids, mask, real, 2)) == pytest.approx(0, abs=1e-5)
 
 
 def test_only_real_speech_with_known_words_is_taught() -> None:
     speech, states = torch.randn(3, 4, 8, requires_grad=True), torch.randn(3, 6, 8)
     mask = torch.tensor([[1.0] * 6, [0.0] * 6, [1.0] * 6])
-    loss = align_loss(speech, states, mask, torch.tensor([1.0, 1.0, 0.0]), 3)
+    loss = align_loss(speech, states, _ids(3, 6), mask, torch.tensor([1.0, 1.0, 0.0]), 3)
     [gradient] = torch.autograd.grad(loss, speech)
     assert [bool(row.any()) for row in gradient] == [True, False, False]
-    alone = align_loss(speech[:1], states[:1], mask[:1], torch.ones(1), 3)
+    alone = align_loss(speech[:1], states[:1], _ids(1, 6), mask[:1], torch.ones(1), 3)
     torch.testing.assert_close(loss, alone)
 
 
 def test_fewer_words_than_speech_tokens_and_more() -> None:
     for tokens in (1, 4, 20):
-        loss = align_loss(torch.randn(2, 4, 8), torch.randn(2, tokens, 8), torch.ones(2, tokens), torch.ones(2), 2)
+        said, states, mask = torch.randn(2, 4, 8), torch.randn(2, tokens, 8), torch.ones(2, tokens)
+        loss = align_loss(said, states, _ids(2, tokens), mask, torch.ones(2), 2)
         assert loss.isfinite()
+
+
+def _ids(sounds: int, tokens: int) -> torch.Tensor:
+    """Token ids of sentences that all differ: (sounds, tokens)."""
+    return torch.arange(sounds)[:, None].expand(sounds, tokens)
