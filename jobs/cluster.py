@@ -187,7 +187,7 @@ def start(
         command.append(f"--object-store-memory={object_store_bytes}")
     words, failed = "", True
     try:
-        words, failed = _run(command, _environment(cluster_id, temp_dir, env or {}))
+        words, failed = _run(command, _environment(cluster_id, temp_dir, env or {}), temp_dir)
     finally:
         found = tuple(Process.of(process) for process in marked(cluster_id))
         cluster = Cluster(
@@ -236,12 +236,17 @@ def ray_command() -> Path:
     return Path(found)
 
 
-def _run(command: list[str], env: Mapping[str, str]) -> tuple[str, bool]:
-    """What the command said, and whether it failed."""
+def _run(command: list[str], env: Mapping[str, str], folder: str) -> tuple[str, bool]:
+    """What the command said, and whether it failed.
+
+    Args:
+        folder: the working directory of Ray's processes. MKL ends a process whose working directory is gone, so it is
+            none that a user may delete.
+    """
     try:
         # A session of its own: Ctrl-C in the terminal ends the demo's command, not the cluster.
         run = subprocess.run(
-            command, env=env, start_new_session=True, stdin=subprocess.DEVNULL, timeout=START_TIMEOUT_S,
+            command, env=env, cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL, timeout=START_TIMEOUT_S,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:

@@ -191,7 +191,11 @@ def test_the_cache_of_media_keeps_its_size(make_inputs: Make, make_png: Any) -> 
 def test_a_mixed_batch_says_what_belongs_where(make_inputs: Make, make_png: Any, make_wav: Any) -> None:
     inputs = make_inputs()
     red, blue, short, long = make_png("red"), make_png("blue"), make_wav(seconds=0.1), make_wav(seconds=0.5)
-    rows = [{"text": "hm?"}, {"text": "is it red?", "images": [red, blue]}, {"image": blue, "audios": [short, long]}]
+    rows: list[dict[str, Any]] = [
+        {"text": "hm?"},
+        {"text": "is it red?", "images": [red, blue]},
+        {"image": blue, "audios": [short, long]},
+    ]
     batch = inputs.batch([inputs.sample(parse({**row, "label": "red"})) for row in rows])
     assert batch["has_words"].tolist() == [True, True, False]
     assert batch["images"].shape == (3, 3, 16, 16)
@@ -232,7 +236,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample() -> None:
 
 def test_nothing_is_changed_where_nothing_is_asked() -> None:
     sample = noise()
-    assert same(augment(sample, AugmentConfig(), np.random.default_rng(0)), sample)  # type: ignore[call-arg]
+    assert same(augment(sample, AugmentConfig(), np.random.default_rng(0)), sample)
 
 
 def test_the_rest_of_a_sample_stays() -> None:
@@ -260,7 +264,7 @@ def test_augmented_sound_stays_sound(frames: int) -> None:
 
 
 def test_pictures_are_lost_in_the_share_asked_for() -> None:
-    config = AugmentConfig(image_drop=0.3)  # type: ignore[call-arg]
+    config = AugmentConfig(image_drop=0.3)
     lost = sum(not augment(noise(), config, sample_rng(0, 0, str(i))).images for i in range(1000))
     assert lost == pytest.approx(300, abs=60)
 

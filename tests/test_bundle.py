@@ -38,7 +38,7 @@ def save(path: Path, recipe: dict[str, Any], seed: int = 1) -> tuple[Predictor, 
         for parameter in encoder.parameters():  # as if it had been trained
             parameter.add_(torch.randn_like(parameter) * 0.01)
     model = MultimodalModel(config.model, len(LABELS), encoder.width, None)
-    calibration = Calibration(temperature=2.0, by_modalities={"text+image": 0.5})  # type: ignore[call-arg]
+    calibration = Calibration(temperature=2.0, by_modalities={"text+image": 0.5})
     bundle.save(
         path, name="round", config=config, labels=LABELS, state=model.state_dict(), backbone=encoder,
         tokenizer=tokenizer, calibration=calibration, origin={"run": "r", "data": "d"},
@@ -130,7 +130,9 @@ def test_a_bundle_is_found_by_its_runs_name(storage: Path, tiny_bundle: Path, pl
 
 def test_weights_of_another_shape_are_refused(own: Path) -> None:
     config = (own / "config.yaml").read_text()
-    bundle.add(own, {"config.yaml": config.replace("width: 32\n  layers: 1\n  heads", "width: 64\n  layers: 1\n  heads")})
+    bundle.add(
+        own, {"config.yaml": config.replace("width: 32\n  layers: 1\n  heads", "width: 64\n  layers: 1\n  heads")}
+    )
     assert bundle.load(own).config.model.width in (32, 64)
     bundle.add(own, {"config.yaml": config.replace("  width: 32", "  width: 64", 1)})
     with pytest.raises(BundleError, match="do not fit its config"):

@@ -29,7 +29,7 @@ def test_confidence_becomes_accuracy_for_each_kind_of_input() -> None:
     parts = [answers(5000, temperature, seed) for seed, temperature in enumerate(kinds.values())]
     logits, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     names = np.repeat(list(kinds), 5000)
-    fitted = calibration.fit(logits, labels, names)
+    fitted = calibration.fit(logits, labels, names.tolist())
     assert fitted.by_modalities == pytest.approx(kinds, rel=0.1)
     chances = fitted.probabilities(logits, names.tolist())
     for name in kinds:

@@ -145,7 +145,9 @@ def fails(_: Path) -> None:
 
 def test_a_checkpoint_holds_every_ranks_part(tmp_path: Path) -> None:
     assert together(tmp_path, [part(rank) for rank in range(3)], loop(10)) == [None] * 3
-    assert {file.name for file in (tmp_path / "step_00000010").glob("rank_*")} == {f"rank_{rank}.pt" for rank in range(3)}
+    assert {file.name for file in (tmp_path / "step_00000010").glob("rank_*")} == {
+        f"rank_{rank}.pt" for rank in range(3)
+    }
 
 
 @pytest.mark.parametrize("bad", [0, 1])

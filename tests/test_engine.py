@@ -115,7 +115,7 @@ def train(engine: Engine, config: Config, batches: list[Batch], rate: float = 1.
 def assert_same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], atol: float = 1e-6) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-4, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize(("micro", "accumulation"), [(8, 2), (4, 4)])

@@ -238,6 +238,15 @@ def test_only_real_speech_with_known_words_is_taught() -> None:
     torch.testing.assert_close(loss, alone)
 
 
+@pytest.mark.parametrize("real", [0.0, 1.0])
+def test_a_batch_in_which_no_words_are_known_teaches_nothing(real: float) -> None:
+    speech = torch.randn(2, 4, 8, requires_grad=True)
+    loss = align_loss(speech, torch.randn(2, 1, 8), _ids(2, 1), torch.zeros(2, 1), torch.full((2,), real), 2)
+    [gradient] = torch.autograd.grad(loss, speech)
+    assert float(loss.detach()) == 0
+    assert not gradient.any()
+
+
 def test_fewer_words_than_speech_tokens_and_more() -> None:
     for tokens in (1, 4, 20):
         said, states, mask = torch.randn(2, 4, 8), torch.randn(2, tokens, 8), torch.ones(2, tokens)

@@ -26,9 +26,7 @@ ROWS = 90
 
 
 @pytest.fixture
-def dataset(
-    tmp_path: Path, make_dataset: Callable[..., Dataset], make_png: Any, make_wav: Any
-) -> Dataset:
+def dataset(tmp_path: Path, make_dataset: Callable[..., Dataset], make_png: Any, make_wav: Any) -> Dataset:
     """90 rows of words and pictures in row groups of 16; two have media that are none."""
     pictures = [make_png(colour) for colour in ("red", "blue")]
     records = [
@@ -36,7 +34,9 @@ def dataset(
         for i in range(ROWS)
     ]
     records[7] = replace(records[7], images=(Media(b"no picture"),))
-    records[40] = replace(records[40], images=(), audios=(Media(make_wav(seconds=6.0)),), messages=parse({"text": "hm?"}).messages)
+    records[40] = replace(
+        records[40], images=(), audios=(Media(make_wav(seconds=6.0)),), messages=parse({"text": "hm?"}).messages
+    )
     records[50] = replace(records[50], weight=0.25)
     return make_dataset(tmp_path / "data", {"train": records})
 
@@ -116,15 +116,13 @@ def test_an_epoch_as_the_ranks_see_it(dataset: Dataset, config: Config) -> None:
     last = [sum(weight > 0 for weight in blocks[-1]["weight"].to_pylist()) for blocks in ranks]
     assert max(last) - min(last) <= 2
 
-    # Again, and from the middle of a window: the same rows in the same order.
+    # Another run, from the middle of a window: the same rows in the same order.
     position = Position()
     for _ in range(4):
         position = order.advance(position, 12)
     assert position.row > 0
     rest = drain(order, layout, position, steps - 4)
     assert [names(blocks) for blocks in rest] == [names(blocks[4:]) for blocks in ranks]
-    again = drain(order, layout, Position(), steps)
-    assert [names(blocks) for blocks in again] == [names(blocks) for blocks in ranks]
 
 
 def test_the_stream_goes_on_into_the_next_epoch(dataset: Dataset, config: Config) -> None:
@@ -144,9 +142,7 @@ def test_all_ranks_together_see_what_one_alone_sees(dataset: Dataset, config: Co
     single = replace(layout, world=1, rows_per_rank=12)
     alone = [Counter(table["id"].to_pylist()) for table in stream.tables(order, single, Position(), 3)]
     ranks = drain(order, layout, Position(), 3)
-    shared = [
-        sum((Counter(blocks[step]["id"].to_pylist()) for blocks in ranks), start=Counter()) for step in range(3)
-    ]
+    shared = [sum((Counter(blocks[step]["id"].to_pylist()) for blocks in ranks), start=Counter()) for step in range(3)]
     assert shared == alone[:3]
 
 
@@ -162,19 +158,16 @@ def test_a_share_of_the_data_is_whole_row_groups_drawn_by_the_seed(dataset: Data
     assert share(0, 1.0).rows == ROWS
 
 
-class Doubler:
-    """A worker of `apply`: says what it was given."""
-
-    def __init__(self, mark: str) -> None:
-        self.mark = mark
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.table({"id": table["id"], "mark": [self.mark] * len(table), "rows": [len(table)] * len(table)})
-
-
 def test_a_split_is_asked_row_by_row_in_order(dataset: Dataset) -> None:
+    class Worker:  # in here, so that it travels with its code: Ray's processes do not know this file
+        def __init__(self, mark: str) -> None:
+            self.mark = mark
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            return pa.table({"id": table["id"], "mark": [self.mark] * len(table), "rows": [len(table)] * len(table)})
+
     answers = pa.concat_tables(
-        stream.apply(dataset, "train", Doubler, {"mark": "m"}, workers=2, batch_rows=10, threads=1)
+        stream.apply(dataset, "train", Worker, {"mark": "m"}, workers=2, batch_rows=10, threads=1)
     )
     assert answers["id"].to_pylist() == [f"row-{index}" for index in range(ROWS)]
     assert set(answers["mark"].to_pylist()) == {"m"}

@@ -60,9 +60,9 @@ def test_a_folder_inside_a_python_package(tmp_path: Path, tiny_backbone: Path, m
 )
 def test_what_a_model_folder_lacks_is_named_with_its_path(own_backbone: Path, lost: str, words: str) -> None:
     (own_backbone / lost).unlink()
+    load = text.load_tokenizer if lost == "tokenizer.json" else text.load_encoder
     with pytest.raises(BackboneError) as error:
-        text.load_tokenizer(str(own_backbone))
-        text.load_encoder(str(own_backbone))
+        load(str(own_backbone))
     assert words in str(error.value)
     assert str(own_backbone) in str(error.value)
 

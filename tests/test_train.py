@@ -1,0 +1,167 @@
+"""The training command as a user walks it, with two ZeRO workers on a real Ray: trained, stopped, gone on, exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from jobs import cluster, train
+from jobs.checkpoint import Checkpoints
+from mmagent import Predictor, bundle
+from mmagent.record import Media, Record
+from mmagent.shards import Dataset
+
+Command = Callable[..., int]
+STEPS = 12
+
+
+@pytest.fixture
+def command(
+    ray_cluster: cluster.Cluster, storage: Path, tiny_recipe: dict[str, Any], tmp_path: Path,
+    make_dataset: Callable[..., Dataset], make_records: Callable[..., list[Record]],
+) -> Iterator[Command]:  # fmt: skip
+    """``command("name", "key=value", ...)``: the exit status of a training on 96 rows, of which one is damaged."""
+    rows = make_records(96)
+    rows[5] = replace(rows[5], images=(Media(b"no picture"),))
+    splits = {"train": rows, "validation": make_records(16, "validation"), "test": make_records(24, "test")}
+    make_dataset(storage / "data" / "tiny", splits)
+    recipe = {
+        **tiny_recipe,
+        "data": {**tiny_recipe["data"], "max_bad_share": 0.05},
+        "model": {**tiny_recipe["model"], "dropout": 0.1},
+        "augment": {"audio_tempo": 0.1, "audio_noise": 0.2, "text_drop": 0.1},
+        "optim": {"lr": 5.0e-3},
+        "train": {"micro_batch": 4, "accumulation": 2, "epochs": 2, "eval_every_steps": 6, "eval_rows": 16},
+        "cluster": {"workers": 2, "max_failures": 0},
+        "zero": {"stage": 1},
+    }  # 12 steps of 16 rows
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda name, *arguments: train.main(["--config", str(tmp_path / "recipe.yaml"), "--name", name, *arguments])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def stop_soon(folder: Path) -> threading.Thread:
+    """Ctrl-C (SIGTERM, which pytest leaves alone), as soon as the first step was logged."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 200
+        while not list((folder / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_stopped_and_gone_on_is_the_run_that_was_not(
+    command: Command, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, halting = storage / "runs" / "straight", storage / "runs" / "halting"
+
+    # -- one that is not disturbed: trained, exported, evaluated --------------------------------------------
+    assert command("straight") == 0
+    shown = capsys.readouterr().out
+    assert f"{STEPS} steps of 16 samples (2 workers x 4 x 2), ZeRO 1" in shown
+    assert "validation accuracy" in shown
+    assert f"bundle  {straight / 'bundle'}" in shown
+    assert [row["step"] for row in lines(straight, "validation")] == [6, 12]
+    last = lines(straight, "train")[-1]
+    assert (last["step"], last["total_steps"]) == (STEPS, STEPS)
+    assert last["samples_per_s"] > 0
+    assert sum(row["samples"] for row in lines(straight, "train")) == STEPS * 16
+    assert list((straight / "tb").glob("events.out.tfevents.*"))
+    for file in ("evaluation.json", "report.html", "timing.json", "config.yaml"):
+        assert (straight / file).stat().st_size > 0, file
+    assert json.loads((straight / "evaluation.json").read_text())["n"] == 24
+
+    # the bad row was counted, in both epochs, and cost nothing else
+    checkpoints = Checkpoints(straight / "checkpoints", rank=0, barrier=bool, keep_last=1)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert (latest.step, latest.loop["bad_rows"]) == (STEPS, 2)
+
+    found = bundle.load("straight")
+    assert (found.manifest["run"], found.manifest["data"]) == ("straight", "tiny")
+    predictor = Predictor.load("straight", device="cpu")
+    for row in found.golden():
+        [answer] = predictor.predict([{key: row[key] for key in ("messages", "images", "audios")}])
+        assert answer.probabilities == pytest.approx(row["probabilities"], abs=1e-4)
+
+    # -- the same name again: done --------------------------------------------------------------------------
+    bundled = (straight / "bundle" / "manifest.json").read_text()
+    assert command("straight") == 0
+    again = capsys.readouterr().out
+    assert f"bundle  {straight / 'bundle'}" in again
+    assert "validation accuracy" not in again
+    assert (straight / "bundle" / "manifest.json").read_text() == bundled
+
+    # -- another that is stopped at its first checkpoint, and goes on ---------------------------------------
+    watcher = stop_soon(halting)
+    assert command("halting", "--no-evaluate") == train.EXIT_STOPPED
+    watcher.join()
+    shown = capsys.readouterr().out
+    assert "SIGTERM: saving at the next step" in shown
+    assert "the same command goes on from there" in shown
+    assert not (halting / "bundle").exists()
+    stopped = Checkpoints(halting / "checkpoints", rank=0, barrier=bool, keep_last=1).latest()
+    assert stopped is not None
+    assert 6 <= stopped.step < STEPS
+    assert stopped.loop["score"] >= 0 or stopped.step % 6  # what nobody validated is nobody's best
+    assert command("halting", "--no-evaluate") == 0
+    assert f"goes on at step {stopped.step}" in capsys.readouterr().out
+    assert [row["step"] for row in lines(halting, "validation")] == [6, 12]
+    steps = [row["step"] for row in lines(halting, "train")]
+    assert steps == sorted(set(steps))
+
+    one, other = (load_file(folder / "bundle" / "model.safetensors") for folder in (straight, halting))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], atol=1e-5, rtol=1e-4, msg=f"{name}: {{}}".format)
+    assert lines(halting, "validation")[-1]["loss"] == pytest.approx(
+        lines(straight, "validation")[-1]["loss"], abs=1e-5
+    )
+
+
+def test_too_many_bad_rows_end_the_run_and_the_last_is_named(
+    command: Command, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("strict", "data.max_bad_share=0", "--no-evaluate") == 2
+    shown = capsys.readouterr().err
+    assert "more than data.max_bad_share=0.0 of the split allows (0)" in shown
+    assert "row 'train-5': images" in shown
+    assert "Traceback" not in shown
+    assert not (storage / "runs" / "strict" / "bundle").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_language_model_trains_too_at_every_stage(
+    command: Command, storage: Path, tiny_backbone: Path, stage: int
+) -> None:
+    assert command("deep", "freeze.strategy=top:1", f"zero.stage={stage}", "train.max_steps=4", "--no-evaluate") == 0
+    before = load_file(tiny_backbone / "model.safetensors")
+    after = load_file(storage / "runs" / "deep" / "bundle" / "backbone" / "model.safetensors")
+    moved = {name for name in after if not torch.equal(after[name].float(), before[name].float())}
+    assert moved
+    assert all("layer.1." in name for name in moved)
+    assert Predictor.load("deep", device="cpu").predict([{"text": "what color is the shape?"}])
