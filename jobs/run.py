@@ -188,8 +188,7 @@ def _check_splits(dataset: Dataset) -> None:
 
 
 def _check_config(config: Config, folder: Path) -> None:
-    """A run that has a checkpoint or a bundle goes on only with the config it began with: else its curve would belong to
-    two."""
+    """A run that has a checkpoint or a bundle goes on only with the config it began with: its curve belongs to one."""
     file = folder / CONFIG_FILE
     began = _checkpoints(folder).latest() or (folder / "bundle" / bundles.MANIFEST).exists()
     if file.exists() and began:

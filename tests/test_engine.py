@@ -190,8 +190,7 @@ torch.save(found, out)
 def port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        number = int(server.getsockname()[1])
-    return number
+        return int(server.getsockname()[1])
 
 
 def test_zero_computes_what_torch_computes(
