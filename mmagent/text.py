@@ -238,6 +238,6 @@ def _unloadable(name: str, place: str, error: Exception) -> str:
         return f"the model folder {place} cannot be loaded: {error}"
     return (
         f"{name!r} is no folder below {storage.root()}, and as a hub id it cannot be fetched: "
-        f"{str(error).splitlines()[0]}. Where the hub is out of reach, download the model elsewhere and give its "
-        "folder: model.backbone=/path/to/folder"
+        f"{str(error).splitlines()[0].rstrip('.')}. Where the hub is out of reach, download the model elsewhere and "
+        "give its folder: model.backbone=/path/to/folder"
     )
