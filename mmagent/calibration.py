@@ -1,7 +1,8 @@
 """Making a confidence mean what it says: temperature scaling (Guo et al., 2017, arXiv:1706.04599).
 
 One temperature for each combination of modalities that validation holds enough of (an answer without its picture is
-unsure in another way than one with it), and one for the rest.
+unsure in another way than one with it), a common one for those it holds few of. What validation never saw is never
+made surer than the model is.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ MIN_ROWS = 100  # of a combination of modalities, for a temperature of its own
 class Calibration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    temperature: float = Field(1.0, gt=0, description="logits are divided by it before the softmax")
-    by_modalities: dict[str, float] = Field({}, description="in place of `temperature`, e.g. for text+image")
+    temperature: float = Field(1.0, gt=0, description="logits are divided by it, of what validation never saw")
+    by_modalities: dict[str, float] = Field({}, description="in its place, by what validation saw: text+image")
     abstain_below: float = Field(0.5, ge=0, le=1, description="confidence under which an answer counts as abstained")
 
     def probabilities(self, logits: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
@@ -34,17 +35,20 @@ def fit(logits: np.ndarray, labels: np.ndarray, modalities: Sequence[str]) -> Ca
     keys = np.asarray(modalities)[known]
     if not len(labels):
         return Calibration()
-    parts = {}
+    common, parts = temperature(logits, labels), {}
     for key in sorted(set(keys.tolist())):
         rows = keys == key
-        if rows.sum() >= MIN_ROWS:
-            parts[key] = temperature(logits[rows], labels[rows])
-    return Calibration(temperature=temperature(logits, labels), by_modalities=parts)
+        parts[key] = temperature(logits[rows], labels[rows]) if rows.sum() >= MIN_ROWS else common
+    return Calibration(temperature=max(1.0, common), by_modalities=parts)
 
 
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature of least negative log-likelihood, between 1/20 and 20, by golden-section search on its log:
-    the likelihood is unimodal in it."""
+    the likelihood is unimodal in it.
+
+    The right label counts as right in n + 1 of n + 2 cases, so that a few rows without a mistake do not make every
+    answer certain (Platt, 1999, "Probabilistic outputs for support vector machines", section 2.2).
+    """
     low, high = np.log(0.05), np.log(20.0)
     ratio = (np.sqrt(5) - 1) / 2
     for _ in range(50):
@@ -66,4 +70,6 @@ def _nll(logits: np.ndarray, labels: np.ndarray, log_temperature: float) -> floa
     scaled = logits / np.exp(log_temperature)
     top = scaled.max(axis=1)
     log_sum = top + np.log(np.exp(scaled - top[:, None]).sum(axis=1))
-    return float((log_sum - scaled[np.arange(len(labels)), labels]).mean())
+    doubt = 1 / (len(labels) + 2)
+    wanted = (1 - doubt) * scaled[np.arange(len(labels)), labels] + doubt * scaled.mean(axis=1)
+    return float((log_sum - wanted).mean())

@@ -236,8 +236,9 @@ def _checked(path: Path, name: str) -> str:
 def _unloadable(name: str, place: str, error: Exception) -> str:
     if Path(place).is_dir():
         return f"the model folder {place} cannot be loaded: {error}"
+    said = str(error).splitlines()[0].rstrip(".")
     return (
         f"{name!r} is no folder below {storage.root()}, and as a hub id it cannot be fetched: "
-        f"{str(error).splitlines()[0].rstrip('.')}. Where the hub is out of reach, download the model elsewhere and "
+        f"{said}. Where the hub is out of reach, download the model elsewhere and "
         "give its folder: model.backbone=/path/to/folder"
     )

@@ -74,6 +74,9 @@ def connect() -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
             raise StartError(f"no Ray answers at {address} ({error.strerror or error}). {_HINT}") from error
+    if _token_is_there():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` did; read when ray is imported
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is raised below
     import ray
     from ray.exceptions import AuthenticationError, RaySystemError
 
@@ -93,7 +96,13 @@ def connect() -> None:
             f"~/.ray/auth_token ({str(error).splitlines()[0]})"
         ) from error
     except (ConnectionError, RaySystemError) as error:
-        raise StartError(f"no Ray to connect to ({str(error).splitlines()[0]}). {_HINT}") from error
+        token = "; where it listens, the token is wrong or missing: see RAY_AUTH_TOKEN_PATH" if port.isdigit() else ""
+        raise StartError(f"no Ray to connect to ({str(error).splitlines()[0]}){token}. {_HINT}") from error
+
+
+def _token_is_there() -> bool:
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or file.is_file()
 
 
 def deploy(folder: Path, channel: str | None, config: ServeConfig, name: str) -> None:

@@ -42,10 +42,15 @@ def test_a_kind_too_rare_for_its_own_shares_the_common_one() -> None:
     logits, labels = answers(MIN_ROWS * 2 - 1, 2.0)
     kinds = ["text"] * MIN_ROWS + ["audio"] * (MIN_ROWS - 1)
     fitted = calibration.fit(logits, labels, kinds)
-    assert set(fitted.by_modalities) == {"text"}
-    common = fitted.probabilities(logits[:1], ["audio"])
-    np.testing.assert_allclose(common, calibration.softmax(logits[:1] / fitted.temperature))
-    np.testing.assert_allclose(fitted.probabilities(logits[:1], ["never seen"]), common)
+    assert fitted.by_modalities["audio"] == calibration.temperature(logits, labels)
+    assert fitted.by_modalities["text"] == calibration.temperature(logits[:MIN_ROWS], labels[:MIN_ROWS])
+
+
+def test_what_validation_never_saw_is_not_made_surer() -> None:
+    logits, labels = answers(2000, 0.2)
+    fitted = calibration.fit(logits, labels, ["text+image"] * 2000)
+    assert fitted.by_modalities["text+image"] == pytest.approx(0.2, rel=0.1)
+    np.testing.assert_allclose(fitted.probabilities(logits[:1], ["text"]), calibration.softmax(logits[:1]))
 
 
 def test_the_answer_stays_and_chances_sum_to_one() -> None:
@@ -64,11 +69,11 @@ def test_rows_without_a_label_count_nothing() -> None:
     assert calibration.fit(logits, np.full(1000, -100), ["text"] * 1000) == Calibration()
 
 
-def test_a_model_that_is_always_right_stays_within_bounds() -> None:
-    logits = np.eye(4)[np.arange(400) % 4]
-    fitted = calibration.fit(logits, np.arange(400) % 4, ["text"] * 400)
-    assert 0.05 <= fitted.temperature <= 0.06  # as sure as it may get, and finite
-    assert np.isfinite(fitted.probabilities(logits, ["text"] * 400)).all()
+@pytest.mark.parametrize("rows", [40, 400])
+def test_a_model_that_is_always_right_is_as_sure_as_its_rows_allow(rows: int) -> None:
+    logits = np.eye(4)[np.arange(rows) % 4]
+    chances = calibration.fit(logits, np.arange(rows) % 4, ["text"] * rows).probabilities(logits, ["text"] * rows)
+    assert 1 - chances.max(1).mean() == pytest.approx(0.75 / (rows + 2), rel=0.01)
 
 
 def test_it_survives_json() -> None:

@@ -73,6 +73,7 @@ def stop_soon(folder: Path) -> threading.Thread:
     return thread
 
 
+@pytest.mark.timeout(900)  # three runs and an evaluation: a minute or two, on a busy machine many
 def test_a_run_stopped_and_gone_on_is_the_run_that_was_not(
     command: Command, storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
