@@ -110,7 +110,6 @@ def connect() -> None:
             f"Ray asks for a token, but {token.path(os.environ)} is not there: copy it from the machine that started "
             "Ray (`ray get-auth-token` prints it there), or set RAY_AUTH_TOKEN_PATH to where it lies"
         )
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: what matters is raised as an error
     import ray  # after the environment is set: Ray reads it when it is imported
 
     try:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from jobs import stream, workers
 from jobs.checkpoint import Checkpoints
-from jobs.loop import STOP_FILE, Plan, train
+from jobs.loop import STOP_FILE, Plan, build, train
 from mmagent import bundle as bundles
 from mmagent import storage, text
 from mmagent.config import Config, resolve
@@ -90,11 +91,13 @@ def prepare(
 
     Raises:
         DatasetError, BackboneError: what is missing, and where.
-        RunError: a split without rows, a label that training never has, or a folder that holds another config.
+        RunError: a split without rows, a label that training never has, a config that makes no model, or a folder that
+            holds another config.
     """
     dataset = Dataset.open(storage.folder("data", config.data.name))
     _check_splits(dataset)
     text.check(config.model.backbone)
+    _check_model(config, len(dataset.labels))
     _check_config(config, folder)
     window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share)
@@ -185,6 +188,15 @@ def _check_splits(dataset: Dataset) -> None:
     unknown = sorted(set(dataset.info["splits"]["validation"]["labels"]) - known)
     if unknown:
         raise RunError(f"the validation split of {dataset.path} has labels that training never has: {unknown[:5]}")
+
+
+def _check_model(config: Config, num_labels: int) -> None:
+    """Builds the model without its weights: a config that makes none is told here, by one process."""
+    try:
+        with torch.device("meta"):
+            build(config, num_labels, text.load_encoder(config.model.backbone, weights=False))
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def _check_config(config: Config, folder: Path) -> None:

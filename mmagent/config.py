@@ -7,6 +7,7 @@ dotted keys. The resolved config travels in every checkpoint and bundle.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -62,6 +63,12 @@ class TowerConfig(_Section):
 
 class ImageTowerConfig(TowerConfig):
     size: int = Field(64, ge=8, description="pixels of the square the picture is scaled into, from scratch")
+
+    @model_validator(mode="after")
+    def _tokens_make_a_square(self) -> ImageTowerConfig:
+        if math.isqrt(self.tokens) ** 2 != self.tokens:
+            raise ValueError(f"model.image.tokens={self.tokens} is no square number, such as 4, 9, 16, 49")
+        return self
 
 
 class AudioTowerConfig(TowerConfig):

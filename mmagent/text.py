@@ -142,8 +142,8 @@ class TextEncoder(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The layers, first to last: the longest `nn.ModuleList` of the model, which is what every family has."""
-        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
-        return list(max(lists, key=lambda blocks: len(blocks))) if lists else []
+        lists = [list(module) for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        return max(lists, key=len, default=[])
 
 
 @contextlib.contextmanager

@@ -55,14 +55,10 @@ class EdgeStem(nn.Module):
         super().__init__()
         grid = torch.arange(-self.RADIUS, self.RADIUS + 1.0)
         y, x = torch.meshgrid(grid, grid, indexing="ij")
-        filters = [
-            part
-            for scale in scales
-            for index in range(directions)
-            for part in _gabor(x, y, math.pi * index / directions, scale)
-        ]
-        self.filters: Tensor
-        self.register_buffer("filters", torch.stack(filters)[:, None], persistent=False)
+        pairs = [_gabor(x, y, math.pi * index / directions, scale) for scale in scales for index in range(directions)]
+        self.filters: Tensor  # (real parts, then imaginary parts, 1, height, width)
+        parts = [*(real for real, _ in pairs), *(imaginary for _, imaginary in pairs)]
+        self.register_buffer("filters", torch.stack(parts)[:, None], persistent=False)
         self.channels = directions * len(scales) + 3
 
     @torch.no_grad()
@@ -71,9 +67,11 @@ class EdgeStem(nn.Module):
         pictures, colours, height, width = pixels.shape
         flat = pixels.reshape(pictures * colours, 1, height, width)
         waves = F.conv2d(F.pad(flat, (self.RADIUS,) * 4, mode="replicate"), self.filters.to(pixels.dtype), stride=2)
-        waves = waves.view(pictures, colours, -1, 2, *waves.shape[-2:])  # ..., filter, real and imaginary part, h, w
-        edges = waves.square().sum((1, 3)).add(1e-6).sqrt()
-        return torch.cat([F.avg_pool2d(pixels, 2, ceil_mode=True), edges], dim=1)
+        # (pictures, colours, real and imaginary part, filters, height, width)
+        waves = waves.square_().view(pictures, colours, 2, -1, *waves.shape[-2:])
+        # Additions of whole planes: one reduction over both axes takes three times as long on a CPU.
+        energy = sum((waves[:, colour, part] for colour in range(colours) for part in range(2)), waves.new_tensor(1e-6))
+        return torch.cat([F.avg_pool2d(pixels, 2, ceil_mode=True), energy.sqrt()], dim=1)
 
 
 def _gabor(x: Tensor, y: Tensor, angle: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -95,8 +93,6 @@ class ImageTower(nn.Module):
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__()
         grid = math.isqrt(config.tokens)
-        if grid * grid != config.tokens:
-            raise ValueError(f"model.image.tokens={config.tokens} is no square number, such as 4, 9, 16, 49")
         stages = max(1, int(math.log2(config.size / 2 / grid)))
         self.stem = EdgeStem()
         self.stem_norm = nn.GroupNorm(1, self.stem.channels)
@@ -125,16 +121,35 @@ class ImageTower(nn.Module):
         return self.norm(x)
 
 
+class SoundNorm(nn.Module):
+    """Normalises each sound over its channels and real positions, and silences the padding behind it, so that nothing
+    depends on how long the batch's longest sound is."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        """x: (sounds, channels, positions); keep: (sounds, positions), True where there is sound."""
+        real = keep[:, None].to(x.dtype)
+        x = x * real
+        count = real.sum((1, 2)) * x.shape[1]  # (sounds,)
+        mean = x.sum((1, 2)) / count
+        variance = (torch.linalg.vector_norm(x, dim=(1, 2)).square() / count - mean.square()).clamp(min=0)
+        scale = (variance + self.eps).rsqrt()[:, None] * self.weight  # (sounds, channels)
+        shift = self.bias - mean[:, None] * scale
+        return torch.addcmul(shift[..., None], x, scale[..., None]) * real
+
+
 class AudioTower(nn.Module):
     """Three convolutions of stride 2 over log-mel frames, transformer layers, and learned queries that read them."""
-
-    STRIDE = 8  # frames that become one position
 
     def __init__(self, config: AudioTowerConfig) -> None:
         super().__init__()
         width = config.width
         self.convs = nn.ModuleList(nn.Conv1d(channels, width, 3, 2, 1) for channels in (config.mels, width, width))
-        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for _ in self.convs)
+        self.norms = nn.ModuleList(SoundNorm(width) for _ in self.convs)
         self.blocks = nn.ModuleList(Block(width, 4, 0.1) for _ in range(config.layers))
         self.queries = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
         self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
@@ -145,13 +160,14 @@ class AudioTower(nn.Module):
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """frames: (sounds, frames, mels); lengths: (sounds,) frames that are real -> (sounds, tokens, width)."""
-        x = frames.transpose(1, 2)
+        x, left = frames.transpose(1, 2), lengths.clamp(min=1)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.gelu(norm(conv(x)))
+            left = (left + 1) // 2
+            x = conv(x)
+            keep = torch.arange(x.shape[2], device=x.device)[None] < left[:, None]  # (sounds, positions)
+            x = F.gelu(norm(x, keep))
         x = x.transpose(1, 2)  # (sounds, positions, width)
         x = x + _sinusoids(x.shape[1], x.shape[2], x.device)
-        positions = torch.arange(x.shape[1], device=x.device)
-        keep = positions[None] * self.STRIDE < lengths.clamp(min=1)[:, None]  # (sounds, positions)
         for block in self.blocks:
             x = block(x, keep)
         x = self.norm(x)

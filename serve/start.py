@@ -76,7 +76,6 @@ def connect() -> None:
             raise StartError(f"no Ray answers at {address} ({error.strerror or error}). {_HINT}") from error
     if _token_is_there():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` did; read when ray is imported
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is raised below
     import ray
     from ray.exceptions import AuthenticationError, RaySystemError
 
