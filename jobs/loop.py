@@ -85,8 +85,9 @@ def train(group: Group, plan: Plan) -> None:
     config = plan.config
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
     inputs = Inputs(config.model, config.data, tokenizer, plan.labels)
-    model, frozen = build(config, len(plan.labels), encoder)
+    model = build(config, len(plan.labels), encoder)
     engine = engines.make(model, freeze.groups(model, config), config)
+    frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
     batches = Batches(inputs, frozen, config, plan.label_weights, engine.device)
     checkpoints = Checkpoints(
         plan.folder / "checkpoints", rank=group.rank, barrier=group.all, keep_last=config.train.keep_last
@@ -169,13 +170,17 @@ def train(group: Group, plan: Plan) -> None:
     group.all(True)
 
 
-def build(config: Config, num_labels: int, encoder: TextEncoder) -> tuple[MultimodalModel, FrozenStates | None]:
-    """The module that trains, and the frozen language model beside it where its states are kept in memory."""
+def build(config: Config, num_labels: int, encoder: TextEncoder) -> MultimodalModel:
+    """The module that trains; the language model is part of it unless its states may be kept in memory.
+
+    Raises:
+        ValueError: the config makes no model.
+    """
     torch.manual_seed(config.seed)
     inside = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
     model = MultimodalModel(config.model, num_labels, encoder.width, encoder if inside else None)
     freeze.apply(model, config.freeze.strategy)
-    return model, None if inside else FrozenStates(encoder)
+    return model
 
 
 def loss_of(out: Batch, batch: Batch, config: Config) -> torch.Tensor:

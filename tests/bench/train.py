@@ -102,14 +102,16 @@ def plain(overrides: list[str]) -> float:
     from mmagent.batch import Inputs
     from mmagent.order import Position
     from mmagent.shards import Dataset
+    from mmagent.text import FrozenStates
 
     torch.set_num_threads(2)
     config = _plain_config(configs.load(RECIPE, overrides))
     dataset = Dataset.open(storage.folder("data", config.data.name))
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
     weights = (1.0,) * len(dataset.labels)
-    model, frozen = loop.build(config, len(dataset.labels), encoder)
+    model = loop.build(config, len(dataset.labels), encoder)
     engine = TorchEngine(model, freeze.groups(model, config), config)
+    frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
     batches = loop.Batches(
         Inputs(config.model, config.data, tokenizer, dataset.labels), frozen, config, weights, engine.device
     )
