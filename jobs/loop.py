@@ -187,6 +187,12 @@ def loss_of(out: Batch, batch: Batch, config: Config) -> torch.Tensor:
     """The loss of a micro-batch, normalised so that any split of a batch over workers sums to the same."""
     size = config.train.micro_batch
     loss = classify_loss(out["logits"], batch["label"], batch["weight"], size, config.train.label_smoothing)
+    if "image_logits" in out:
+        assert config.model.image is not None
+        row = batch["image_row"]
+        weights = batch["weight"][row] * batch["image_real"]
+        alone = classify_loss(out["image_logits"], batch["label"][row], weights, size)
+        loss = loss + config.model.image.alone * alone
     if "transcript_states" in batch:
         assert config.model.audio is not None
         real = (batch["audio_real"] & (batch["weight"][batch["audio_row"]] > 0)).to(loss.dtype)

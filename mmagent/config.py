@@ -63,6 +63,9 @@ class TowerConfig(_Section):
 
 class ImageTowerConfig(TowerConfig):
     size: int = Field(64, ge=8, description="pixels of the square the picture is scaled into, from scratch")
+    alone: float = Field(
+        0.0, ge=0, description="weight of a second loss, of what the picture says without the text (arXiv:1905.12681)"
+    )
 
     @model_validator(mode="after")
     def _tokens_make_a_square(self) -> ImageTowerConfig:

@@ -73,6 +73,8 @@ class MultimodalModel(nn.Module):
         self.join = Join(config, text_width)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.width, num_labels)
+        # What a picture says by itself: a second answer, asked only while training (see `ImageTowerConfig.alone`).
+        self.image_head = nn.Linear(config.image.width, num_labels) if config.image and config.image.alone else None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """batch: see `mmagent.batch.Inputs.batch` -> ``logits`` (batch, labels), and ``speech`` (sounds, tokens,
@@ -98,7 +100,10 @@ class MultimodalModel(nn.Module):
         if self.image_tower is not None:
             assert join.image is not None
             assert join.film is not None
-            tokens = join.image(self.image_tower(batch["images"])) + join.kinds[2]
+            seen = self.image_tower(batch["images"])
+            if self.image_head is not None:
+                out["image_logits"] = self.image_head(seen.mean(1))
+            tokens = join.image(seen) + join.kinds[2]
             placed, keep = self._place(tokens, batch, "image", size)
             scale, shift = join.film(asked)[:, None].chunk(2, dim=-1)
             parts.append((placed * (1 + scale) + shift, keep))
