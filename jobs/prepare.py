@@ -37,8 +37,6 @@ from jobs.sources.tally import Tally
 from mmagent import shards, storage
 from mmagent.record import SCHEMA_VERSION
 
-TASK = "classify"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
@@ -101,6 +99,7 @@ def _write(source: Source, draft: Path, options: argparse.Namespace, recipe: Map
         for record in spool.shuffled(options.seed) if spool else ():
             writers["train"].add(record)
         files = {split: writer.close() for split, writer in writers.items()}
+    tasks = tally.tasks(tallies)
     info = {
         "format_version": shards.FORMAT_VERSION,
         "schema_version": SCHEMA_VERSION,
@@ -108,8 +107,8 @@ def _write(source: Source, draft: Path, options: argparse.Namespace, recipe: Map
         "source": options.source,
         "created_ms": int(time.time() * 1000),
         "seed": options.seed,
-        "task": TASK,
-        "labels": tallies["train"].labels,
+        "task": next(iter(tasks)),
+        "tasks": {name: task.to_dict() for name, task in tasks.items()},
         "splits": {split: tallies[split].to_dict() | {"shards": files[split]} for split in shards.SPLITS},
         "quarantine": quarantine.to_dict(),
         "recipe": recipe,
@@ -193,7 +192,8 @@ def _print_summary(folder: Path, info: Mapping[str, Any], passed_s: float) -> No
     aside = info["quarantine"]
     if aside["rows"]:
         print(f"set aside  {aside['rows']:>9,} rows: {aside['reasons']}: see {folder / aside['file']}")
-    print(f"{len(info['labels'])} labels; prepared in {passed_s:.0f} s: {folder}")
+    labels = ", ".join(f"{name}: {len(task['labels'])} labels" for name, task in info["tasks"].items())
+    print(f"{labels}; prepared in {passed_s:.0f} s: {folder}")
 
 
 def _parser() -> Parser:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmagent.record import SCHEMA, SCHEMA_VERSION, Record
+from mmagent.targets import TaskInfo
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
@@ -91,12 +92,18 @@ class Dataset:
 
     @property
     def task(self) -> str:
+        """The task with most training rows: the default."""
         return str(self.info["task"])
 
     @property
+    def tasks(self) -> dict[str, TaskInfo]:
+        """Every task of the data set by its name, ``KIND`` or ``KIND:NAME``."""
+        return {task: TaskInfo.from_dict(task, raw) for task, raw in self.info["tasks"].items()}
+
+    @property
     def labels(self) -> tuple[str, ...]:
-        """The labels in the order of the head's outputs."""
-        return tuple(self.info["labels"])
+        """The labels of the default task, in the order of the head's outputs."""
+        return self.tasks[self.task].labels
 
     @property
     def splits(self) -> tuple[str, ...]:

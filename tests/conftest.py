@@ -24,6 +24,7 @@ from jobs import cluster
 from mmagent import storage as storages
 from mmagent.record import SCHEMA_VERSION, Record, parse
 from mmagent.shards import Dataset, ShardWriter
+from mmagent.targets import TaskInfo
 
 torch.set_num_threads(1)
 
@@ -179,9 +180,11 @@ def make_dataset() -> Callable[..., Dataset]:
                     writer.add(record)
                 labels = Counter(record.target.label for record in records if record.target.label is not None)
                 info[split] = {"rows": len(records), "shards": writer.close(), "labels": dict(labels)}
+        rows, counts = {split: about["rows"] for split, about in info.items()}, info.get("train", {}).get("labels", {})
+        tasks = {"classify": TaskInfo("classify", tuple(sorted(COLOURS)), counts, rows=rows).to_dict()}
         document = {
             "format_version": 1, "schema_version": SCHEMA_VERSION, "name": folder.name, "source": "tests", "seed": 0,
-            "created_ms": 0, "task": "classify", "labels": sorted(COLOURS), "splits": info, "quarantine": {"rows": 0},
+            "created_ms": 0, "task": "classify", "tasks": tasks, "splits": info, "quarantine": {"rows": 0},
         }  # fmt: skip
         storages.publish_json(folder / "dataset.json", document)
         return Dataset.open(folder)

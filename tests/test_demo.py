@@ -302,7 +302,8 @@ def dataset(tmp_path: Path, make_png: Callable[..., bytes], make_wav: Callable[.
             writer.add(record)
         shards = writer.close()
     splits = {split: {"rows": 0, "shards": []} for split in SPLITS} | {"test": {"rows": len(rows), "shards": shards}}
-    info = {"format_version": 1, "schema_version": 1, "name": "x", "task": "classify", "labels": [], "splits": splits}
+    tasks: dict[str, Any] = {"classify": {"labels": []}}
+    info = {"format_version": 1, "schema_version": 1, "name": "x", "task": "classify", "tasks": tasks, "splits": splits}
     (tmp_path / INFO_FILE).write_text(json.dumps(info))
     return Dataset.open(tmp_path)
 

@@ -33,7 +33,8 @@ def write(folder: Path, splits: dict[str, Sequence[Record]]) -> Dataset:
             info[split] = {"rows": len(records), "shards": writer.close()}
     document = {
         "format_version": 1, "schema_version": SCHEMA_VERSION, "name": folder.name, "source": "tests", "seed": 0,
-        "created_ms": 0, "task": "classify", "labels": COLOURS, "splits": info, "quarantine": {"rows": 0},
+        "created_ms": 0, "task": "classify", "tasks": {"classify": {"labels": COLOURS}}, "splits": info,
+        "quarantine": {"rows": 0},
     }  # fmt: skip
     storages.publish_json(folder / "dataset.json", document)
     return Dataset.open(folder)

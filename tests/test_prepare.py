@@ -60,6 +60,9 @@ def test_jsonl_becomes_a_data_set(storage: Path, tmp_path: Path, make_png: Calla
     info = dataset.info
     assert dataset.labels == ("a", "b")
     assert info["task"] == "classify"
+    told = dataset.tasks["classify"]
+    assert told.rows == {split: dataset.rows(split) for split in dataset.splits}
+    assert told.counts == info["splits"]["train"]["labels"]
     assert sum(dataset.rows(split) for split in dataset.splits) == 60
     assert info["quarantine"] == {"rows": 0, "reasons": {}, "file": None}
     for split in ("train", "validation", "test"):

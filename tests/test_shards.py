@@ -24,7 +24,7 @@ def _write(folder: Path, records: list[Record], **settings: int) -> Path:
         "schema_version": 1,
         "name": folder.name,
         "task": "classify",
-        "labels": ["black", "blue", "green", "red"],
+        "tasks": {"classify": {"labels": ["black", "blue", "green", "red"]}},
         "splits": {"train": {"rows": len(records), "shards": writer.close()}},
     }
     (folder / "dataset.json").write_text(json.dumps(info))
