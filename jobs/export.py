@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from mmagent import bundle, calibration
-from mmagent.predictor import Predictor
+from mmagent import bundle
+from mmagent.calibration import Calibration
+from mmagent.predictor import PartError, Predictor
 from mmagent.record import Record
 from mmagent.text import TextEncoder
 
@@ -29,57 +30,62 @@ def export(
     weights: dict[str, Tensor],
     encoder: TextEncoder,
     tokenizer: Any,
-    answers: tuple[np.ndarray, np.ndarray, np.ndarray],
-    golden_source: Sequence[Path],
+    fitted: Mapping[str, Calibration],
     chosen: dict[str, Any],
 ) -> None:
     """Writes the bundle of a run.
 
     Args:
         weights: of the whole module; the language model's own are in it where it was trained.
-        answers: to the validation rows: logits (n, labels), labels (n,), modalities (n,).
-        golden_source: shards of the validation split.
+        fitted: each task's calibration.
         chosen: step and score of the checkpoint.
     """
     trained = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     if trained:
         encoder.load_state_dict(trained)
-    logits, labels, kinds = answers
-    fitted = calibration.fit(logits, labels, kinds.tolist())
     origin = {"run": plan.folder.name, "data": plan.data, "checkpoint": chosen}
     bundle.save(
         path,
         name=plan.name,
         config=plan.config,
-        labels=plan.labels,
+        tasks=plan.tasks,
+        task=plan.task,
         state={key: value for key, value in weights.items() if not key.startswith("backbone.")},
         backbone=encoder,
         tokenizer=tokenizer,
         calibration=fitted,
         origin=origin,
     )
-    golden = _golden(Predictor.load(path, device="cpu"), golden_source)
+    golden = _golden(Predictor.load(path, device="cpu"), plan.golden_source)
     bundle.add(path, {"golden.jsonl": "".join(json.dumps(row) + "\n" for row in golden)})
 
 
 def _golden(predictor: Predictor, shards: Sequence[Path]) -> list[dict[str, Any]]:
-    """Validation rows of every combination of modalities in turn, with the answers of the exported bundle."""
-    by_kind: dict[str, list[Record]] = {}
+    """Validation rows of every task and combination of modalities in turn, with the answers of the exported bundle."""
+    by_kind: dict[tuple[str, str], list[Record]] = {}
     group = pq.ParquetFile(shards[0]).read_row_group(0).to_pylist() if shards else []
     for row in group:
         record = Record.from_row(row)
-        by_kind.setdefault(record.modalities, []).append(record)
+        with contextlib.suppress(PartError):  # a row that was set aside in training is no example
+            predictor.prepare(record)
+            by_kind.setdefault((record.task, record.modalities), []).append(record)
     share = max(1, _GOLDEN // max(1, len(by_kind)))
     records = [record for kind in sorted(by_kind) for record in by_kind[kind][:share]]
-    out = []
-    for record, answer in zip(records, predictor.predict(records), strict=True):
-        out.append(
-            {
-                "id": record.id,
-                "messages": [{"role": message.role, "content": message.content} for message in record.messages],
-                "images": [{"bytes": base64.b64encode(media.read()).decode()} for media in record.images],
-                "audios": [{"bytes": base64.b64encode(media.read()).decode()} for media in record.audios],
-                "probabilities": dict(answer.probabilities),
-            }
-        )
-    return out
+    return [
+        {"record": jsonable(record), "answer": answer.to_dict(timings=False)}
+        for record, answer in zip(records, predictor.predict(records), strict=True)
+    ]
+
+
+def jsonable(record: Record) -> dict[str, Any]:
+    """The record's row with its media as base64, as `mmagent.record.parse` reads it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return base64.b64encode(value).decode()
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items() if item is not None}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    row = record.to_row() | {"meta": dict(record.meta)}
+    return {key: plain(value) for key, value in row.items() if value not in (None, [], {}, "")}

@@ -10,7 +10,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,18 @@ from jobs.meter import Log, Meter
 from jobs.workers import Group
 from mmagent import freeze, text
 from mmagent.batch import Inputs, PartError, Sample, augment, drop_tokens
-from mmagent.calibration import softmax
+from mmagent.calibration import Calibration
 from mmagent.config import Config
-from mmagent.model import Batch, MultimodalModel, align_loss, classify_loss
+from mmagent.model import Batch, MultimodalModel, align_loss
 from mmagent.order import Order, Position, sample_rng
 from mmagent.predictor import modalities_of
-from mmagent.record import Record
+from mmagent.reading import View
+from mmagent.record import Message, Record
+from mmagent.targets import TaskInfo
+from mmagent.tasks import Outcome, Task, make_all
 from mmagent.text import FrozenStates, TextEncoder
 
+UNSCORED = -1e30  # below any score; JSON has no infinity
 STOP_FILE = "stop"  # in the run's folder: the loop saves and ends at the next step
 _LOG_EVERY_S = 5.0
 
@@ -48,8 +52,8 @@ class Plan:
     """What every rank knows before the first step."""
 
     config: Config
-    labels: tuple[str, ...]
-    label_weights: tuple[float, ...]  # of training samples, by label (see train.class_balance)
+    tasks: Mapping[str, TaskInfo]
+    label_weights: Mapping[str, Mapping[str, float]]  # of training samples, by task and label (train.class_balance)
     folder: Path  # of the run
     name: str  # of the bundle
     bundle: Path | None  # where it goes; none: the run ends without
@@ -57,6 +61,7 @@ class Plan:
     order: Order
     total_steps: int
     max_bad_rows: int
+    task: str  # the one that a request means which names none
     golden_source: tuple[Path, ...]  # shards of the validation split
 
 
@@ -66,8 +71,8 @@ class State:
 
     step: int = 0
     position: Position = field(default_factory=Position)
-    score: float = -1.0  # of the last validation
-    best_score: float = -1.0
+    score: float = UNSCORED  # of the last validation
+    best_score: float = UNSCORED
     best_step: int = 0
     unimproved: int = 0
     bad_rows: int = 0
@@ -84,8 +89,9 @@ def train(group: Group, plan: Plan) -> None:
     # -- set up ------------------------------------------------------------------------------------------------
     config = plan.config
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
-    inputs = Inputs(config.model, config.data, tokenizer, plan.labels)
-    model = build(config, len(plan.labels), encoder)
+    tasks = make_all(plan.tasks)
+    inputs = Inputs(config.model, config.data, tokenizer, tasks)
+    model = build(config, tasks, encoder)
     engine = engines.make(model, freeze.groups(model, config), config)
     frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
     batches = Batches(inputs, frozen, config, plan.label_weights, engine.device)
@@ -113,8 +119,8 @@ def train(group: Group, plan: Plan) -> None:
         rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config))
         for batch in micros:
             out = engine.forward(batch)
-            loss = loss_of(out, batch, config)
-            meter.add(out["logits"], batch, loss)
+            loss = loss_of(out, batch, tasks, config)
+            meter.add(*hits_of(out, batch, tasks), config.train.micro_batch, loss)
             engine.backward(loss)
             engine.step()
         state.step, state.position = state.step + 1, plan.order.advance(state.position, config.global_batch)
@@ -148,7 +154,7 @@ def train(group: Group, plan: Plan) -> None:
             log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **metrics})
         if due or stopping:
             # Only what was validated just now may be taken for the best.
-            checkpoints.save(engine.save, state_dict(state if due else replace(state, score=-1.0)))
+            checkpoints.save(engine.save, state_dict(state if due else replace(state, score=UNSCORED)))
             meter.restart()
         if due:
             group.report({"step": float(state.step), "score": state.score, "best_score": state.best_score, **metrics})
@@ -162,15 +168,15 @@ def train(group: Group, plan: Plan) -> None:
     best = checkpoints.best()
     assert best is not None, "the last step always saves a checkpoint"
     engine.load(best.path)
-    answered = answers(engine, batches, validation_rows, group)
+    answered, _ = answers(engine, batches, validation_rows, group)
     weights = engine.state()
     if group.rank == 0:
         chosen = {"step": best.step, "score": best.loop["score"], "wait_share": meter.wait_share()}
-        export(plan.bundle, plan, weights, encoder, tokenizer, answered, plan.golden_source, chosen)
+        export(plan.bundle, plan, weights, encoder, tokenizer, calibrations(tasks, answered), chosen)
     group.all(True)
 
 
-def build(config: Config, num_labels: int, encoder: TextEncoder) -> MultimodalModel:
+def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder) -> MultimodalModel:
     """The module that trains; the language model is part of it unless its states may be kept in memory.
 
     Raises:
@@ -178,28 +184,44 @@ def build(config: Config, num_labels: int, encoder: TextEncoder) -> MultimodalMo
     """
     torch.manual_seed(config.seed)
     inside = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
-    model = MultimodalModel(config.model, num_labels, encoder.width, encoder if inside else None)
+    model = MultimodalModel(config.model, tasks, encoder.width, encoder if inside else None)
     freeze.apply(model, config.freeze.strategy)
     return model
 
 
-def loss_of(out: Batch, batch: Batch, config: Config) -> torch.Tensor:
+def loss_of(out: Batch, batch: Batch, tasks: Mapping[str, Task], config: Config) -> torch.Tensor:
     """The loss of a micro-batch, normalised so that any split of a batch over workers sums to the same."""
-    size = config.train.micro_batch
-    loss = classify_loss(out["logits"], batch["label"], batch["weight"], size, config.train.label_smoothing)
-    if "image_logits" in out:
+    size, smoothing = config.train.micro_batch, config.train.label_smoothing
+    weights = config.train.task_weights
+    loss = torch.stack(
+        [weights.get(name, 1.0) * task.loss(out[name], batch, size, smoothing) for name, task in tasks.items()]
+    ).sum()
+    alone = [name for name in tasks if f"image:{name}" in out]
+    if alone:
         assert config.model.image is not None
-        row = batch["image_row"]
-        weights = batch["weight"][row] * batch["image_real"]
-        alone = classify_loss(out["image_logits"], batch["label"][row], weights, size)
-        loss = loss + config.model.image.alone * alone
+        shown = of_pictures(batch)
+        for name in alone:
+            each = tasks[name].loss(out[f"image:{name}"], shown, size, smoothing)
+            loss = loss + config.model.image.alone * weights.get(name, 1.0) * each
     if "transcript_states" in batch:
         assert config.model.audio is not None
         real = (batch["audio_real"] & (batch["weight"][batch["audio_row"]] > 0)).to(loss.dtype)
         words = batch["transcript_states"], batch["transcript_ids"], batch["transcript_mask"]
-        taught = align_loss(out["speech"], *words, real, size)
-        loss = loss + config.model.audio.align * taught
+        loss = loss + config.model.audio.align * align_loss(out["speech"], *words, real, size)
     return loss
+
+
+def of_pictures(batch: Batch) -> Batch:
+    """What the losses need of a batch, a row for each picture; of the stand-in with weight 0."""
+    row = batch["image_row"]
+    rows = {key: value[row] for key, value in batch.items() if "/" in key}
+    return rows | {"weight": batch["weight"][row] * batch["image_real"], "sample_row": batch["sample_row"][row]}
+
+
+def hits_of(out: Batch, batch: Batch, tasks: Mapping[str, Task]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many answers are right, and of how many, over all tasks."""
+    each = [task.hits(out[name].detach(), batch) for name, task in tasks.items()]
+    return torch.stack([right for right, _ in each]).sum(), torch.stack([known for _, known in each]).sum()
 
 
 class Batches:
@@ -210,13 +232,14 @@ class Batches:
         inputs: Inputs,
         frozen: FrozenStates | None,
         config: Config,
-        label_weights: Sequence[float],
+        label_weights: Mapping[str, Mapping[str, float]],
         device: torch.device,
     ) -> None:
         self.inputs, self.frozen, self.config, self.device = inputs, frozen, config, device
         self.label_weights = label_weights
         self.last_error = ""
-        self.blank = Sample("", np.asarray(inputs.tokenize([""])[0]), False, (), (), -100, 0.0)
+        record = Record("", (Message("user", ""),), task="", weight=0.0)
+        self.blank = Sample(record, (View(inputs.tokenize([""])[0]),), False, (), (), 0.0)
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[tuple[list[Batch], int]]:
         """For each table of a stream its micro-batches, and how many rows could not be read."""
@@ -231,17 +254,21 @@ class Batches:
         """A row decoded, augmented where `epoch` is given; a blank of weight 0 and True where it cannot be read."""
         if row["error"]:
             self.last_error = f"row {row['id']!r}: {row['error']}"
-            return replace(self.blank, id=row["id"]), True
+            return self._blank(row["id"]), True
         try:
             sample = self.inputs.sample(Record.from_row(row), np.asarray(row["ids"], dtype=np.int64))
         except PartError as error:
             self.last_error = f"row {row['id']!r}: {error}"
-            return replace(self.blank, id=row["id"]), True
+            return self._blank(row["id"]), True
         if epoch is None:
             return sample, False
-        if sample.label >= 0:
-            sample = replace(sample, weight=sample.weight * self.label_weights[sample.label])
+        weight = self.label_weights.get(sample.task, {}).get(sample.record.target.label or "", 1.0)
+        sample = replace(sample, weight=sample.weight * weight)
         return augment(sample, self.config.augment, sample_rng(self.config.seed, epoch, sample.id)), False
+
+    def _blank(self, id: str) -> Sample:
+        """What stands for a row that cannot be read."""
+        return replace(self.blank, record=replace(self.blank.record, id=id))
 
     @torch.no_grad()
     def make(self, samples: list[Sample], drop_key: str | None = None) -> Batch:
@@ -296,42 +323,96 @@ class Feed:
                 return
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What the model says of a validation row, before calibration."""
+
+    task: str
+    raw: Any  # of `Task.raw`
+    record: Record  # without its media
+    modalities: str
+
+
 @torch.no_grad()
 def answers(
     engine: Engine, batches: Batches, samples: list[Sample], group: Group
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All ranks' answers to their validation samples, on every rank: logits (n, labels), labels (n,), modalities (n,).
+) -> tuple[list[Answered], tuple[float, float]]:
+    """All ranks' answers to their validation samples, on every rank; and the summed loss, and the weight it is over.
 
     Every rank makes the same number of forward passes: ZeRO-3 gathers weights in each.
     """
     engine.model.eval()
-    size = batches.config.train.micro_batch * 2
+    size, tasks = batches.config.train.micro_batch * 2, batches.inputs.tasks
     passes = int(max(group.gather(-(-len(samples) // size))))
-    logits = []
+    mine: list[Answered] = []
+    loss = weight = 0.0
     for at in range(0, passes * size, size):
-        part = samples[at : at + size] or [batches.blank]
-        logits.append(
-            engine.forward(batches.make(part))["logits"].float().cpu().numpy()[: len(samples[at : at + size])]
-        )
+        part = samples[at : at + size]
+        batch = batches.make(part or [batches.blank])
+        out = engine.forward(batch)
+        for name, task in tasks.items():
+            loss += float(task.loss(out[name], batch, 1, 0.0))
+        weight += sum(sample.weight for sample in part)
+        mine += _answered(tasks, out, batch, part)
     engine.model.train()
-    mine = (np.concatenate(logits), np.array([s.label for s in samples]), [modalities_of(s) for s in samples])
-    everyones = group.gather(mine)
-    return (
-        np.concatenate([part[0] for part in everyones]),
-        np.concatenate([part[1] for part in everyones]),
-        np.array([kind for part in everyones for kind in part[2]]),
-    )
+    total, over = group.sum([loss, weight])
+    return [item for part in group.gather(mine) for item in part], (total, over)
+
+
+def _answered(tasks: Mapping[str, Task], out: Batch, batch: Batch, samples: list[Sample]) -> list[Answered]:
+    found = []
+    arrays = {name: out[name].float().cpu().numpy() for name in tasks}
+    rows = batch["sample_row"].cpu().numpy()
+    for index, sample in enumerate(samples):
+        if sample.task in tasks:
+            raw = tasks[sample.task].raw(arrays[sample.task][rows == index], sample.views)
+            bare = replace(sample.record, images=(), audios=())
+            found.append(Answered(sample.task, raw, bare, modalities_of(sample)))
+    return found
+
+
+def calibrations(tasks: Mapping[str, Task], answered: Sequence[Answered]) -> dict[str, Calibration]:
+    """What makes each task's confidence mean what it says."""
+    found = {}
+    for name, task in tasks.items():
+        mine = [item for item in answered if item.task == name]
+        golds = [task.gold(item.record) for item in mine]
+        known = [index for index, gold in enumerate(golds) if gold is not None]
+        found[name] = (
+            task.calibrate(
+                [mine[index].raw for index in known],
+                [golds[index] for index in known],
+                [mine[index].modalities for index in known],
+            )
+            if known
+            else Calibration()
+        )
+    return found
 
 
 def validate(engine: Engine, batches: Batches, samples: list[Sample], group: Group) -> tuple[float, dict[str, float]]:
-    """The score (accuracy) on the validation samples, with the loss, and the accuracy for each kind of input."""
-    logits, labels, kinds = answers(engine, batches, samples, group)
-    right = logits.argmax(1) == labels
-    chances = softmax(logits)[np.arange(len(labels)), labels]
-    metrics = {"accuracy": float(right.mean()), "loss": float(-np.log(np.maximum(chances, 1e-12)).mean())}
-    for kind in sorted(set(kinds.tolist())):
-        metrics[f"accuracy/{kind}"] = float(right[kinds == kind].mean())
-    return metrics["accuracy"], metrics
+    """The score on the validation samples (the mean over tasks of each one's own), with the loss, all metrics, and the
+    score for each kind of input."""
+    answered, (loss, weight) = answers(engine, batches, samples, group)
+    tasks, neutral = batches.inputs.tasks, Calibration()
+    metrics, scores = {"loss": loss / max(weight, 1e-9)}, []
+    for name, task in tasks.items():
+        by_kind: dict[str, list[Outcome]] = {}
+        for item in answered:
+            if item.task == name and (gold := task.gold(item.record)) is not None:
+                decision = task.decide(item.raw, item.record, neutral, item.modalities)
+                by_kind.setdefault(item.modalities, []).append(Outcome(gold, decision))
+        if not by_kind:
+            continue
+        before = f"{name}/" if len(tasks) > 1 else ""
+        found = task.measure([outcome for part in by_kind.values() for outcome in part])
+        scores.append(float(found[task.score]["value"] or 0.0))
+        metrics |= {f"{before}{key}": float(number["value"] or 0.0) for key, number in found.items()}
+        for kind in sorted(by_kind):
+            part = task.measure(by_kind[kind])
+            if task.score in part:
+                metrics[f"{before}{task.score}/{kind}"] = float(part[task.score]["value"] or 0.0)
+    return sum(scores) / max(1, len(scores)), metrics
 
 
 def note(state: State, score: float) -> None:

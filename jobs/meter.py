@@ -41,12 +41,12 @@ class Meter:
         if self._steps >= _SETTLE_STEPS:
             self._wait_s += seconds
 
-    def add(self, logits: Tensor, batch: dict[str, Tensor], loss: Tensor) -> None:
-        known = (batch["weight"] > 0) & (batch["label"] >= 0)
+    def add(self, right: Tensor, known: Tensor, samples: int, loss: Tensor) -> None:
+        """Of one micro-batch: how many answers are right, of how many; its samples; its loss."""
         self._loss = self._loss + loss.detach()
-        self._right = self._right + ((logits.detach().argmax(1) == batch["label"]) & known).sum()
-        self._weight = self._weight + known.sum()
-        self._samples += len(known)
+        self._right = self._right + right
+        self._weight = self._weight + known
+        self._samples += samples
         self._micros += 1
 
     def end_step(self) -> None:

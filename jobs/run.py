@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from mmagent import storage, text
 from mmagent.config import Config, resolve
 from mmagent.order import Position
 from mmagent.shards import Dataset
+from mmagent.targets import TaskInfo
+from mmagent.tasks import make_all
 
 CONFIG_FILE = "config.yaml"
 
@@ -97,15 +99,16 @@ def prepare(
     dataset = Dataset.open(storage.folder("data", config.data.name))
     _check_splits(dataset)
     text.check(config.model.backbone)
-    _check_model(config, len(dataset.labels))
+    _check_model(config, dataset.tasks)
     _check_config(config, folder)
     window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share)
     steps = order.steps(config.train.epochs, config.global_batch)
     plan = Plan(
         config=config,
-        labels=tuple(dataset.labels),
-        label_weights=_label_weights(dataset, config.train.class_balance),
+        tasks=dataset.tasks,
+        task=dataset.task,
+        label_weights={name: _label_weights(info, config.train.class_balance) for name, info in dataset.tasks.items()},
         folder=folder,
         name=name or folder.name,
         bundle=(bundle or folder / "bundle") if export else None,
@@ -170,31 +173,32 @@ def _validation(plan: Plan, dataset: Dataset) -> Any:
     return stream.training_stream(order, layout, Position(), steps)
 
 
-def _label_weights(dataset: Dataset, balance: float) -> tuple[float, ...]:
-    """Frequency to the power of -balance for each label, scaled so that the mean over samples is one."""
-    counts = np.array([dataset.info["splits"]["train"]["labels"].get(label, 0) for label in dataset.labels], float)
+def _label_weights(info: TaskInfo, balance: float) -> dict[str, float]:
+    """Frequency to the power of -balance for each label, scaled so that the mean over samples is one; for tasks whose
+    rows have one label."""
+    if not balance or info.kind not in ("classify", "relate"):
+        return {}
+    counts = np.array([info.counts.get(label, 0) for label in info.labels], float)
     shares = np.maximum(counts, 1) / max(counts.sum(), 1)
     weights = shares**-balance
-    return tuple((weights / (weights * shares).sum()).tolist())
+    return dict(zip(info.labels, (weights / (weights * shares).sum()).tolist(), strict=True))
 
 
 def _check_splits(dataset: Dataset) -> None:
-    known = set(dataset.labels)
     for split in ("train", "validation"):
         if not dataset.rows(split):
             raise RunError(f"the data set {dataset.path} has no rows in its split {split!r}: prepare it again")
-    if not known:
-        raise RunError(f"the data set {dataset.path} has no labels: a task other than classify is not supported yet")
-    unknown = sorted(set(dataset.info["splits"]["validation"]["labels"]) - known)
+    known = {label for info in dataset.tasks.values() for label in info.labels}
+    unknown = sorted(set(dataset.info["splits"]["validation"].get("labels", {})) - known)
     if unknown:
         raise RunError(f"the validation split of {dataset.path} has labels that training never has: {unknown[:5]}")
 
 
-def _check_model(config: Config, num_labels: int) -> None:
+def _check_model(config: Config, infos: Mapping[str, TaskInfo]) -> None:
     """Builds the model without its weights: a config that makes none is told here, by one process."""
     try:
         with torch.device("meta"):
-            build(config, num_labels, text.load_encoder(config.model.backbone, weights=False))
+            build(config, make_all(infos), text.load_encoder(config.model.backbone, weights=False))
     except ValueError as error:
         raise RunError(str(error)) from error
 

@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,10 @@ from torch import Tensor
 from mmagent import text
 from mmagent.config import AudioTowerConfig, AugmentConfig, DataConfig, ImageTowerConfig, ModelConfig
 from mmagent.media import Limits, MediaError, MediaTooLarge, check_audio, check_image, decode_audio, decode_image
+from mmagent.reading import Reader, View
 from mmagent.record import Media, Record, RecordError
+from mmagent.targets import TargetError
+from mmagent.tasks import Task
 
 HOP_S = 0.010
 WINDOW_S = 0.025
@@ -40,16 +43,29 @@ class PartError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One record, decoded."""
+    """One record, decoded: what its task reads of it, in one view or several."""
 
-    id: str
-    ids: np.ndarray  # (tokens,) int64
+    record: Record
+    views: tuple[View, ...]
     has_words: bool
     images: tuple[np.ndarray, ...]  # (size, size, 3) uint8 each
     audios: tuple[np.ndarray, ...]  # (frames, mels) float16 each
-    label: int = -100
     weight: float = 1.0
     transcript: np.ndarray | None = None  # (tokens,) int64: the words spoken, where known
+    more: tuple[tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]], ...] = ()  # a view's own pictures and sounds
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def task(self) -> str:
+        return self.record.task
+
+    def media(self, view: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """Pictures and sounds of one view: the record's, then its own."""
+        images, audios = self.more[view] if self.more else ((), ())
+        return (*self.images, *images), (*self.audios, *audios)
 
 
 class Inputs:
@@ -59,14 +75,15 @@ class Inputs:
         model: its section of the config.
         data: limits, text length, size of the cache of decoded media.
         tokenizer: of the model's backbone.
-        labels: the classes, in the order of the head.
+        tasks: what the model answers, by name.
     """
 
-    def __init__(self, model: ModelConfig, data: DataConfig, tokenizer: Any, labels: Sequence[str]) -> None:
+    def __init__(self, model: ModelConfig, data: DataConfig, tokenizer: Any, tasks: Mapping[str, Task]) -> None:
         self.model = model
         self.data = data
         self.tokenizer = tokenizer
-        self.classes = {label: index for index, label in enumerate(labels)}
+        self.tasks = tasks
+        self.reader = Reader(tokenizer, data.max_text_tokens)
         self._cache = _Cache(data.cache_mb << 20)
 
     def check(self, record: Record) -> None:
@@ -89,54 +106,81 @@ class Inputs:
         """Decodes a record; `ids` saves tokenising where a stream did it before.
 
         Raises:
-            PartError: media that cannot be decoded or is over a limit.
+            PartError: media that cannot be decoded or is over a limit, a task that the model has not, or a record that
+                lacks what its task reads.
         """
         words = text.words(record)
         transcript = record.meta.get("transcript") if record.audios and self._aligns else None
-        if ids is None:
-            ids = self.tokenize([words])[0]
         return Sample(
-            id=record.id,
-            ids=ids,
-            has_words=bool(words),
+            record=record,
+            views=self._views(record, ids),
+            has_words=bool(words) or bool(record.candidates),
             images=tuple(self._image(media, f"images[{i}]") for i, media in enumerate(record.images)),
             audios=tuple(self._audio(media, f"audios[{i}]") for i, media in enumerate(record.audios)),
-            label=self.classes.get(record.target.label, -100) if record.target.label is not None else -100,
             weight=record.weight,
             transcript=self.tokenize([transcript])[0] if transcript else None,
+            more=tuple(self._of_candidate(item, i) for i, item in enumerate(record.candidates)),
+        )
+
+    def _views(self, record: Record, ids: np.ndarray | None) -> tuple[View, ...]:
+        task = self.tasks.get(record.task)
+        if task is None:
+            known = ", ".join(self.tasks)
+            raise PartError(f"this model has no task {record.task!r}; it has {known}", "task")
+        if task.reads_whole and ids is not None:
+            return (View(ids),)
+        try:
+            return task.views(record, self.reader)
+        except TargetError as error:
+            raise PartError(str(error), "target") from error
+
+    def _of_candidate(
+        self, candidate: Mapping[str, Any], index: int
+    ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        place, image, audio = f"candidates[{index}]", candidate.get("image"), candidate.get("audio")
+        return (
+            (self._image(Media(image["bytes"], image["path"]), f"{place}.image"),) if image else (),
+            (self._audio(Media(audio["bytes"], audio["path"]), f"{place}.audio"),) if audio else (),
         )
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
         return text.tokenize(self.tokenizer, texts, self.data.max_text_tokens)
 
     def batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Stacks samples. Keys and shapes (b samples, t tokens, n pictures and m sounds of all samples together):
+        """Stacks the views of samples. Keys and shapes (r rows, a row for each view; t tokens, n pictures and m sounds
+        of all rows together):
 
-        ids, mask, keep (b, t) · has_words, label, weight (b,) · images (n, 3, size, size), image_row, image_slot,
+        ids, mask, keep (r, t) · has_words, weight (a sample's, shared out over its views), sample_row (r,) ·
+        TASK/... what each task's loss and head need, by row · images (n, 3, size, size), image_row, image_slot,
         image_real (n,), image_slots () · audios (m, frames, mels), audio_frames, audio_row, audio_slot, audio_real
         (m,), audio_slots () · transcript_ids, transcript_mask (m, t) where the model is taught by words spoken.
         Where a batch has no picture (or sound), one stand-in of zeros is there with ``real`` false.
         """
-        ids, mask = self._pad([sample.ids for sample in samples])
+        rows = [(index, sample, view) for index, sample in enumerate(samples) for view in range(len(sample.views))]
+        ids, mask = self._pad([sample.views[view].ids for _, sample, view in rows])
         out = {
             "ids": ids,
             "mask": mask,
             "keep": mask.bool(),
-            "has_words": torch.tensor([sample.has_words for sample in samples]),
-            "label": torch.tensor([sample.label for sample in samples]),
-            "weight": torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
+            "has_words": torch.tensor([sample.has_words for _, sample, _ in rows]),
+            "weight": torch.tensor([sample.weight / len(sample.views) for _, sample, _ in rows], dtype=torch.float32),
+            "sample_row": torch.tensor([index for index, _, _ in rows]),
         }
+        for name, task in self.tasks.items():
+            targets = [task.target(s.record, s.views[view]) if s.task == name else None for _, s, view in rows]
+            out |= task.collate(targets, ids.shape[1])
+        media = [sample.media(view) for _, sample, view in rows]
         if self.model.image is not None:
-            out |= _places("image", [len(sample.images) for sample in samples])
+            out |= _places("image", [len(images) for images, _ in media])
             blank = np.zeros((self.model.image.size, self.model.image.size, 3), np.uint8)
-            stack = np.stack([image for sample in samples for image in sample.images] or [blank])
+            stack = np.stack([image for images, _ in media for image in images] or [blank])
             out["images"] = torch.from_numpy(stack).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
         if self.model.audio is not None:
-            out |= _places("audio", [len(sample.audios) for sample in samples])
-            sounds = [audio for sample in samples for audio in sample.audios]
+            out |= _places("audio", [len(audios) for _, audios in media])
+            sounds = [audio for _, audios in media for audio in audios]
             out |= _stack_sounds(sounds or [np.zeros((1, self.model.audio.mels), np.float16)])
             if self._aligns:
-                spoken = [s.transcript if s.transcript is not None else None for s in samples for _ in s.audios]
+                spoken = [s.transcript for (_, s, _), (_, audios) in zip(rows, media, strict=True) for _ in audios]
                 out["transcript_ids"], out["transcript_mask"] = self._pad(spoken or [None])
         return out
 
@@ -174,9 +218,7 @@ def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> 
     """What training hears and sees instead of the sample itself (see `AugmentConfig`)."""
     audios = tuple(_augment_sound(audio, config, rng) for audio in sample.audios)
     images = () if sample.images and rng.random() < config.image_drop else sample.images
-    return Sample(
-        sample.id, sample.ids, sample.has_words, images, audios, sample.label, sample.weight, sample.transcript
-    )
+    return replace(sample, images=images, audios=audios)
 
 
 def drop_tokens(keep: Tensor, share: float, rng: np.random.Generator) -> Tensor:

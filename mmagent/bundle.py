@@ -1,10 +1,10 @@
 """A bundle: all that an answer needs in one folder, which loads with torch and transformers alone.
 
-    manifest.json       format version, name, labels, modalities, origin, sha256 of every file; written last
+    manifest.json       format version, name, tasks, modalities, origin, sha256 of every file; written last
     config.yaml         the resolved config
     model.safetensors   towers, join and head
     backbone/           the language model and its tokenizer, as Transformers saves them
-    labels.json · calibration.json · metrics.json · golden.jsonl · README.md (the model card)
+    tasks.json · calibration.json · metrics.json · golden.jsonl · README.md (the model card)
 
 A folder without its manifest is no bundle: writing was interrupted.
 """
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from mmagent import storage, text
 from mmagent.calibration import Calibration
 from mmagent.config import Config, ConfigError, resolve
 from mmagent.model import MultimodalModel
+from mmagent.targets import TaskInfo
+from mmagent.tasks import make_all
 from mmagent.text import TextEncoder
 
 FORMAT_VERSION = 1
@@ -45,12 +47,22 @@ class Bundle:
     path: Path
     manifest: Mapping[str, Any]
     config: Config
-    labels: tuple[str, ...]
-    calibration: Calibration
+    tasks: Mapping[str, TaskInfo]
+    calibration: Mapping[str, Calibration]  # by task
 
     @property
     def name(self) -> str:
         return str(self.manifest["name"])
+
+    @property
+    def task(self) -> str:
+        """The task that a request means which names none."""
+        return str(self.manifest["task"])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of that task."""
+        return self.tasks[self.task].labels
 
     def golden(self) -> list[dict[str, Any]]:
         """Questions with the answers the model gave when it was exported: what a deployment must reproduce."""
@@ -63,16 +75,18 @@ def save(
     *,
     name: str,
     config: Config,
-    labels: Sequence[str],
+    tasks: Mapping[str, TaskInfo],
+    task: str,
     state: Mapping[str, Tensor],
     backbone: TextEncoder,
     tokenizer: Any,
-    calibration: Calibration,
+    calibration: Mapping[str, Calibration],
     origin: Mapping[str, Any],
 ) -> None:
     """Writes a bundle beside its place and renames it there, replacing an older one of the same path.
 
     Args:
+        tasks, task: what it answers, and which of them where a request names none.
         state: the model's weights without the backbone's.
         origin: run, data set, metrics of the chosen checkpoint: goes into the manifest.
     """
@@ -84,15 +98,17 @@ def save(
         tokenizer.save_pretrained(draft / "backbone")
         save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, draft / "model.safetensors")
         (draft / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        storage.publish_json(draft / "labels.json", list(labels))
-        storage.publish_json(draft / "calibration.json", calibration.model_dump())
+        storage.publish_json(draft / "tasks.json", {name: info.to_dict() for name, info in tasks.items()})
+        fitted = {name: each.model_dump() for name, each in calibration.items()}
+        storage.publish_json(draft / "calibration.json", fitted)
         storage.publish_json(draft / "metrics.json", {})
         manifest = {
             "format_version": FORMAT_VERSION,
             "name": name,
             "created_ms": int(time.time() * 1000),
-            "task": "classify",
-            "labels": list(labels),
+            "task": task,
+            "tasks": sorted(tasks),
+            "labels": list(tasks[task].labels),
             "modalities": modalities(config),
             **origin,
         }
@@ -137,9 +153,11 @@ def load(path: str | Path) -> Bundle:
         config = resolve(yaml.safe_load((folder / "config.yaml").read_text()), {})
     except ConfigError as error:
         raise BundleError(f"the bundle {folder} holds a config that cannot be read: {error}") from error
-    calibration = Calibration.model_validate_json((folder / "calibration.json").read_text())
-    labels = tuple(json.loads((folder / "labels.json").read_text()))
-    return Bundle(folder, manifest, config, labels, calibration)
+    fitted = json.loads((folder / "calibration.json").read_text())
+    calibration = {name: Calibration.model_validate(each) for name, each in fitted.items()}
+    infos = json.loads((folder / "tasks.json").read_text())
+    tasks = {name: TaskInfo.from_dict(name, each) for name, each in infos.items()}
+    return Bundle(folder, manifest, config, tasks, calibration)
 
 
 def find(path: str | Path) -> Path:
@@ -170,7 +188,7 @@ def load_model(bundle: Bundle) -> tuple[MultimodalModel, TextEncoder, Any]:
     """
     encoder = text.load_encoder(str(bundle.path / "backbone"))
     tokenizer = text.load_tokenizer(str(bundle.path / "backbone"))
-    model = MultimodalModel(bundle.config.model, len(bundle.labels), encoder.width, None)
+    model = MultimodalModel(bundle.config.model, make_all(bundle.tasks), encoder.width, None)
     try:
         model.load_state_dict(load_file(bundle.path / "model.safetensors"))
     except (RuntimeError, SafetensorError) as error:

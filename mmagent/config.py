@@ -126,6 +126,7 @@ class TrainConfig(_Section):
     eval_every_steps: int = Field(50, gt=0, description="optimizer steps between validations")
     eval_rows: int = Field(1024, gt=0, description="validation rows asked each time, the first by seeded order")
     patience: int = Field(0, ge=0, description="validations without a better score before training stops; 0: never")
+    task_weights: dict[str, float] = Field({}, description="of a task's loss among several, by its name; 1 where none")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
     class_balance: float = Field(
         0.0, ge=0, le=1, description="weight of a sample is its label's frequency to the power of minus this; 1: even"

@@ -26,7 +26,7 @@ def apply(model: MultimodalModel, strategy: str) -> None:
         ValueError: more layers are to be trained than the language model has.
     """
     model.requires_grad_(strategy != "head")
-    model.head.requires_grad_(True)
+    model.heads.requires_grad_(True)
     if model.backbone is None:
         return
     model.backbone.requires_grad_(strategy == "all")

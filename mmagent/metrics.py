@@ -7,7 +7,7 @@ questions about one picture, are not independent of each other, so groups are dr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,15 +86,8 @@ def summary(outcomes: Outcomes, *, seed: int | Sequence[int] = 0, resamples: int
     nll (mean of -ln p of the right class), brier (G. W. Brier 1950, the sum over all classes, 0 to 2),
     ece (see `calibration`; a resample adds noise inside each bin and only ever raises it, so it gets no interval).
     """
-    statistics = _statistics(outcomes)
-    point = _from_sums(statistics.sum(axis=0))
-    drawn = [_from_sums(sums) for sums in _resampled(statistics, outcomes.groups, seed, resamples)]
-    out: dict[str, Number] = {}
-    for name, value in point.items():
-        low, high = np.percentile(np.concatenate([part[name] for part in drawn]), [2.5, 97.5])
-        out[name] = {"value": float(value[0]), "low": float(low), "high": float(high)}
-    out["ece"] = {"value": calibration(outcomes)["ece"], "low": None, "high": None}
-    return out
+    out = _numbers(_statistics(outcomes), _from_sums, outcomes.groups, seed, resamples)
+    return out | {"ece": point(calibration(outcomes)["ece"])}
 
 
 def share(hits: np.ndarray, groups: np.ndarray | None = None, *, seed: int | Sequence[int] = 0) -> Number:
@@ -104,6 +97,56 @@ def share(hits: np.ndarray, groups: np.ndarray | None = None, *, seed: int | Seq
     drawn = [sums[:, 1] / sums[:, 0] for sums in _resampled(sparse.csr_array(statistics), keys, seed, RESAMPLES)]
     low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
     return {"value": float(np.mean(hits)), "low": float(low), "high": float(high)}
+
+
+def of_sums(
+    columns: np.ndarray,
+    from_sums: Callable[[np.ndarray], dict[str, np.ndarray]],
+    *,
+    groups: Sequence[str],
+    seed: int | Sequence[int] = 0,
+    resamples: int = 0,
+) -> dict[str, Number]:
+    """Metrics that are functions of sums over rows, with intervals where `resamples` is given.
+
+    Args:
+        columns: (n, k) what is summed.
+        from_sums: (b, k) -> each metric (b,).
+        groups: rows of one name are drawn together; "" stands alone.
+    """
+    names = [group or f"\0{index}" for index, group in enumerate(groups)]
+    keys = np.unique(np.asarray(names), return_inverse=True)[1]
+    return _numbers(sparse.csr_array(columns), from_sums, keys, seed, resamples)
+
+
+def point(value: float) -> Number:
+    """A number that has no interval."""
+    return {"value": value, "low": None, "high": None}
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Part / whole, 0 where there is nothing to be a share of."""
+    return np.divide(part, whole, out=np.zeros_like(part, dtype=float), where=whole > 0)
+
+
+def f1(both: np.ndarray, said: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """2 TP / (2 TP + FP + FN), of counts: right answers, answers, what was to be found."""
+    return ratio(2 * both, said + truth)
+
+
+def mean_where(values: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """The mean over the last axis of the values (b, k) that are there."""
+    return ratio((values * there).sum(axis=-1), there.sum(axis=-1).astype(float))
+
+
+def precision_recall(both: int, said: int, truth: int) -> dict[str, float]:
+    """Of one class, by its counts: precision, recall, F1 and support."""
+    return {
+        "precision": both / said if said else 0.0,
+        "recall": both / truth if truth else 0.0,
+        "f1": 2 * both / (said + truth) if said + truth else 0.0,
+        "support": truth,
+    }
 
 
 def per_class(outcomes: Outcomes) -> dict[str, dict[str, float]]:
@@ -179,6 +222,24 @@ def confusion(outcomes: Outcomes) -> list[dict[str, Any]]:
     ]
 
 
+def _numbers(
+    statistics: sparse.csr_array,
+    from_sums: Callable[[np.ndarray], dict[str, np.ndarray]],
+    groups: np.ndarray,
+    seed: int | Sequence[int],
+    resamples: int,
+) -> dict[str, Number]:
+    found = from_sums(np.asarray(statistics.sum(axis=0)).reshape(1, -1))
+    drawn = [from_sums(np.asarray(sums)) for sums in _resampled(statistics, groups, seed, resamples)]
+    out: dict[str, Number] = {}
+    for name, value in found.items():
+        out[name] = point(float(value[0]))
+        if drawn:
+            low, high = np.percentile(np.concatenate([part[name] for part in drawn]), [2.5, 97.5])
+            out[name] = {"value": float(value[0]), "low": float(low), "high": float(high)}
+    return out
+
+
 def _statistics(outcomes: Outcomes) -> sparse.csr_array:
     """(n, 5 + 3 classes): every metric with an interval is a function of sums of these columns over the rows."""
     rows, width = len(outcomes), len(outcomes.labels)
@@ -200,11 +261,9 @@ def _from_sums(sums: np.ndarray) -> dict[str, np.ndarray]:
     sums = np.asarray(sums).reshape(-1, sums.shape[-1])
     rows, correct, confidence, nll, brier = sums[:, :5].T
     truth, said, both = np.split(sums[:, 5:], 3, axis=1)  # (b, classes)
-    occurs = truth + said  # F1 = 2 TP / (2 TP + FP + FN) = 2 TP / (said + truth)
-    f1 = np.divide(2 * both, occurs, out=np.zeros_like(both), where=occurs > 0)
     return {
         "accuracy": correct / rows,
-        "macro_f1": f1.sum(axis=1) / (occurs > 0).sum(axis=1),
+        "macro_f1": mean_where(f1(both, said, truth), truth + said > 0),
         "mean_confidence": confidence / rows,
         "nll": nll / rows,
         "brier": brier / rows,

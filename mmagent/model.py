@@ -7,11 +7,14 @@ collective.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmagent.config import ModelConfig
+from mmagent.tasks import Fused, Task
 from mmagent.text import TextEncoder
 from mmagent.towers import AudioTower, Block, ImageTower
 
@@ -19,7 +22,7 @@ Batch = dict[str, Tensor]
 
 
 class Join(nn.Module):
-    """Fusion layers over [answer token, text states, image tokens, audio tokens]; gives the answer token's state."""
+    """Fusion layers over [answer token, sentence, text states, audio tokens, image tokens]."""
 
     def __init__(self, config: ModelConfig, text_width: int) -> None:
         super().__init__()
@@ -35,17 +38,28 @@ class Join(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.order = nn.Parameter(torch.zeros(MAX_SLOTS, width))  # which picture or sound of the sample
 
-    def forward(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """parts: (tokens (batch, n, width), keep (batch, n)) of each modality -> (batch, width)."""
+    def forward(self, parts: list[tuple[Tensor, Tensor]], with_tokens: bool = False) -> Fused:
+        """parts: (tokens (batch, n, width), keep (batch, n)) of each modality, the text's second.
+
+        Args:
+            with_tokens: also the states of the text's tokens; zeros where they are not kept.
+        """
         batch = parts[0][0].shape[0]
         answer = self.answer.expand(batch, 1, -1)
         x = torch.cat([answer, *(tokens for tokens, _ in parts)], dim=1)
         always = torch.ones(batch, 1, dtype=torch.bool, device=x.device)
         keep = torch.cat([always, *(kept for _, kept in parts)], dim=1)
-        x, keep = _pack(x, keep)
+        places = x.shape[1]
+        x, keep, order = _pack(x, keep)
         for block in self.blocks:
             x = block(x, keep)
-        return self.norm(x[:, 0])
+        x = self.norm(x)
+        if not with_tokens:
+            return Fused(x[:, 0], None)
+        where = order[..., None].expand_as(x)
+        back = x.new_zeros(batch, places, x.shape[-1]).scatter(1, where, x * keep[..., None])
+        first = 1 + parts[0][0].shape[1]
+        return Fused(x[:, 0], back[:, first : first + parts[1][0].shape[1]])
 
 
 _TEMPERATURE = 0.1  # of the contrast between speeches
@@ -53,18 +67,22 @@ MAX_SLOTS = 16  # pictures, and sounds, of one sample that keep their order; lat
 
 
 class MultimodalModel(nn.Module):
-    """Text states + towers -> join -> head.
+    """Text states + towers -> join -> a head for each task.
 
     Args:
         config: the model's section of a config.
-        num_labels: classes of the head.
+        tasks: what is answered, by name.
         text_width: channels of the language model's states.
         backbone: the language model, where it is trained or computed each time; None where its states come ready
             in ``batch["text_states"]`` (see `mmagent.text.FrozenStates`).
     """
 
-    def __init__(self, config: ModelConfig, num_labels: int, text_width: int, backbone: TextEncoder | None) -> None:
+    def __init__(
+        self, config: ModelConfig, tasks: Mapping[str, Task], text_width: int, backbone: TextEncoder | None
+    ) -> None:
         super().__init__()
+        self.tasks = dict(tasks)
+        self._with_tokens = any(task.needs_tokens for task in tasks.values())
         self.backbone = backbone
         self.image_tower = ImageTower(config.image) if config.image else None
         self.audio_tower = AudioTower(config.audio) if config.audio else None
@@ -72,13 +90,17 @@ class MultimodalModel(nn.Module):
         self.speech = nn.Linear(config.audio.width, text_width) if config.audio else None
         self.join = Join(config, text_width)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.width, num_labels)
-        # What a picture says by itself: a second answer, asked only while training (see `ImageTowerConfig.alone`).
-        self.image_head = nn.Linear(config.image.width, num_labels) if config.image and config.image.alone else None
+        self.heads = nn.ModuleDict({_module_name(name): task.head(config.width) for name, task in tasks.items()})
+        # What a picture says by itself: a second answer, which training alone reads (see `ImageTowerConfig.alone`).
+        alone = config.image if config.image and config.image.alone else None
+        self.image_heads = nn.ModuleDict(
+            {_module_name(name): task.head(alone.width) for name, task in tasks.items() if task.pooled and alone}
+        )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """batch: see `mmagent.batch.Inputs.batch` -> ``logits`` (batch, labels), and ``speech`` (sounds, tokens,
-        text width) where there is an audio tower."""
+        """batch: see `mmagent.batch.Inputs.batch` -> for each task's name its output, rows first; under ``image:TASK``
+        what the pictures alone say (pictures, ...); ``speech`` (sounds, tokens, text width) where there is an audio
+        tower."""
         states = batch["text_states"] if self.backbone is None else self.backbone(batch["ids"], batch["mask"])
         has_words = batch["has_words"]  # (batch,)
         asked = _mean(states, batch["mask"].bool()) * has_words[:, None]  # (batch, text width)
@@ -101,14 +123,17 @@ class MultimodalModel(nn.Module):
             assert join.image is not None
             assert join.film is not None
             seen = self.image_tower(batch["images"])
-            if self.image_head is not None:
-                out["image_logits"] = self.image_head(seen.mean(1))
+            for name in self.tasks:
+                if _module_name(name) in self.image_heads:
+                    alone = Fused(seen.mean(1), None)
+                    out[f"image:{name}"] = self.image_heads[_module_name(name)](alone, batch)
             tokens = join.image(seen) + join.kinds[2]
             placed, keep = self._place(tokens, batch, "image", size)
             scale, shift = join.film(asked)[:, None].chunk(2, dim=-1)
             parts.append((placed * (1 + scale) + shift, keep))
-        out["logits"] = self.head(self.dropout(join(parts)))
-        return out
+        fused = join(parts, self._with_tokens)
+        dropped = Fused(self.dropout(fused.answer), None if fused.tokens is None else self.dropout(fused.tokens))
+        return out | {name: self.heads[_module_name(name)](dropped, batch) for name in self.tasks}
 
     def _place(self, tokens: Tensor, batch: Batch, kind: str, size: int) -> tuple[Tensor, Tensor]:
         """Tokens of packed media (media, n, width), put where their samples are: (batch, slots * n, width) and what
@@ -122,16 +147,6 @@ class MultimodalModel(nn.Module):
         kept = kept.index_put((row * slots + slot,), real, accumulate=False)
         keep = kept.view(size, slots, 1).expand(-1, -1, count).reshape(size, slots * count)
         return placed.view(size, slots * count, width), keep
-
-
-def classify_loss(logits: Tensor, labels: Tensor, weights: Tensor, size: int, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy summed over samples by weight and divided by the nominal size of the micro-batch, so that a
-    padded or unlabelled sample counts nothing and any split of a batch over workers sums to the same gradient.
-
-    logits (batch, labels), labels (batch,) with -100 for none, weights (batch,).
-    """
-    each = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none", label_smoothing=smoothing)
-    return (each * weights).sum() / size
 
 
 def align_loss(speech: Tensor, states: Tensor, ids: Tensor, mask: Tensor, real: Tensor, size: int) -> Tensor:
@@ -159,12 +174,18 @@ def align_loss(speech: Tensor, states: Tensor, ids: Tensor, mask: Tensor, real: 
     return ((place + contrast) * known).sum() / size
 
 
-def _pack(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def _pack(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Moves each sample's kept tokens to the front and cuts what no sample needs: tokens carry their kind and place
-    in themselves, so the layers compute the same on fewer. x (batch, tokens, width), keep (batch, tokens)."""
+    in themselves, so the layers compute the same on fewer. x (batch, tokens, width), keep (batch, tokens) -> both with
+    fewer tokens, and where each of these was (batch, fewer)."""
     longest = int(keep.sum(1).max())
     order = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
-    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])), keep.gather(1, order)
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])), keep.gather(1, order), order
+
+
+def _module_name(task: str) -> str:
+    """A task's name as a module may have it."""
+    return task.replace(".", "_")
 
 
 def _mean(states: Tensor, keep: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from mmagent.config import Config
 from mmagent.media import Limits
 from mmagent.model import MultimodalModel
 from mmagent.record import Record
+from mmagent.targets import TaskInfo
+from mmagent.tasks import Task, make_all
 from mmagent.text import FrozenStates, TextEncoder
 
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
@@ -34,25 +36,34 @@ __all__ = ["Answer", "PartError", "Predictor", "Sample"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says, how sure it is, and which bundle said it."""
+    """What the model says, how sure it is, and which bundle said it. A task fills the fields that are its own."""
 
     task: str
-    label: str
-    probabilities: Mapping[str, float]  # every label, likeliest first
     confidence: float
     abstained: bool  # less sure than the bundle's calibration asks for
     bundle: str
+    words: str  # the answer as one would say it
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+    value: float | None = None
+    text: str | None = None
+    spans: tuple[Mapping[str, Any], ...] | None = None
+    probabilities: Mapping[str, float] = field(default_factory=dict)  # every label, likeliest first
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, timings: bool = True) -> dict[str, Any]:
+        """As JSON has it, without the fields of other tasks."""
+        said = {"label": self.label, "value": self.value, "text": self.text}
+        many = {"labels": self.labels, "spans": self.spans}
         return {
             "task": self.task,
-            "label": self.label,
+            **{key: value for key, value in said.items() if value is not None},
+            **{key: [*value] for key, value in many.items() if value is not None},
             "probabilities": dict(self.probabilities),
             "confidence": self.confidence,
             "abstained": self.abstained,
             "bundle": self.bundle,
-            "timings_ms": dict(self.timings_ms),
+            **({"timings_ms": dict(self.timings_ms)} if timings else {}),
         }
 
 
@@ -64,20 +75,22 @@ class Predictor:
         *,
         name: str,
         config: Config,
-        labels: Sequence[str],
+        tasks: Mapping[str, Task],
+        task: str,
         model: MultimodalModel,
         encoder: TextEncoder,
         tokenizer: Any,
-        calibration: Calibration | None = None,
+        calibration: Mapping[str, Calibration] | None = None,
         manifest: Mapping[str, Any] | None = None,
         device: str = "auto",
     ) -> None:
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.name, self.config, self.labels = name, config, tuple(labels)
+        self.name, self.config = name, config
+        self.tasks, self.task = dict(tasks), task
         self.manifest = dict(manifest or {})
-        self.calibration = calibration or Calibration()
+        self.calibration = {name: (calibration or {}).get(name) or Calibration() for name in tasks}
         self.device = torch.device(place)
-        self.inputs = Inputs(config.model, config.data, tokenizer, labels)
+        self.inputs = Inputs(config.model, config.data, tokenizer, self.tasks)
         self._model = model.eval().requires_grad_(False).to(self.device)
         self._states = FrozenStates(encoder, device=self.device, max_mb=256)
 
@@ -99,7 +112,8 @@ class Predictor:
         return cls(
             name=found.name,
             config=found.config,
-            labels=found.labels,
+            tasks=model.tasks,
+            task=found.task,
             model=model,
             encoder=encoder,
             tokenizer=tokenizer,
@@ -109,13 +123,16 @@ class Predictor:
         )
 
     @classmethod
-    def untrained(cls, config: Config, labels: Sequence[str], *, device: str = "auto") -> Predictor:
+    def untrained(
+        cls, config: Config, infos: Mapping[str, TaskInfo], task: str, *, device: str = "auto"
+    ) -> Predictor:
         """The model before fine-tuning: the pretrained backbone, and towers, join and head as the seed made them."""
         encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
         torch.manual_seed(config.seed)
-        model = MultimodalModel(config.model, len(labels), encoder.width, None)
+        tasks = make_all(infos)
+        model = MultimodalModel(config.model, tasks, encoder.width, None)
         return cls(
-            name="untrained", config=config, labels=labels, model=model, encoder=encoder, tokenizer=tokenizer,
+            name="untrained", config=config, tasks=tasks, task=task, model=model, encoder=encoder, tokenizer=tokenizer,
             device=device,
         )  # fmt: skip
 
@@ -124,8 +141,9 @@ class Predictor:
         return self.config.data.media
 
     @property
-    def task(self) -> str:
-        return "classify"
+    def labels(self) -> tuple[str, ...]:
+        """Of the task that is meant where none is named."""
+        return self.tasks[self.task].labels
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -150,10 +168,9 @@ class Predictor:
     def answer(self, samples: Sequence[Sample]) -> list[Answer]:
         """One forward pass over all samples."""
         started = time.perf_counter()
-        logits = self.logits(samples)
-        chances = self.calibration.probabilities(logits, [modalities_of(sample) for sample in samples])
+        raws = self.raws(samples)
         timings = {"forward": round(1000 * (time.perf_counter() - started), 3)}
-        return [self._answer(row, timings) for row in chances]
+        return [self._answer(raw, sample, timings) for raw, sample in zip(raws, samples, strict=True)]
 
     def predict(self, rows: Iterable[Mapping[str, Any] | Record], *, batch_size: int = 32) -> list[Answer]:
         """Answers rows (see `mmagent.record.parse`: the short or the long form, media as paths, base64 or bytes).
@@ -168,10 +185,16 @@ class Predictor:
         return out
 
     @torch.inference_mode()
-    def logits(self, samples: Sequence[Sample]) -> np.ndarray:
-        """(samples, labels), before calibration."""
-        out: np.ndarray = self._model(self._batch(samples))["logits"].float().cpu().numpy()
-        return out
+    def raws(self, samples: Sequence[Sample]) -> list[Any]:
+        """What each sample's task makes of the model's output (`Task.raw`), before calibration."""
+        batch = self._batch(samples)
+        out = self._model(batch)
+        arrays = {name: out[name].float().cpu().numpy() for name in {sample.task for sample in samples}}
+        rows = batch["sample_row"].cpu().numpy()
+        return [
+            self.tasks[sample.task].raw(arrays[sample.task][rows == index], sample.views)
+            for index, sample in enumerate(samples)
+        ]
 
     @torch.inference_mode()
     def features(self, samples: Sequence[Sample]) -> np.ndarray:
@@ -193,25 +216,34 @@ class Predictor:
         batch["text_states"] = self._states(batch["ids"], batch["mask"])
         return {key: value.to(self.device) for key, value in batch.items()}
 
+    def parse(self, row: Mapping[str, Any], **options: Any) -> Record:
+        """A user's row as a record of the task it names, or of the bundle's own (options: `mmagent.record.parse`)."""
+        return records.parse({**row, "task": row.get("task") or self.task}, **options)
+
     def _prepared(self, index: int, row: Mapping[str, Any] | Record) -> Sample:
         try:
-            record = row if isinstance(row, Record) else records.parse(row, default_id=str(index))
+            record = row if isinstance(row, Record) else self.parse(row, default_id=str(index))
             return self.prepare(record)
         except PartError as error:
             raise PartError(f"row {index}: {error}", error.field, too_large=error.too_large) from error
         except records.RecordError as error:
             raise records.RecordError(f"row {index}: {error}", error.field) from error
 
-    def _answer(self, chances: np.ndarray, timings_ms: Mapping[str, float]) -> Answer:
-        order = np.argsort(-chances, kind="stable")
-        confidence = float(chances[order[0]])
+    def _answer(self, raw: Any, sample: Sample, timings_ms: Mapping[str, float]) -> Answer:
+        calibration = self.calibration[sample.task]
+        said = self.tasks[sample.task].decide(raw, sample.record, calibration, modalities_of(sample))
         return Answer(
-            task=self.task,
-            label=self.labels[order[0]],
-            probabilities={self.labels[index]: round(float(chances[index]), 6) for index in order},
-            confidence=confidence,
-            abstained=confidence < self.calibration.abstain_below,
+            task=sample.task,
+            confidence=said.confidence,
+            abstained=said.confidence < calibration.abstain_below,
             bundle=self.name,
+            words=said.words,
+            label=said.label,
+            labels=said.labels,
+            value=said.value,
+            text=said.text,
+            spans=said.spans,
+            probabilities=said.probabilities,
             timings_ms=timings_ms,
         )
 

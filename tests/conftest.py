@@ -199,14 +199,17 @@ def tiny_bundle(tiny_backbone: Path, tiny_recipe: dict[str, Any], tmp_path_facto
     from mmagent.calibration import Calibration
     from mmagent.config import resolve
     from mmagent.model import MultimodalModel
+    from mmagent.targets import TaskInfo
+    from mmagent.tasks import make_all
 
     config = resolve(tiny_recipe, {})
     encoder, tokenizer = text.load_encoder(str(tiny_backbone)), text.load_tokenizer(str(tiny_backbone))
     torch.manual_seed(0)
-    model = MultimodalModel(config.model, len(COLOURS), encoder.width, None)
+    infos = {"classify": TaskInfo("classify", COLOURS)}
+    model = MultimodalModel(config.model, make_all(infos), encoder.width, None)
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     bundle.save(
-        folder, name="tiny", config=config, labels=COLOURS, state=model.state_dict(), backbone=encoder,
-        tokenizer=tokenizer, calibration=Calibration(), origin={"run": "tiny", "data": "tiny"},
+        folder, name="tiny", config=config, tasks=infos, task="classify", state=model.state_dict(), backbone=encoder,
+        tokenizer=tokenizer, calibration={"classify": Calibration()}, origin={"run": "tiny", "data": "tiny"},
     )  # fmt: skip
     return folder

@@ -1,0 +1,132 @@
+"""match: which of several candidates fits best. Each is read together with what was asked (a cross-encoder)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmagent import calibration as calibrations
+from mmagent import metrics, text
+from mmagent.calibration import Calibration
+from mmagent.metrics import Number
+from mmagent.reading import Reader, View
+from mmagent.record import Record
+from mmagent.tasks.task import AnswerHead, Decision, Outcome, Task
+
+_CUTS = (1, 5)  # of recall
+
+
+class Match(Task):
+    kind: ClassVar[str] = "match"
+    reads_whole: ClassVar[bool] = False
+    score: ClassVar[str] = "mrr"
+
+    def views(self, record: Record, reader: Reader) -> tuple[View, ...]:
+        words = text.words(record)
+        return tuple(
+            reader.beside(words, candidate.get("content") or "", index)
+            for index, candidate in enumerate(record.candidates)
+        )
+
+    def head(self, width: int) -> nn.Module:
+        return AnswerHead(width, 1)
+
+    def target(self, record: Record, view: View) -> dict[str, np.ndarray] | None:
+        if record.target.labels is None:
+            return None
+        return {"right": np.float32(str(view.index) in record.target.labels)}
+
+    def collate(self, targets: Sequence[Mapping[str, np.ndarray] | None], tokens: int) -> dict[str, Tensor]:
+        right = [0.0 if target is None else float(target["right"]) for target in targets]
+        known = [float(target is not None) for target in targets]
+        return {self.key("right"): torch.tensor(right), self.key("known"): torch.tensor(known)}
+
+    def loss(self, output: Tensor, batch: Mapping[str, Tensor], size: int, smoothing: float) -> Tensor:
+        """For each record the mean of two: whether each candidate fits (binary cross-entropy), and which of them fits
+        best (softmax over the record's candidates; the log of the summed probability of the right ones)."""
+        scores, right = output[:, 0].float(), batch[self.key("right")]
+        weight = batch["weight"] * batch[self.key("known")]  # (rows,): a record's share, over its candidates
+        single = (F.binary_cross_entropy_with_logits(scores, right, reduction="none") * weight).sum()
+        record = batch["sample_row"]
+        listed = torch.zeros_like(scores)
+        for index in record[weight > 0].unique():
+            mine = record == index
+            if bool(right[mine].any()) and not bool(right[mine].all()):
+                whole = scores[mine].logsumexp(0) - scores[mine & (right > 0)].logsumexp(0)
+                listed = listed + mine * whole
+        return (single + (listed * weight).sum()) / 2 / size
+
+    def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        known = (batch[self.key("known")] > 0) & (batch["weight"] > 0)
+        return (((output[:, 0] > 0) == (batch[self.key("right")] > 0)) & known).sum(), known.sum()
+
+    def raw(self, outputs: np.ndarray, views: Sequence[View]) -> np.ndarray:
+        return outputs[:, 0]
+
+    def decide(self, raw: Any, record: Record, calibration: Calibration, modalities: str) -> Decision:
+        """The probabilities are a softmax over the candidates, by their indexes; of one candidate alone, whether it
+        fits."""
+        if len(raw) == 1:
+            fits = float(1 / (1 + np.exp(-raw[0] / calibration.temperature)))
+            return Decision(
+                label="0", text=_content(record, 0), probabilities={"0": round(fits, 6)}, confidence=max(fits, 1 - fits)
+            )
+        chances = calibration.probabilities(raw[None], [modalities])[0]
+        order = np.argsort(-chances, kind="stable")
+        return Decision(
+            label=str(order[0]),
+            text=_content(record, int(order[0])),
+            probabilities={str(index): round(float(chances[index]), 6) for index in order},
+            confidence=float(chances[order[0]]),
+        )
+
+    def gold(self, record: Record) -> Any:
+        return None if record.target.labels is None else list(record.target.labels)
+
+    def calibrate(self, raws: Sequence[Any], golds: Sequence[Any], modalities: Sequence[str]) -> Calibration:
+        """One temperature, from the records that have one right candidate among several."""
+        rows = [(raw, int(gold[0])) for raw, gold in zip(raws, golds, strict=True) if len(gold) == 1 and len(raw) > 1]
+        if not rows:
+            return Calibration()
+        width = max(len(raw) for raw, _ in rows)
+        low = min(float(raw.min()) for raw, _ in rows) - 30.0  # a place without a candidate
+        logits = np.stack([np.pad(raw, (0, width - len(raw)), constant_values=low) for raw, _ in rows])
+        return Calibration(temperature=calibrations.temperature(logits, np.array([right for _, right in rows])))
+
+    def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
+        """Mrr (mean of 1 / rank of the first right candidate), recall_at_k (a right one among the first k), over the
+        records with a right candidate; auc over all pairs of a record and a candidate."""
+        ranked = [o for o in outcomes if o.gold]
+        columns = np.zeros((len(ranked), 2 + len(_CUTS)))
+        for row, outcome in zip(columns, ranked, strict=True):
+            order = list(outcome.decision.probabilities)
+            rank = 1 + min(order.index(label) for label in outcome.gold)
+            row[:] = (1, 1 / rank, *(rank <= cut for cut in _CUTS))
+        groups = [o.group for o in ranked]
+        out = metrics.of_sums(columns, _from_sums, groups=groups, seed=seed, resamples=resamples) if ranked else {}
+        pairs = [
+            (label in outcome.gold, chance)
+            for outcome in outcomes
+            for label, chance in outcome.decision.probabilities.items()
+        ]
+        truth, chances = np.array([right for right, _ in pairs]), np.array([chance for _, chance in pairs])
+        if truth.any() and not truth.all():
+            out["auc"] = metrics.point(float(roc_auc_score(truth, chances)))
+        return out
+
+
+def _from_sums(sums: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "mrr": sums[:, 1] / sums[:, 0],
+        **{f"recall_at_{cut}": sums[:, 2 + index] / sums[:, 0] for index, cut in enumerate(_CUTS)},
+    }
+
+
+def _content(record: Record, index: int) -> str | None:
+    return record.candidates[index].get("content") or None

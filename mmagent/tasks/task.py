@@ -1,0 +1,178 @@
+"""What every task is: a head on the fused states, a loss, an answer, and metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmagent import text
+from mmagent.calibration import Calibration
+from mmagent.metrics import Number
+from mmagent.reading import Reader, View
+from mmagent.record import Record
+from mmagent.targets import TaskInfo, spanned
+
+IGNORED = -100  # a class index that no loss counts
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What the join makes of a batch: what heads read."""
+
+    answer: Tensor  # (rows, width): the answer token's state
+    tokens: Tensor | None  # (rows, tokens, width): of the text's tokens, where a head of the model wants them
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a task answers; it fills the fields that are its own."""
+
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+    value: float | None = None
+    text: str | None = None
+    spans: tuple[Mapping[str, Any], ...] | None = None
+    probabilities: Mapping[str, float] = field(default_factory=dict)  # likeliest first
+    confidence: float = 0.0
+
+    @property
+    def words(self) -> str:
+        """The answer as one would say it."""
+        if self.text is not None:
+            return self.text
+        if self.label is not None:
+            return self.label
+        if self.labels is not None:
+            return ", ".join(self.labels)
+        if self.value is not None:
+            return f"{self.value:g}"
+        return "; ".join(f"{span['text']} ({span['label']})" for span in self.spans or ())
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An answer beside the right one, as metrics want them."""
+
+    gold: Any  # of `Task.gold`
+    decision: Decision
+    group: str = ""
+
+
+class Task(ABC):
+    """
+    Args:
+        info: name, labels and statistics, from the data set or the bundle.
+    """
+
+    kind: ClassVar[str]
+    needs_tokens: ClassVar[bool] = False  # the head reads the states of the text's tokens
+    pooled: ClassVar[bool] = False  # the head reads the answer token's state alone: a picture's mean state serves too
+    reads_whole: ClassVar[bool] = True  # there is one view: the text as it is
+    score: ClassVar[str]  # the metric that chooses a checkpoint; higher is better
+
+    def __init__(self, info: TaskInfo) -> None:
+        self.info = info
+        self.name = info.task
+        self.labels = tuple(info.labels)
+        self.index = {label: index for index, label in enumerate(self.labels)}
+
+    def key(self, field: str) -> str:
+        """The name of this task's own tensor in a batch."""
+        return f"{self.name}/{field}"
+
+    def views(self, record: Record, reader: Reader) -> tuple[View, ...]:
+        """What the model reads of a record: one view, or several whose outputs `raw` puts together."""
+        return (reader.whole(text.words(record)),)
+
+    @abstractmethod
+    def head(self, width: int) -> nn.Module:
+        """A module from (`Fused`, batch) to this task's output: a tensor whose first axis is rows."""
+
+    @abstractmethod
+    def target(self, record: Record, view: View) -> dict[str, np.ndarray] | None:
+        """What the loss needs of the right answer; None where the record has none."""
+
+    @abstractmethod
+    def collate(self, targets: Sequence[Mapping[str, np.ndarray] | None], tokens: int) -> dict[str, Tensor]:
+        """Tensors of `key` names for all rows of a batch; None for a row that has no target of this task."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, batch: Mapping[str, Tensor], size: int, smoothing: float) -> Tensor:
+        """Summed over rows by weight and divided by `size`, the nominal number of samples of a micro-batch, so that
+        any split of a batch over workers sums to the same gradient."""
+
+    @abstractmethod
+    def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """How many answers of a batch are right, and of how many."""
+
+    @abstractmethod
+    def raw(self, outputs: np.ndarray, views: Sequence[View]) -> Any:
+        """The output of one record's views, (views, ...), as far as `decide` needs it."""
+
+    @abstractmethod
+    def decide(self, raw: Any, record: Record, calibration: Calibration, modalities: str) -> Decision:
+        """The answer to one record."""
+
+    @abstractmethod
+    def gold(self, record: Record) -> Any:
+        """The right answer in the form that metrics compare; JSON can hold it. None where there is none."""
+
+    @abstractmethod
+    def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
+        """The task's metrics, fractions of one where they are shares; with intervals where `resamples` is given."""
+
+    def calibrate(self, raws: Sequence[Any], golds: Sequence[Any], modalities: Sequence[str]) -> Calibration:
+        """What makes the confidence mean what it says, from validation rows."""
+        return Calibration()
+
+
+class AnswerHead(nn.Module):
+    """A linear layer on the answer token's state."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, outputs)
+
+    def forward(self, fused: Fused, batch: Mapping[str, Tensor]) -> Tensor:
+        """-> (rows, outputs)."""
+        return self.layer(fused.answer)
+
+
+class TokenHead(nn.Module):
+    """A linear layer on each text token's state."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, outputs)
+
+    def forward(self, fused: Fused, batch: Mapping[str, Tensor]) -> Tensor:
+        """-> (rows, tokens, outputs)."""
+        assert fused.tokens is not None
+        return self.layer(fused.tokens)
+
+
+def indexes(targets: Sequence[Mapping[str, np.ndarray] | None], field: str) -> Tensor:
+    """(rows,) int64 of a scalar target, `IGNORED` where there is none."""
+    return torch.tensor([IGNORED if target is None else int(target[field]) for target in targets])
+
+
+def padded(
+    targets: Sequence[Mapping[str, np.ndarray] | None], field: str, tokens: int, fill: float, dtype: torch.dtype
+) -> Tensor:
+    """(rows, tokens) of a target that has an entry for each token."""
+    out = torch.full((len(targets), tokens), fill, dtype=dtype)
+    for row, target in enumerate(targets):
+        if target is not None:
+            out[row, : len(target[field])] = torch.from_numpy(target[field]).to(dtype)
+    return out
+
+
+def focus(record: Record) -> str:
+    """The content that spans count in, as stored."""
+    return record.messages[spanned(record)].content
