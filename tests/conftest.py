@@ -25,6 +25,7 @@ from mmagent import storage as storages
 from mmagent.record import SCHEMA_VERSION, Record, parse
 from mmagent.shards import Dataset, ShardWriter
 from mmagent.targets import TaskInfo
+from mmagent.tasks import Task, make_all
 
 torch.set_num_threads(1)
 
@@ -97,6 +98,11 @@ def make_wav() -> Callable[..., bytes]:
 
 
 COLOURS = ("red", "green", "blue", "black")
+
+
+def classify(labels: Sequence[str]) -> dict[str, Task]:
+    """The tasks of a model that classifies."""
+    return make_all({"classify": TaskInfo("classify", tuple(labels))})
 
 
 @pytest.fixture(scope="session")
@@ -199,8 +205,6 @@ def tiny_bundle(tiny_backbone: Path, tiny_recipe: dict[str, Any], tmp_path_facto
     from mmagent.calibration import Calibration
     from mmagent.config import resolve
     from mmagent.model import MultimodalModel
-    from mmagent.targets import TaskInfo
-    from mmagent.tasks import make_all
 
     config = resolve(tiny_recipe, {})
     encoder, tokenizer = text.load_encoder(str(tiny_backbone)), text.load_tokenizer(str(tiny_backbone))

@@ -15,7 +15,9 @@ from mmagent import text
 from mmagent.batch import Inputs, PartError, Sample, augment, drop_tokens
 from mmagent.config import AugmentConfig, resolve
 from mmagent.order import sample_rng
-from mmagent.record import Record, parse
+from mmagent.reading import View
+from mmagent.record import Message, Record, parse
+from tests.conftest import classify
 
 LABELS = ("red", "blue")
 Make = Callable[..., Inputs]
@@ -27,14 +29,15 @@ def make_inputs(tiny_recipe: dict[str, Any]) -> Make:
 
     def make(overrides: Mapping[str, Any] | None = None) -> Inputs:
         config = resolve(tiny_recipe, overrides or {})
-        return Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), LABELS)
+        return Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), classify(LABELS))
 
     return make
 
 
 def noise(frames: int = 120, name: str = "a") -> Sample:
     audio = np.random.default_rng(0).standard_normal((frames, 40)).astype(np.float16)
-    return Sample(name, np.array([2, 3]), False, (np.zeros((16, 16, 3), np.uint8),), (audio,))
+    record = Record(name, (Message("user", "<image><audio>"),))
+    return Sample(record, (View(np.array([2, 3])),), False, (np.zeros((16, 16, 3), np.uint8),), (audio,))
 
 
 def same(a: Sample, b: Sample) -> bool:
@@ -48,7 +51,7 @@ def test_a_sample_of_everything(make_inputs: Make, make_png: Any, make_wav: Any)
     row = {"id": "7", "text": "is it red?", "image": make_png("red", (40, 20)), "audio": make_wav(seconds=0.5),
            "label": "blue", "weight": 0.5}  # fmt: skip
     sample = make_inputs().sample(parse(row))
-    assert (sample.id, sample.label, sample.weight, sample.has_words) == ("7", 1, 0.5, True)
+    assert (sample.id, sample.weight, sample.has_words) == ("7", 0.5, True)
     [image], [audio] = sample.images, sample.audios
     assert image.shape == (16, 16, 3)
     assert (image == [255, 0, 0]).all()
@@ -60,22 +63,23 @@ def test_a_sample_of_everything(make_inputs: Make, make_png: Any, make_wav: Any)
 
 def test_a_label_that_is_none_of_the_models_is_no_label(make_inputs: Make) -> None:
     inputs = make_inputs()
-    assert inputs.sample(parse({"text": "hm?", "label": "purple"})).label == -100
-    assert inputs.sample(parse({"text": "hm?"})).label == -100
+    rows = [{"text": "hm?", "label": "blue"}, {"text": "hm?", "label": "purple"}, {"text": "hm?"}]
+    batch = inputs.batch([inputs.sample(parse(row)) for row in rows])
+    assert batch["classify/label"].tolist() == [1, -100, -100]
 
 
 def test_a_picture_alone_says_nothing_in_words(make_inputs: Make, make_png: Any) -> None:
     sample = make_inputs().sample(parse({"image": make_png()}))
     assert not sample.has_words
-    assert len(sample.ids) >= 1
+    assert len(sample.views[0].ids) >= 1
 
 
 def test_tokens_made_before_are_taken(make_inputs: Make) -> None:
     inputs = make_inputs()
     record = parse({"text": "is it red?"})
     made = inputs.tokenize([text.words(record)])[0]
-    assert inputs.sample(record, made).ids is made
-    np.testing.assert_array_equal(inputs.sample(record).ids, made)
+    assert inputs.sample(record, made).views[0].ids is made
+    np.testing.assert_array_equal(inputs.sample(record).views[0].ids, made)
 
 
 def test_the_encoding_of_a_sound_does_not_matter(make_inputs: Make, make_wav: Any) -> None:
@@ -208,7 +212,7 @@ def test_a_mixed_batch_says_what_belongs_where(make_inputs: Make, make_png: Any,
     assert not batch["audios"][0, 11:].any()
     assert batch["mask"].sum(1).tolist() == [len(inputs.tokenize([t])[0]) for t in ("hm?", "is it red?", "")]
     assert (batch["ids"][batch["mask"] == 0] == inputs.tokenizer.pad_token_id).all()
-    assert batch["label"].tolist() == [0, 0, 0]
+    assert batch["classify/label"].tolist() == [0, 0, 0]
 
 
 def test_a_batch_of_words_has_stand_ins(make_inputs: Make) -> None:
@@ -240,11 +244,11 @@ def test_nothing_is_changed_where_nothing_is_asked() -> None:
 
 
 def test_the_rest_of_a_sample_stays() -> None:
-    sample = replace(noise(), label=1, weight=0.5, transcript=np.array([2, 60, 3]))
+    sample = replace(noise(), weight=0.5, transcript=np.array([2, 60, 3]))
     changed = augment(sample, AugmentConfig(**EVERYTHING), np.random.default_rng(0))
-    assert (changed.id, changed.label, changed.weight, changed.has_words) == ("a", 1, 0.5, False)
+    assert (changed.id, changed.weight, changed.has_words) == ("a", 0.5, False)
     assert changed.transcript is sample.transcript
-    assert changed.ids is sample.ids
+    assert changed.views is sample.views
     assert sample.audios[0].shape == (120, 40)  # a cached sound is not written to
 
 

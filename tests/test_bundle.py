@@ -19,6 +19,7 @@ from mmagent.config import resolve
 from mmagent.model import MultimodalModel
 from mmagent.predictor import Predictor
 from mmagent.record import Record
+from tests.conftest import classify
 
 LABELS = ("black", "blue", "green", "red")
 
@@ -37,15 +38,16 @@ def save(path: Path, recipe: dict[str, Any], seed: int = 1) -> tuple[Predictor, 
     with torch.no_grad():
         for parameter in encoder.parameters():  # as if it had been trained
             parameter.add_(torch.randn_like(parameter) * 0.01)
-    model = MultimodalModel(config.model, len(LABELS), encoder.width, None)
-    calibration = Calibration(temperature=2.0, by_modalities={"text+image": 0.5})
+    model = MultimodalModel(config.model, classify(LABELS), encoder.width, None)
+    calibration = {"classify": Calibration(temperature=2.0, by_modalities={"text+image": 0.5})}
+    infos = {name: task.info for name, task in model.tasks.items()}
     bundle.save(
-        path, name="round", config=config, labels=LABELS, state=model.state_dict(), backbone=encoder,
+        path, name="round", config=config, tasks=infos, task="classify", state=model.state_dict(), backbone=encoder,
         tokenizer=tokenizer, calibration=calibration, origin={"run": "r", "data": "d"},
     )  # fmt: skip
     before = Predictor(
-        name="round", config=config, labels=LABELS, model=model, encoder=encoder, tokenizer=tokenizer,
-        calibration=calibration, device="cpu",
+        name="round", config=config, tasks=model.tasks, task="classify", model=model, encoder=encoder,
+        tokenizer=tokenizer, calibration=calibration, device="cpu",
     )  # fmt: skip
     return before, {"config": config, "calibration": calibration}
 
@@ -57,7 +59,7 @@ def test_a_loaded_bundle_gives_the_same_answers(
     after = Predictor.load(tmp_path / "b", device="cpu")
     records = make_records(16)
     samples = [before.prepare(record) for record in records]
-    np.testing.assert_array_equal(after.logits([after.prepare(r) for r in records]), before.logits(samples))
+    np.testing.assert_array_equal(after.raws([after.prepare(r) for r in records]), before.raws(samples))
     assert [a.probabilities for a in after.predict(records)] == [a.probabilities for a in before.answer(samples)]
     found = bundle.load(tmp_path / "b")
     assert (found.name, found.labels) == ("round", LABELS)
@@ -87,7 +89,7 @@ def test_a_bundle_is_replaced_whole(tmp_path: Path, tiny_recipe: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "config.yaml", "labels.json", "calibration.json", "backbone/model.safetensors"]
+    "file", ["model.safetensors", "config.yaml", "tasks.json", "calibration.json", "backbone/model.safetensors"]
 )
 def test_a_damaged_or_missing_file_is_named(own: Path, file: str) -> None:
     data = bytearray((own / file).read_bytes())

@@ -11,6 +11,7 @@ import torch
 from mmagent import freeze, text
 from mmagent.config import Config, ConfigError, resolve
 from mmagent.model import MultimodalModel
+from tests.conftest import classify
 
 Make = Callable[..., tuple[MultimodalModel, Config]]
 
@@ -20,7 +21,7 @@ def make(tiny_recipe: dict[str, Any]) -> Make:
     def build(strategy: str, overrides: Mapping[str, Any] | None = None) -> tuple[MultimodalModel, Config]:
         config = resolve(tiny_recipe, {"freeze.strategy": strategy, **(overrides or {})})
         encoder = text.load_encoder(config.model.backbone)
-        model = MultimodalModel(config.model, 4, encoder.width, encoder)
+        model = MultimodalModel(config.model, classify("abcd"), encoder.width, encoder)
         freeze.apply(model, strategy)
         return model, config
 

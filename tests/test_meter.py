@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.loop import hits_of
 from jobs.meter import METRICS_FILE, Log, Meter
+from tests.conftest import classify
 
 
 class Twins:
@@ -26,12 +28,13 @@ def micro(right: int, wrong: int, blank: int = 0, unlabelled: int = 0) -> tuple[
     logits[:, 1] = 1
     labels = torch.tensor([1] * right + [2] * wrong + [1] * blank + [-100] * unlabelled)
     weights = torch.tensor([1.0] * (right + wrong) + [0.0] * blank + [1.0] * unlabelled)
-    return logits, {"label": labels, "weight": weights}
+    return logits, {"classify/label": labels, "weight": weights}
 
 
 def add(meter: Meter, loss: float, right: int, wrong: int, blank: int = 0, unlabelled: int = 0) -> None:
     logits, batch = micro(right, wrong, blank, unlabelled)
-    meter.add(logits, batch, torch.tensor(loss))
+    tasks = classify("abc")
+    meter.add(*hits_of({"classify": logits}, batch, tasks), len(logits), torch.tensor(loss))
 
 
 def test_the_figures_of_an_interval_over_all_ranks() -> None:

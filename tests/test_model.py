@@ -14,8 +14,10 @@ from torch import Tensor
 from mmagent import text
 from mmagent.batch import Inputs, Sample
 from mmagent.config import Config, resolve
-from mmagent.model import Join, MultimodalModel, align_loss, classify_loss
-from mmagent.record import parse
+from mmagent.model import Join, MultimodalModel, align_loss
+from mmagent.record import Target, parse
+from mmagent.tasks.classify import cross_entropy
+from tests.conftest import classify
 
 LABELS = ("red", "green", "blue", "black")
 
@@ -25,16 +27,16 @@ class Model:
 
     def __init__(self, config: Config) -> None:
         encoder = text.load_encoder(config.model.backbone)
-        self.inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), LABELS)
+        self.inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), classify(LABELS))
         torch.manual_seed(0)
-        self.module = MultimodalModel(config.model, len(LABELS), encoder.width, encoder).eval()
+        self.module = MultimodalModel(config.model, classify(LABELS), encoder.width, encoder).eval()
         torch.nn.init.normal_(self.module.join.order)  # zero at the start, when places are not told apart yet
 
     def sample(self, **row: Any) -> Sample:
         return self.inputs.sample(parse(row))
 
     def logits(self, samples: list[Sample]) -> Tensor:
-        out: Tensor = self.module(self.inputs.batch(samples))["logits"]
+        out: Tensor = self.module(self.inputs.batch(samples))["classify"]
         return out
 
 
@@ -107,7 +109,7 @@ def gradients(model: Model, samples: list[Sample]) -> dict[str, Tensor | None]:
     batch = model.inputs.batch(samples)
     model.module.zero_grad(set_to_none=True)
     out = model.module(batch)
-    classify_loss(out["logits"], batch["label"], batch["weight"], len(samples)).backward()
+    cross_entropy(out["classify"], batch["classify/label"], batch["weight"], len(samples)).backward()
     return {name: parameter.grad for name, parameter in model.module.named_parameters()}
 
 
@@ -128,10 +130,14 @@ def test_every_parameter_gets_a_gradient_whatever_the_batch_holds(make: Make, sa
 def test_a_sample_of_weight_zero_teaches_nothing(make: Make, samples: list[Sample]) -> None:
     model = make()
     wanted = gradients(model, samples[:2])
-    filled = [*samples[:2], replace(samples[4], weight=0.0), replace(samples[5], label=-100)]
+    filled = [
+        *samples[:2],
+        replace(samples[4], weight=0.0),
+        replace(samples[5], record=replace(samples[5].record, target=Target())),
+    ]
     batch = model.inputs.batch(filled)
     model.module.zero_grad(set_to_none=True)
-    classify_loss(model.module(batch)["logits"], batch["label"], batch["weight"], 2).backward()
+    cross_entropy(model.module(batch)["classify"], batch["classify/label"], batch["weight"], 2).backward()
     for name, parameter in model.module.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6, rtol=1e-4)
 
@@ -148,11 +154,11 @@ def test_it_learns_four_answers(make: Make, make_png: Any, make_wav: Any) -> Non
     optimizer = torch.optim.AdamW(model.module.parameters(), 3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = classify_loss(model.module(batch)["logits"], batch["label"], batch["weight"], 4)
+        loss = cross_entropy(model.module(batch)["classify"], batch["classify/label"], batch["weight"], 4)
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < 0.1
-    assert model.module(batch)["logits"].argmax(1).tolist() == batch["label"].tolist()
+    assert model.module(batch)["classify"].argmax(1).tolist() == batch["classify/label"].tolist()
 
 
 # ---------------------------------------------------------------------------------------------- the join
@@ -169,17 +175,30 @@ def test_what_is_masked_changes_nothing_wherever_it_lies(join: Join) -> None:
     kept = torch.ones(2, 5, dtype=torch.bool)
     kept[1, 3:] = False
     seen = torch.tensor([[True] * 4, [False] * 4])
-    wanted = join([(words, kept), (picture, seen)])
+    wanted = join([(words, kept), (picture, seen)]).answer
     junk = torch.full((2, 7, 32), 5.0)
     hidden = torch.zeros(2, 7, dtype=torch.bool)
     around = [(junk, hidden), (words, kept), (junk, hidden), (picture, seen), (junk, hidden)]
-    torch.testing.assert_close(join(around), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(join(around).answer, wanted, atol=1e-5, rtol=1e-4)
     # and a sample alone, without the padding its neighbour needs
-    torch.testing.assert_close(join([(words[1:, :3], kept[1:, :3])]), wanted[1:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(join([(words[1:, :3], kept[1:, :3])]).answer, wanted[1:], atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_but_masked_tokens_is_still_an_answer(join: Join) -> None:
-    assert join([(torch.randn(1, 3, 32), torch.zeros(1, 3, dtype=torch.bool))]).isfinite().all()
+    assert join([(torch.randn(1, 3, 32), torch.zeros(1, 3, dtype=torch.bool))]).answer.isfinite().all()
+
+
+def test_the_states_of_the_texts_tokens_come_back_to_their_places(join: Join) -> None:
+    sentence, words = (torch.randn(2, 1, 32), torch.ones(2, 1, dtype=torch.bool)), torch.randn(2, 6, 32)
+    kept = torch.tensor([[True] * 6, [False, True, True, False, True, False]])
+    picture = (torch.randn(2, 4, 32), torch.tensor([[True] * 4, [False] * 4]))
+    tokens = join([sentence, (words, kept), picture], with_tokens=True).tokens
+    assert tokens is not None
+    assert (tokens[~kept] == 0).all()
+    alone = [(sentence[0][1:], sentence[1][1:]), (words[1:, [1, 2, 4]], kept[1:, [1, 2, 4]])]
+    there = join(alone, with_tokens=True).tokens
+    assert there is not None
+    torch.testing.assert_close(tokens[1, [1, 2, 4]], there[0], atol=1e-5, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -192,11 +211,11 @@ def test_the_loss_is_the_same_for_any_split_of_a_batch(pieces: int, smoothing: f
     logits, labels = torch.randn(16, 5, requires_grad=True), torch.randint(0, 5, (16,))
     labels[3], weights = -100, torch.rand(16)
     weights[-5:] = 0  # a short last batch, filled up
-    whole = classify_loss(logits, labels, weights, 16, smoothing)
+    whole = cross_entropy(logits, labels, weights, 16, smoothing)
     [wanted] = torch.autograd.grad(whole, logits)
     size = 16 // pieces
     order = torch.randperm(16)
-    parts = [classify_loss(logits[rows], labels[rows], weights[rows], size, smoothing) for rows in order.split(size)]
+    parts = [cross_entropy(logits[rows], labels[rows], weights[rows], size, smoothing) for rows in order.split(size)]
     mean = torch.stack(parts).mean()
     torch.testing.assert_close(mean, whole)
     torch.testing.assert_close(torch.autograd.grad(mean, logits)[0], wanted)
@@ -204,7 +223,7 @@ def test_the_loss_is_the_same_for_any_split_of_a_batch(pieces: int, smoothing: f
 
 def test_the_loss_by_hand() -> None:
     logits = torch.tensor([[np.log(3.0), 0.0], [0.0, 0.0], [9.0, 0.0]])
-    loss = classify_loss(logits, torch.tensor([0, 1, -100]), torch.tensor([1.0, 2.0, 1.0]), 4)
+    loss = cross_entropy(logits, torch.tensor([0, 1, -100]), torch.tensor([1.0, 2.0, 1.0]), 4)
     assert float(loss) == pytest.approx((-np.log(0.75) - 2 * np.log(0.5)) / 4)
 
 

@@ -17,6 +17,7 @@ from mmagent.calibration import Calibration
 from mmagent.metrics import Number
 from mmagent.reading import Reader, View
 from mmagent.record import Record
+from mmagent.targets import TargetError
 from mmagent.tasks.task import AnswerHead, Decision, Outcome, Task
 
 _CUTS = (1, 5)  # of recall
@@ -28,6 +29,8 @@ class Match(Task):
     score: ClassVar[str] = "mrr"
 
     def views(self, record: Record, reader: Reader) -> tuple[View, ...]:
+        if not record.candidates:
+            raise TargetError("no candidates", "the row has no candidates to choose from: give `candidates`, a list")
         words = text.words(record)
         return tuple(
             reader.beside(words, candidate.get("content") or "", index)

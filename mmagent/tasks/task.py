@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,8 @@ from mmagent.targets import TaskInfo, spanned
 IGNORED = -100  # a class index that no loss counts
 
 
-@dataclass(frozen=True, slots=True)
-class Fused:
-    """What the join makes of a batch: what heads read."""
+class Fused(NamedTuple):
+    """What the join makes of a batch: what heads read. A tuple, since ZeRO-3 looks for tensors in what modules hand on."""
 
     answer: Tensor  # (rows, width): the answer token's state
     tokens: Tensor | None  # (rows, tokens, width): of the text's tokens, where a head of the model wants them
