@@ -27,6 +27,7 @@ from mmagent.config import Config
 from mmagent.media import Limits
 from mmagent.model import MultimodalModel
 from mmagent.record import Record
+from mmagent.rows import parse
 from mmagent.text import FrozenStates, TextEncoder
 
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
@@ -156,7 +157,7 @@ class Predictor:
         return [self._answer(row, timings) for row in chances]
 
     def predict(self, rows: Iterable[Mapping[str, Any] | Record], *, batch_size: int = 32) -> list[Answer]:
-        """Answers rows (see `mmagent.record.parse`: the short or the long form, media as paths, base64 or bytes).
+        """Answers rows (see `mmagent.rows.parse`: the short or the long form, media as paths, base64 or bytes).
 
         Raises:
             RecordError, PartError: the first row that cannot be used, by its number.
@@ -195,7 +196,7 @@ class Predictor:
 
     def _prepared(self, index: int, row: Mapping[str, Any] | Record) -> Sample:
         try:
-            record = row if isinstance(row, Record) else records.parse(row, default_id=str(index))
+            record = row if isinstance(row, Record) else parse(row, default_id=str(index))
             return self.prepare(record)
         except PartError as error:
             raise PartError(f"row {index}: {error}", error.field, too_large=error.too_large) from error

@@ -15,7 +15,8 @@ from mmagent import text
 from mmagent.batch import Inputs, PartError, Sample, augment, drop_tokens
 from mmagent.config import AugmentConfig, resolve
 from mmagent.order import sample_rng
-from mmagent.record import Record, parse
+from mmagent.record import Record
+from mmagent.rows import parse
 
 LABELS = ("red", "blue")
 Make = Callable[..., Inputs]

@@ -15,7 +15,7 @@ from mmagent import text
 from mmagent.batch import Inputs, Sample
 from mmagent.config import Config, resolve
 from mmagent.model import Join, MultimodalModel, align_loss, classify_loss
-from mmagent.record import parse
+from mmagent.rows import parse
 
 LABELS = ("red", "green", "blue", "black")
 

@@ -7,6 +7,7 @@ second one makes the records, in worker processes, with a few chunks in memory.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,16 +19,17 @@ import pyarrow as pa
 from jobs import pool
 from jobs.sources import BadRow, GoodRow, SourceError
 from jobs.sources.readers import SPLITS, RawRow, Reader
-from mmagent import media, record
+from mmagent import media, record, rows, targets
 
 _CHUNK_ROWS = 16
+_GUESS_ROWS = 256  # rows looked at to see which task they are for, where neither they nor the command name it
 _MAX_META = 200  # characters of another column's value, kept so that an evaluation can slice by it
 FIELDS = (
-    *("id", "split", "task", "text", "image", "audio", "label"),
-    *("messages", "images", "audios", "candidates", "target", "labels", "value", "texts", "spans", "weight", "meta"),
-    *("origin", "created_ms", "schema_version"),
+    *("id", "split", "task", "text", "context", "image", "audio", "label", "labels", "value", "spans"),
+    *("answer", "answers", "candidates", "tokens", "tags", "messages", "images", "audios", "target", "texts"),
+    *("weight", "meta", "origin", "created_ms", "schema_version"),
 )
-_INPUTS = ("messages", "text", "image", "images", "audio", "audios")
+_ANSWERS = ("label", "labels", "value", "spans", "tags", "answer", "answers", "texts", "target")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,8 @@ class Shape:
 
     columns: Mapping[str, str]  # field -> column
     group_by: str | None
-    origin: str
-    task: str
+    task: str | None  # of every row, as the command says
+    guessed: str | None  # of a row that names none
     with_splits: bool  # the source names its splits: a row without one is bad
     limits: media.Limits
 
@@ -52,10 +54,14 @@ class Table:
         *,
         columns: Mapping[str, str] | None = None,
         group_by: str | None = None,
-        task: str = "classify",
+        task: str | None = None,
         limits: media.Limits | None = None,
     ) -> None:
         """
+        Args:
+            columns: field -> the column that holds it.
+            task: of every row; none: each row's own, else what the answers of the first rows are of.
+
         Raises:
             SourceError: a column that is not there, two rows with one id, no rows, or two test splits.
         """
@@ -71,7 +77,8 @@ class Table:
             self._survey(test)
         self._ids.clear()
         self.splits = frozenset(named | ({"test"} if test is not None else set()))
-        self._shape = Shape(self._columns, group_by, "", task, bool(named), limits or media.Limits())
+        guessed = self._guess() if task is None else None
+        self._shape = Shape(self._columns, group_by, task, guessed, bool(named), limits or media.Limits())
 
     @property
     def total(self) -> int:
@@ -133,13 +140,19 @@ class Table:
         if self._group_by is not None and self._group_by not in present:
             raise SourceError(_no_column(file, self._group_by, present, "--group-by"))
         fields = [*present, *self._columns]
-        if not {"label", "target"} & set(fields):
-            raise SourceError(
-                _no_column(file, "label", present, "the right answer") + "; name it with --map label=COLUMN"
-            )
-        if not set(_INPUTS) & set(fields):
-            what = _no_column(file, "text", present, "what is asked: one of " + ", ".join(_INPUTS))
+        if not set(_ANSWERS) & set(fields):
+            what = _no_column(file, "label", present, "the right answer: one of " + ", ".join(_ANSWERS))
+            raise SourceError(f"{what}; name it with --map label=COLUMN, or labels, value, spans, answer")
+        if not set(rows.INPUTS) & set(fields):
+            what = _no_column(file, "text", present, "what is asked: one of " + ", ".join(rows.INPUTS))
             raise SourceError(f"{what}; name it with --map text=COLUMN,image=COLUMN,audio=COLUMN")
+
+    def _guess(self) -> str | None:
+        """The task that most of the first rows' answers are of, among rows that name none."""
+        readable = (_renamed(row.values, self._columns) for row in self._main.rows() if row.values is not None)
+        first = (rows.guess(values) for values in islice(readable, _GUESS_ROWS) if not values.get("task"))
+        found = Counter(task for task in first if task is not None).most_common(1)
+        return found[0][0] if found else None
 
 
 def examine(shape: Shape, row: RawRow, split: str | None) -> GoodRow | BadRow:
@@ -150,9 +163,10 @@ def examine(shape: Shape, row: RawRow, split: str | None) -> GoodRow | BadRow:
     id = _id(values, row)
     try:
         made = _record(shape, row, values, split or _split(shape, values))
+        targets.check(made)
         _check_media(made, shape.limits)
         pa.Table.from_pylist([made.to_row()], record.SCHEMA)
-    except _Refused as error:
+    except (_Refused, targets.TargetError) as error:
         reason, message = error.reason, str(error)
     except record.RecordError as error:
         field = (error.field or "row").partition("[")[0].removesuffix("s")
@@ -183,17 +197,17 @@ def _record(shape: Shape, row: RawRow, values: Mapping[str, Any], split: str | N
     group = row.values.get(shape.group_by) if shape.group_by and row.values else None
     if group not in (None, ""):
         meta["group"] = str(group)
-    given = record.parse(
-        {**values, "split": split},
+    present = [column for column in rows.INPUTS if column in values]
+    if present and all(_blank(values[column]) for column in present):
+        raise _Refused("empty text", f"{' and '.join(present)} of the row hold nothing: there is nothing to answer")
+    task = shape.task or values.get("task") or shape.guessed
+    given = rows.parse(
+        {**values, "split": split, "task": task},
         root=row.root,
         default_id=row.default_id,
         origin=row.file,
         max_media_bytes=shape.limits.max_media_bytes,
     )
-    if given.task != shape.task:
-        raise _Refused("another task", f"the task is {given.task!r}, but {shape.task!r} is wanted")
-    if given.target.label is None:
-        raise _Refused("no label", "the row has no label")
     return replace(given, meta=meta | dict(given.meta))
 
 
@@ -209,8 +223,8 @@ def _split(shape: Shape, values: Mapping[str, Any]) -> str | None:
 
 
 def _check_media(made: record.Record, limits: media.Limits) -> None:
-    for kind, items in (("image", made.images), ("audio", made.audios)):
-        for index, item in enumerate(items):
+    for kind in ("image", "audio"):
+        for index, item in enumerate(made.media((kind,))):  # of the messages, then of the candidates
             data = item.bytes or b""
             try:
                 if kind == "image":
@@ -225,6 +239,12 @@ def _check_media(made: record.Record, limits: media.Limits) -> None:
 
 def _id(values: Mapping[str, Any], row: RawRow) -> str:
     return row.default_id if values.get("id") in (None, "") else str(values["id"])
+
+
+def _blank(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, (str, list)) and not (value.strip() if isinstance(value, str) else value)
+    )
 
 
 def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
