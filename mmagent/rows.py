@@ -80,10 +80,10 @@ def _task(row: Mapping[str, Any]) -> str | None:
 
 def _unfolded(row: Mapping[str, Any], task: str | None) -> Mapping[str, Any]:
     """Tokens and their tags, and a relation's marks in the text, as a text and spans."""
-    if row.get("tokens") not in (None, "") and row.get("text") in (None, ""):
+    if row.get("tokens") not in (None, ""):
         tokens, tags = _tokens(row["tokens"]), row.get("tags")
         if tags in (None, ""):
-            return {**row, "text": " ".join(tokens)}
+            return {**row, "text": " ".join(tokens)} if row.get("text") in (None, "") else row
         text, found = spans.of_tags(tokens, _tokens(tags))
         return {**row, "text": text, "spans": found}
     related = kind(task) == "relate" if task else row.get("label") not in (None, "")

@@ -48,7 +48,8 @@ def answer_of(row: Mapping[str, Any], task: str | None = None) -> Target:
         raw = dict(row)
         for column, others in _ELSEWHERE.get(wanted, {}).items():
             if row.get(column) in (None, ""):
-                raw[column] = next((row[other] for other in others if row.get(other) not in (None, "")), None)
+                found = [row[other] for other in others if row.get(other) not in (None, "")]
+                raw |= {column: found[0]} if found else {}
         if wanted:  # a column of another task may mean something else here
             raw = {column: raw[column] for column in COLUMNS[wanted] if column in raw}
     elif not isinstance(raw := unpacked(raw, "target"), Mapping):
@@ -57,8 +58,8 @@ def answer_of(row: Mapping[str, Any], task: str | None = None) -> Target:
         raw = {"answer": raw.get("text"), **raw}
     texts, found = _texts(raw, wanted)
     places = raw.get("spans") if found is None else found
-    if places == "":
-        places = [] if wanted == "tag" else None
+    if places == "" or (wanted == "extract" and texts == ()):
+        places = [] if wanted in ("tag", "extract") else None
     return Target(
         label=_label(raw.get("label")),
         labels=_labels(raw.get("labels"), wanted),
@@ -151,29 +152,36 @@ def _labels(raw: Any, wanted: str) -> tuple[str, ...] | None:
 
 def _texts(raw: Mapping[str, Any], wanted: str) -> tuple[tuple[str, ...] | None, list[dict[str, Any]] | None]:
     """The right answers, and where they stand in the context if they say so (as SQuAD's do)."""
-    many = next((raw[key] for key in ("answers", "texts") if raw.get(key) is not None), None)
-    many = unpacked(many, "answers")
-    if many is None:
-        one = raw.get("answer")
-        if wanted != "extract" or one is None:
-            return None, None
-        many = [one] if one != "" else []
-    elif many == "":
-        return (() if wanted == "extract" else None), None
+    many = unpacked(next((raw[key] for key in ("answers", "texts") if raw.get(key) is not None), None), "answers")
+    if many is None and wanted == "extract":
+        many = raw.get("answer")
+    if many is None or (many == "" and wanted != "extract"):
+        return None, None
+    if many == "":
+        return (), None
+    placed = isinstance(many, Mapping)
     if isinstance(many, Mapping):  # SQuAD as Hugging Face keeps it: an object of lists
-        lists = (many.get("text"), many.get("answer_start", many.get("start")))
-        if not all(isinstance(each, Sequence) and not isinstance(each, str) for each in lists):
+        texts, starts = many.get("text"), many.get("answer_start", many.get("start"))
+        if not (isinstance(texts, (list, tuple)) and isinstance(starts, (list, tuple)) and len(texts) == len(starts)):
             raise RecordError(f"answers is {many!r:.80}, but {{text: [...], answer_start: [...]}} is wanted", "answers")
-        many = [{"text": text, "answer_start": start} for text, start in zip(*lists, strict=False)]  # type: ignore[arg-type]
+        many = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
     many = [many] if isinstance(many, (str, int, float)) else many
     if not isinstance(many, Sequence) or isinstance(many, bytes):
         raise RecordError(f"answers is {many!r:.80}, but a list is wanted", "answers")
-    placed = bool(many) and all(isinstance(each, Mapping) and {"text", "answer_start"} <= each.keys() for each in many)
-    if not placed:
-        if any(isinstance(each, (Mapping, list, tuple, bytes)) for each in many):
-            raise RecordError(f"answers is {many!r:.80}, but a list of texts is wanted", "answers")
-        return tuple(dict.fromkeys(str(each) for each in many)), None
-    found = {(each["answer_start"], str(each["text"])): None for each in many}
+    placed = placed or bool(many and all(isinstance(each, Mapping) for each in many))
+    return _answers_at_places(many) if placed else (_answers(many), None)
+
+
+def _answers(many: Sequence[Any]) -> tuple[str, ...]:
+    if any(isinstance(each, (Mapping, list, tuple, bytes)) for each in many):
+        raise RecordError(f"answers is {many!r:.80}, but a list of texts is wanted", "answers")
+    return tuple(dict.fromkeys(str(each) for each in many))
+
+
+def _answers_at_places(many: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    if not all(isinstance(each.get("answer_start"), int) and each.get("text") is not None for each in many):
+        raise RecordError(f"answers is {many!r:.80}, but a list of {{text, answer_start}} is wanted", "answers")
+    found = dict.fromkeys((each["answer_start"], str(each["text"])) for each in many)
     places = [{"start": start, "end": start + len(text), "label": None} for start, text in found]
     return tuple(dict.fromkeys(text for _, text in found)), places
 

@@ -39,7 +39,7 @@ def test_media_are_checked_and_decoded(
         {"label": None},
         {"task": "regress"},
         {"text": "\ud800"},
-        {"spans": [{"start": "x"}]},
+        {"task": "tag", "spans": [{"start": "x", "end": 1, "label": "L"}]},
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(base | more) for more in extra))
@@ -47,7 +47,7 @@ def test_media_are_checked_and_decoded(
     reasons = [row.reason if isinstance(row, BadRow) else "" for row in rows]
     assert reasons == [
         "", "image damaged", "audio damaged", "audio over a limit", "image cannot be read", "image cannot be read",
-        "no label", "another task", "does not fit the schema", "does not fit the schema",
+        "no label", "value cannot be read", "does not fit the schema", "span cannot be read",
     ]  # fmt: skip
     good = rows[0]
     assert isinstance(good, GoodRow)
@@ -74,7 +74,7 @@ def test_columns_are_renamed_and_others_kept_for_slices(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"columns": {"text": "qestion"}}, "'qestion' (--map text=qestion); it has question, answer; the nearest is"),
-        ({}, "no column 'label' (the right answer)"),
+        ({"columns": {"text": "question", "id": "answer"}}, "no column 'label' (the right answer: one of label,"),
         ({"columns": {"label": "answer"}}, "no column 'text' (what is asked"),
         ({"columns": {"label": "answer", "text": "question"}, "group_by": "shop"}, "no column 'shop' (--group-by)"),
         ({"columns": {"lable": "answer"}}, "'lable' is no field of a record: did you mean 'label'?"),
@@ -125,3 +125,63 @@ def test_relative_paths_are_below_the_root(storage: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match=f"did you mean {re.escape(str(tmp_path / 'rows.csv'))}"):
         choose("csv:rows.csv")
+
+
+def test_the_task_is_the_commands_the_rows_or_what_the_answers_are(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": "t", "label": "4", "value": 4}, {"text": "t", "label": "5", "value": "", "task": "classify:stars"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    tasks = [row.record.task for row in _rows(Table(JsonLines(file))) if isinstance(row, GoodRow)]
+    assert tasks == ["regress", "classify:stars"]
+    forced = [row.record for row in _rows(Table(JsonLines(file), task="regress")) if isinstance(row, GoodRow)]
+    assert [(record.task, record.target.value) for record in forced] == [("regress", 4.0), ("regress", 5.0)]
+
+
+def test_one_file_is_of_one_task_unless_its_rows_say_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows: list[dict[str, Any]] = [{"text": "Anna", "spans": [[0, 4, "PER"]]} for _ in range(3)]
+    file.write_text("\n".join(map(json.dumps, [*rows, {"text": "Anna", "label": "x"}, {"text": "x", "spans": []}])))
+    found = _rows(Table(JsonLines(file)))
+    assert [row.reason if isinstance(row, BadRow) else row.record.task for row in found] == [
+        "tag", "tag", "tag", "no spans", "tag",
+    ]  # fmt: skip
+
+
+BAD: list[tuple[str, dict[str, Any], str, str]] = [
+    ("classify", {"text": "", "label": "a"}, "empty text", "text of the row hold nothing"),
+    ("classify", {"text": " \n", "label": "a"}, "empty text", "nothing to answer"),
+    ("classify", {"text": "t", "label": None}, "no label", "the row has no label"),
+    ("classify", {"text": "t", "label": float("nan")}, "label cannot be read", "a finite number is wanted"),
+    ("regress", {"text": "t", "value": float("nan")}, "value cannot be read", "a finite number is wanted"),
+    ("regress", {"text": "t", "value": "Infinity"}, "value cannot be read", "a finite number is wanted"),
+    ("regress", {"text": "t", "value": ""}, "no value", "no value"),
+    ("multilabel", {"text": "t"}, "no labels", "no labels"),
+    ("tag", {"text": "Ann", "spans": [[0, 4, "P"]]}, "span outside the text", "0..4, but the text has 3 characters"),
+    ("tag", {"text": "Ann", "spans": [[2, 2, "P"]]}, "empty span", "2..2"),
+    ("tag", {"text": "Ann Lee", "spans": [[0, 7, "P"], [4, 7, "Q"]]}, "overlapping spans", "(P: 'Ann Lee') and 4..7"),
+    ("tag", {"text": "Ann", "spans": "[[0, 3"}, "span cannot be read", "begins like JSON"),
+    ("relate", {"text": "A b", "label": "r", "spans": [[0, 1, "head"]]}, "no head and tail", "the row has ['head']"),
+    ("relate", {"text": "A b", "label": "r"}, "no head and tail", "the row has none"),
+    ("match", {"text": "t", "label": "0", "candidates": []}, "no candidates", "no candidates"),
+    ("match", {"text": "t", "candidates": ["a"]}, "no right candidate", "says of none"),
+    ("match", {"text": "t", "label": "2", "candidates": ["a", "b"]}, "label cannot be read", "0 to 1"),
+    ("generate", {"text": "t", "answer": ""}, "no answer", "no answer"),
+    ("extract", {"text": "?", "context": "abc", "answers": {"text": ["x"], "answer_start": [0]}},
+     "answer not at its place", "is 'a', but the answers are ('x',)"),
+    ("extract", {"text": "?", "context": "abc", "answers": ["x"]}, "answer not in the text", "none of"),
+    ("classify", {"messages": [{"role": "user", "content": "<image> ?"}], "label": "a"}, "image cannot be read",
+     "hold 1 <image> placeholders, but images has 0 entries"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "row", "reason", "words"), BAD)
+def test_a_bad_target_costs_its_row_and_says_why(
+    tmp_path: Path, task: str, row: dict[str, Any], reason: str, words: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    answers: dict[str, None] = dict.fromkeys(("label", "labels", "value", "spans", "answer", "answers"))
+    file.write_text(json.dumps({"text": "t", **answers}) + "\n" + json.dumps(row))
+    found = _rows(Table(JsonLines(file), task=task))[-1]
+    assert isinstance(found, BadRow)
+    assert found.reason == reason
+    assert words in found.message

@@ -139,7 +139,7 @@ class Table:
                 raise SourceError(_no_column(file, column, present, f"--map {field}={column}"))
         if self._group_by is not None and self._group_by not in present:
             raise SourceError(_no_column(file, self._group_by, present, "--group-by"))
-        fields = [*present, *self._columns]
+        fields = list(_renamed(dict.fromkeys(present), self._columns))
         if not set(_ANSWERS) & set(fields):
             what = _no_column(file, "label", present, "the right answer: one of " + ", ".join(_ANSWERS))
             raise SourceError(f"{what}; name it with --map label=COLUMN, or labels, value, spans, answer")
