@@ -3,10 +3,17 @@
     python -m jobs.prepare --source easy_vqa --name easy_vqa
     python -m jobs.prepare --source jsonl:rows.jsonl --name shop --map text=question,label=answer --group-by customer
     python -m jobs.prepare --source csv:train.csv --test test.csv --name shop
-    python -m jobs.prepare --source folder:photos --name photos     (a sub-folder for each label)
-    python -m jobs.prepare --source parquet:DIR --name birds        (as Hugging Face datasets writes it)
+    python -m jobs.prepare --source parquet:DIR --name birds           (as Hugging Face datasets writes it)
+    python -m jobs.prepare --source folder:photos --name photos        (a sub-folder for each label)
+    python -m jobs.prepare --source hf:OWNER/NAME:CONFIG --name glue   (a hub id, or a folder of save_to_disk)
+    python -m jobs.prepare --source conll:DIR --name entities          (train.txt, dev.txt, test.txt)
+    python -m jobs.prepare --source squad:train-v2.0.json --test dev-v2.0.json --name squad
+    python -m jobs.prepare --source parallel:text.de,text.en --name de_en
+    python -m jobs.prepare --source webdataset:tars/train-*.tar --name captions --map answer=text
     ray job submit -- python -m jobs.prepare --source easy_vqa --name easy_vqa
 
+A row's task is what --task says, or its column task, or what its answer is: label, labels, value, spans, answer,
+answers or candidates (the README has the table). Rows of several tasks may stand together where each names its own.
 A row that cannot be used is set aside in ROOT/data/NAME/quarantine with its reason; above --max-bad-share nothing is
 published. The folder appears whole, by a rename: an interrupted command leaves no data set, and is simply run again.
 """
@@ -223,7 +230,7 @@ def _print_notes(name: str, task: Mapping[str, Any]) -> None:
 
 def _parser() -> Parser:
     parser = Parser("jobs.prepare", __doc__)
-    parser.add_argument("--source", required=True, help="easy_vqa, jsonl:FILE, csv:FILE, folder:DIR or parquet:PATH")
+    parser.add_argument("--source", required=True, help="easy_vqa, or KIND:PLACE, see above")
     parser.add_argument("--name", required=True, help="the data set's name")
     parser.add_argument("--map", type=_mapping, default={}, help="FIELD=COLUMN,...: which columns hold the fields")
     parser.add_argument(

@@ -43,3 +43,22 @@ def test_folder_with_splits(tmp_path: Path, make_png: Callable[..., bytes]) -> N
     assert {row.record.split for row in _rows(table) if isinstance(row, GoodRow)} == {"train", "test"}
     with pytest.raises(SourceError, match="LABEL/FILE"):
         Folder(tmp_path / "set" / "train" / "cat", seed=0)
+
+
+def test_folder_of_sounds_at_8_khz_and_of_texts(tmp_path: Path, make_wav: Callable[..., bytes]) -> None:
+    sound = make_wav(rate_hz=8000)
+    for split in ("train", "dev", "test"):
+        (tmp_path / "digits" / split / "seven").mkdir(parents=True)
+        (tmp_path / "digits" / split / "seven" / "7_jackson_0.wav").write_bytes(sound)
+        (tmp_path / "films" / split / "pos").mkdir(parents=True)
+        (tmp_path / "films" / split / "pos" / "0_9.txt").write_text("\ufeffschön, <image>!")
+    digits = [row.record for row in _rows(Table(Folder(tmp_path / "digits", seed=0))) if isinstance(row, GoodRow)]
+    assert {record.split for record in digits} == {"train", "validation", "test"}
+    assert {(record.target.label, record.modalities, record.audios[0].bytes) for record in digits} == {
+        ("seven", "audio", sound)
+    }
+    (tmp_path / "films" / "train" / "pos" / "1.txt").write_bytes(b"\xff")
+    (tmp_path / "films" / "train" / "pos" / "2.txt").write_bytes(b"")
+    films = _rows(Table(Folder(tmp_path / "films", seed=0)))
+    assert {next(row.record.segments()) for row in films if isinstance(row, GoodRow)} == {("text", "schön, <image>!")}
+    assert sorted(row.reason for row in films if isinstance(row, BadRow)) == ["empty text", "not UTF-8"]
