@@ -74,3 +74,18 @@ def test_a_csv_cell_may_hold_json(tmp_path: Path, make_png: Callable[..., bytes]
     assert len(good.record.images) == 2
     assert isinstance(bad, BadRow)
     assert bad.reason == "not JSON"
+
+
+def test_answers_of_every_task_in_cells(tmp_path: Path) -> None:
+    """JSON in a cell, also under another name; words between marks; an empty cell."""
+    file = tmp_path / "rows.csv"
+    spans = '[{""start"": 0, ""end"": 3, ""label"": ""PER""}]'
+    file.write_text(f'text,entities,topics,options\nAnn,"{spans}",a|b,"[""x"", ""y""]"\nBo,,,\n')
+    tagged = _rows(Table(Delimited(file), columns={"spans": "entities"}))
+    assert [row.record.target.spans for row in tagged if isinstance(row, GoodRow)] == [
+        ({"start": 0, "end": 3, "label": "PER"},), (),
+    ]  # fmt: skip
+    topics = _rows(Table(Delimited(file), columns={"labels": "topics"}))
+    assert [row.record.target.labels for row in topics if isinstance(row, GoodRow)] == [("a", "b"), ()]
+    matched = _rows(Table(Delimited(file), columns={"candidates": "options", "label": "topics"}))
+    assert [row.reason for row in matched if isinstance(row, BadRow)] == ["label cannot be read", "no candidates"]

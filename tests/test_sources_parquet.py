@@ -37,3 +37,13 @@ def test_parquet_of_hugging_face(tmp_path: Path, make_png: Callable[..., bytes])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(SourceError, match="cannot be read as Parquet"):
         Table(Parquet(tmp_path / "broken.parquet"))
+
+
+def test_lists_of_class_labels_become_their_names(tmp_path: Path) -> None:
+    features = {"tags": {"feature": {"names": ["O", "B-X"], "_type": "ClassLabel"}, "_type": "List"}}
+    table = pa.table({"tokens": [["a", "b"]], "tags": [[0, 1]]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "d.parquet")
+    (row,) = _rows(Table(Parquet(tmp_path / "d.parquet")))
+    assert isinstance(row, GoodRow)
+    assert row.record.target.spans == ({"start": 2, "end": 3, "label": "X"},)
