@@ -10,7 +10,8 @@ from typing import Any
 
 from jobs import client
 from jobs.client import Reply
-from mmagent.record import Record, parse
+from mmagent.record import Record
+from mmagent.rows import parse
 from mmagent.shards import Dataset
 
 MAX_DOUBT = 0.3  # confidence that an honest agent stays below where it sees no picture

@@ -3,10 +3,17 @@
     python -m jobs.prepare --source easy_vqa --name easy_vqa
     python -m jobs.prepare --source jsonl:rows.jsonl --name shop --map text=question,label=answer --group-by customer
     python -m jobs.prepare --source csv:train.csv --test test.csv --name shop
-    python -m jobs.prepare --source folder:photos --name photos     (a sub-folder for each label)
-    python -m jobs.prepare --source parquet:DIR --name birds        (as Hugging Face datasets writes it)
+    python -m jobs.prepare --source parquet:DIR --name birds           (as Hugging Face datasets writes it)
+    python -m jobs.prepare --source folder:photos --name photos        (a sub-folder for each label)
+    python -m jobs.prepare --source hf:OWNER/NAME:CONFIG --name glue   (a hub id, or a folder of save_to_disk)
+    python -m jobs.prepare --source conll:DIR --name entities          (train.txt, dev.txt, test.txt)
+    python -m jobs.prepare --source squad:train-v2.0.json --test dev-v2.0.json --name squad
+    python -m jobs.prepare --source parallel:text.de,text.en --name de_en
+    python -m jobs.prepare --source webdataset:tars/train-*.tar --name captions --map answer=text
     ray job submit -- python -m jobs.prepare --source easy_vqa --name easy_vqa
 
+A row's task is what --task says, or its column task, or what its answer is: label, labels, value, spans, answer,
+answers or candidates (the README has the table). Rows of several tasks may stand together where each names its own.
 A row that cannot be used is set aside in ROOT/data/NAME/quarantine with its reason; above --max-bad-share nothing is
 published. The folder appears whole, by a rename: an interrupted command leaves no data set, and is simply run again.
 """
@@ -34,8 +41,10 @@ from jobs.sources.cut import Cut
 from jobs.sources.quarantine import Quarantine
 from jobs.sources.spool import Spool
 from jobs.sources.tally import Tally
-from mmagent import shards, storage
+from mmagent import shards, storage, targets
 from mmagent.record import SCHEMA_VERSION
+
+_SHOWN = 10  # labels named in a note
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +71,7 @@ def _run(options: argparse.Namespace) -> None:
             validation_share=options.validation_share,
             columns=options.map,
             group_by=options.group_by,
+            task=options.task,
             test=options.test,
         )
         recipe = json.loads(json.dumps(_settings(options) | source.recipe()))  # as it reads in dataset.json
@@ -181,7 +191,7 @@ def _compare(folder: Path, recipe: Mapping[str, Any]) -> None:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    keys = ("source", "map", "group_by", "test", "validation_share", "test_share", "seed", "max_bad_share")
+    keys = ("source", "map", "group_by", "task", "test", "validation_share", "test_share", "seed", "max_bad_share")
     return {key: getattr(options, key) for key in keys}
 
 
@@ -192,15 +202,42 @@ def _print_summary(folder: Path, info: Mapping[str, Any], passed_s: float) -> No
     aside = info["quarantine"]
     if aside["rows"]:
         print(f"set aside  {aside['rows']:>9,} rows: {aside['reasons']}: see {folder / aside['file']}")
-    labels = ", ".join(f"{name}: {len(task['labels'])} labels" for name, task in info["tasks"].items())
-    print(f"{labels}; prepared in {passed_s:.0f} s: {folder}")
+    for name, task in info["tasks"].items():
+        _print_notes(name, task)
+    tasks = ", ".join(f"{name}: {_known(task)}" for name, task in info["tasks"].items())
+    print(f"{tasks}; prepared in {passed_s:.0f} s: {folder}")
+
+
+def _known(task: Mapping[str, Any]) -> str:
+    if task["mean"] is not None:
+        return f"mean {task['mean']:g}, deviation {task['deviation']:g}"
+    return f"{len(task['labels'])} labels" if task["labels"] else f"{task['rows']['train']:,} rows"
+
+
+def _print_notes(name: str, task: Mapping[str, Any]) -> None:
+    """What stops nothing, and may surprise."""
+    missing = [split for split, count in task["rows"].items() if not count]
+    if missing:
+        print(f"note: {name} has no rows in {' and '.join(missing)}: it cannot be measured there")
+    rare = [label for label, count in task["counts"].items() if count == 1]
+    if rare:
+        more = f" and {len(rare) - _SHOWN} more" if len(rare) > _SHOWN else ""
+        print(
+            f"note: {len(rare)} of {len(task['labels'])} labels of {name} occur once in training: "
+            f"{', '.join(map(repr, rare[:_SHOWN]))}{more}"
+        )
 
 
 def _parser() -> Parser:
     parser = Parser("jobs.prepare", __doc__)
-    parser.add_argument("--source", required=True, help="easy_vqa, jsonl:FILE, csv:FILE, folder:DIR or parquet:PATH")
+    parser.add_argument("--source", required=True, help="easy_vqa, or KIND:PLACE, see above")
     parser.add_argument("--name", required=True, help="the data set's name")
     parser.add_argument("--map", type=_mapping, default={}, help="FIELD=COLUMN,...: which columns hold the fields")
+    parser.add_argument(
+        "--task",
+        type=_task,
+        help="KIND or KIND:NAME of every row (default: their column task, or what the answers are)",
+    )
     parser.add_argument("--group-by", metavar="COLUMN", help="rows with one value of it go into one split together")
     parser.add_argument("--test", metavar="PATH", help="the test split, of the same kind as the source")
     parser.add_argument("--validation-share", type=float, default=0.1, help="cut out of training (default %(default)s)")
@@ -219,6 +256,14 @@ def _mapping(text: str) -> dict[str, str]:
             f"{text!r} is no map: FIELD=COLUMN,... is wanted, e.g. text=question,label=answer"
         )
     return {field.strip(): column.strip() for field, _, column in pairs}
+
+
+def _task(text: str) -> str:
+    try:
+        targets.kind(text)
+    except targets.TargetError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _positive(text: str) -> int:

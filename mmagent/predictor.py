@@ -27,6 +27,7 @@ from mmagent.config import Config
 from mmagent.media import Limits
 from mmagent.model import MultimodalModel
 from mmagent.record import Record
+from mmagent.rows import parse
 from mmagent.targets import TaskInfo
 from mmagent.tasks import Task, make_all
 from mmagent.text import FrozenStates, TextEncoder
@@ -173,7 +174,7 @@ class Predictor:
         return [self._answer(raw, sample, timings) for raw, sample in zip(raws, samples, strict=True)]
 
     def predict(self, rows: Iterable[Mapping[str, Any] | Record], *, batch_size: int = 32) -> list[Answer]:
-        """Answers rows (see `mmagent.record.parse`: the short or the long form, media as paths, base64 or bytes).
+        """Answers rows (see `mmagent.rows.parse`: the short or the long form, media as paths, base64 or bytes).
 
         Raises:
             RecordError, PartError: the first row that cannot be used, by its number.
@@ -217,8 +218,8 @@ class Predictor:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def parse(self, row: Mapping[str, Any], **options: Any) -> Record:
-        """A user's row as a record of the task it names, or of the bundle's own (options: `mmagent.record.parse`)."""
-        return records.parse({**row, "task": row.get("task") or self.task}, **options)
+        """A user's row as a record of the task it names, or of the bundle's own (options: `mmagent.rows.parse`)."""
+        return parse({**row, "task": row.get("task") or self.task}, **options)
 
     def _prepared(self, index: int, row: Mapping[str, Any] | Record) -> Sample:
         try:

@@ -166,7 +166,7 @@ class ShardWriter:
 
     def add(self, record: Record) -> None:
         self._buffer.append(record.to_row())
-        self._buffer_bytes += sum(len(media.bytes or b"") for media in (*record.images, *record.audios))
+        self._buffer_bytes += sum(len(media.bytes or b"") for media in record.media())
         full = self._shard_rows + len(self._buffer) >= self._rows_per_shard
         if full or len(self._buffer) >= self._row_group_rows or self._buffer_bytes >= self._row_group_bytes:
             self._flush()

@@ -7,7 +7,7 @@ and ``classify:mood``). Where the answer stands:
     classify   label                       multilabel  labels, none of them also being an answer
     regress    value                       tag         spans, none also being an answer
     relate     label, and two spans named head and tail
-    extract    texts, the right answers ([] is "no answer"), and their spans in the context where they are known
+    extract    texts, the right answers ([] is "no answer"), and spans: where in the context they stand
     match      candidates, and in labels the decimal indexes of the right ones
     generate   text, or texts: several right ones, of which the first is trained on
 
@@ -212,9 +212,9 @@ def _check_ends(record: Record) -> None:
 def _check_answers(record: Record) -> None:
     texts, spans = record.target.texts or (), list(record.target.spans or ())
     _check_spans(record)
-    if not spans:
-        return
     content = record.messages[spanned(record)].content
+    if texts and not spans:
+        raise TargetError("answer not in the text", f"none of the answers {texts!r:.80} is in the text {content!r:.80}")
     for span in spans:
         covered = words_of(content, span)
         if covered not in texts:

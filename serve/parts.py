@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mmagent.attachments import decode_base64
 from mmagent.media import Limits
-from mmagent.record import Media, Message, Record, RecordError, decode_base64, escape
+from mmagent.record import Media, Message, Record, RecordError, escape
 from serve import fetch
 from serve.config import ServeConfig
 from serve.errors import ApiError

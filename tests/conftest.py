@@ -22,7 +22,8 @@ from PIL import Image
 
 from jobs import cluster
 from mmagent import storage as storages
-from mmagent.record import SCHEMA_VERSION, Record, parse
+from mmagent.record import SCHEMA_VERSION, Record
+from mmagent.rows import parse
 from mmagent.shards import Dataset, ShardWriter
 from mmagent.targets import TaskInfo
 from mmagent.tasks import Task, make_all

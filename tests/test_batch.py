@@ -16,7 +16,8 @@ from mmagent.batch import Inputs, PartError, Sample, augment, drop_tokens
 from mmagent.config import AugmentConfig, resolve
 from mmagent.order import sample_rng
 from mmagent.reading import View
-from mmagent.record import Message, Record, parse
+from mmagent.record import Message, Record
+from mmagent.rows import parse
 from tests.conftest import classify
 
 LABELS = ("red", "blue")

@@ -22,7 +22,8 @@ from jobs import client, cluster, demo, findings, interview, submission, token
 from jobs.cluster import Cluster, ClusterError
 from jobs.interview import InterviewError
 from jobs.processes import Process
-from mmagent.record import Record, parse
+from mmagent.record import Record
+from mmagent.rows import parse
 from mmagent.shards import Dataset
 
 CHECKOUT = Path(__file__).parents[1]

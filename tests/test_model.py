@@ -15,7 +15,8 @@ from mmagent import text
 from mmagent.batch import Inputs, Sample
 from mmagent.config import Config, resolve
 from mmagent.model import Join, MultimodalModel, align_loss
-from mmagent.record import Target, parse
+from mmagent.record import Target
+from mmagent.rows import parse
 from mmagent.tasks.classify import cross_entropy
 from tests.conftest import classify
 

@@ -107,7 +107,7 @@ def test_checking_reads_headers_only(predictor: Predictor, make_png: Any) -> Non
 
 
 def test_features_of_each_part_stand_side_by_side(predictor: Predictor, make_png: Any, make_wav: Any) -> None:
-    from mmagent.record import parse
+    from mmagent.rows import parse
 
     rows = [{"text": "hm?", "image": make_png("red")}, {"text": "hm?", "audio": make_wav()}, {"text": "hm?"}]
     found = predictor.features([predictor.prepare(parse(row)) for row in rows])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -27,6 +28,10 @@ def _rows(count: int, **more: Any) -> list[dict[str, Any]]:
     return [
         {"id": f"r{index}", "text": f"question {index}", "label": "ab"[index % 2], **more} for index in range(count)
     ]
+
+
+def _tagged(count: int, **more: Any) -> list[dict[str, Any]]:
+    return [{"text": f"Ann {index}", "spans": [[0, 3, "PER"]], **more} for index in range(count)]
 
 
 _ZEBRA = {"id": "z", "text": "t", "label": "zebra", "split": "test"}
@@ -149,12 +154,21 @@ def test_bad_rows_are_set_aside(storage: Path, tmp_path: Path, capsys: pytest.Ca
     ("rows", "flags", "words"),
     [
         ([*_rows(30), *_rows(1)], [], "two rows have the id 'r0': {file} row 1 and {file} row 31"),
-        ([{"text": "t", "lable": "a"}], [], "{file} has no column 'label' (the right answer); it has text, lable; the"),
+        ([{"text": "t", "lable": "a"}], [], "{file} has no column 'label' (the right answer: one of label, labels,"),
         (_rows(30), ["--map", "text=questoin"], "{file} has no column 'questoin' (--map text=questoin)"),
         (_rows(30), ["--group-by", "shop"], "{file} has no column 'shop' (--group-by)"),
         (_rows(3), [], "the split "),
         (_rows(30, split="train"), ["--validation-share", "0.0001"], "the split validation is empty"),
-        ([*_rows(40, split="train"), _ZEBRA], [], "{file} row 41: the label 'zebra' is in test, but training"),
+        ([*_rows(40, split="train"), _ZEBRA], [], "{file} row 41: the label 'zebra' of classify is in test, but"),
+        ([{**row, "label": f"l{index}"} for index, row in enumerate(_rows(30))], [], "each label has one row, which"),
+        ([{**row, "label": 4, "task": "regress"} for row in _rows(30)], [], "every value of regress in training is 4:"),
+        ([{"text": f"t{index}", "spans": []} for index in range(30)], [], "no label at all, but one or more are"),
+        ([*_rows(30, split="train"), {**_ZEBRA, "task": "classify:kind"}], [],
+         "{file} row 31: the task 'classify:kind' is in test, but training never has it"),
+        ([*_tagged(30, split="train"), {"text": "x", "spans": [[0, 1, "NEW"]], "split": "test"}], [],
+         "{file} row 31: the label 'NEW' of tag is in test, but training never has it; training has 'PER'"),
+        ([*_rows(30), *({"id": f"m{index}", "text": "t"} for index in range(2))], [], "the row has no label"),
+        (_rows(30), ["--task", "regress"], "value cannot be read"),
         ([], [], "has no rows"),
         ([{**row, "label": "same"} for row in _rows(60)], [], "training has the labels 'same', but two or more"),
         (_rows(30), ["--test-share", "0"], "the share of test is 0, but a number between 0 and 1"),
@@ -177,6 +191,62 @@ def test_what_stops_the_command(
     assert _left(storage) == []
 
 
+def test_every_task_in_one_data_set(storage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that name their tasks may be of several; each is told by itself."""
+    kinds: list[dict[str, Any]] = [
+        *({"task": "classify:mood", "label": "ab"[index % 2]} for index in range(60)),
+        *({"task": "classify:topic", "label": "abc"[index % 3]} for index in range(50)),
+        *({"task": "multilabel", "labels": ["x", "y"][: index % 3]} for index in range(40)),
+        *({"task": "regress", "value": index} for index in range(40)),
+        *({"task": "tag", "spans": [[0, 4, "WORD"], [5, 6, "NUMBER"]]} for index in range(40)),
+        *(
+            {"task": "relate", "label": "rs"[index % 2], "spans": [[0, 4, "head"], [5, 6, "tail"]]}
+            for index in range(40)
+        ),
+        *({"task": "extract", "context": "some text", "answers": ["text"][: index % 2]} for index in range(40)),
+        *({"task": "match", "candidates": ["a", "b"], "label": "b"} for index in range(40)),
+        *({"task": "generate", "answer": f"{index}"} for index in range(40)),
+    ]
+    rows = [{"text": f"word {index}", **row} for index, row in enumerate(kinds)]
+    assert _prepare(_jsonl(tmp_path / "rows.jsonl", rows)) == 0
+    dataset = Dataset.open(storage / "data" / "d")
+    tasks = dataset.tasks
+    assert dataset.info["quarantine"]["rows"] == 0
+    assert (dataset.task, next(iter(tasks))) == ("classify:mood", "classify:mood")
+    labels = {task: info.labels for task, info in tasks.items() if info.labels}
+    assert labels == {
+        "classify:mood": ("a", "b"), "classify:topic": ("a", "b", "c"), "multilabel": ("x", "y"),
+        "tag": ("NUMBER", "WORD"), "relate": ("r", "s"),
+    }  # fmt: skip
+    values = [record.target.value or 0.0 for record in _records(storage, "train") if record.task == "regress"]
+    assert tasks["regress"].mean == pytest.approx(statistics.fmean(values))
+    assert tasks["regress"].deviation == pytest.approx(statistics.pstdev(values))
+    assert tasks["tag"].counts == {"NUMBER": tasks["tag"].rows["train"], "WORD": tasks["tag"].rows["train"]}
+    assert sum(sum(info.rows.values()) for info in tasks.values()) == len(rows)
+    matched = next(record for record in _records(storage, "train") if record.task == "match")
+    assert (matched.target.labels, [each["content"] for each in matched.candidates]) == (("1",), ["a", "b"])
+    assert "tag: 2 labels" in capsys.readouterr().out
+
+
+def test_a_class_of_one_sample_stays_in_training_and_is_named(
+    storage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*_rows(60), {"text": "once", "label": "lonely"}]
+    assert _prepare(_jsonl(tmp_path / "rows.jsonl", rows), "--validation-share", "0.4", "--test-share", "0.4") == 0
+    assert "note: 1 of 3 labels of classify occur once in training: 'lonely'" in capsys.readouterr().out
+    assert Dataset.open(storage / "data" / "d").tasks["classify"].counts["lonely"] == 1
+
+
+def test_ten_thousand_classes(storage: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"sample {index},class {index % 10_000}\n" for index in range(11_000)))
+    assert _prepare(f"csv:{file}") == 0
+    info = Dataset.open(storage / "data" / "d").tasks["classify"]
+    assert len(info.labels) == 10_000
+    assert sum(info.rows.values()) == 11_000
+    assert info.rows["validation"] > 50
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -184,6 +254,10 @@ def test_what_stops_the_command(
         (["--group_by=x"], "unknown flag --group_by: did you mean --group-by?"),
         (["--source", "easy_vqa", "--name", "d", "--map", "text"], "FIELD=COLUMN"),
         (["--source", "easy_vqa", "--name", "d", "--workers", "0"], "1 or more"),
+        (
+            ["--source", "easy_vqa", "--name", "d", "--task", "guess"],
+            "KIND or KIND:NAME is wanted: classify, multilabel",
+        ),
         (["--name", "d"], "--source"),
     ],
 )

@@ -40,6 +40,7 @@ def test_what_is_written_is_read(tmp_path: Path, make_records: Callable[..., lis
     assert [len(table) for table in tables] == [4, 4, 2, 4, 4, 2, 4, 1]
     assert [pq.ParquetFile(file).metadata.num_rows for file in dataset.shard_files("train")] == [10, 10, 5]
     assert next(dataset.read("train", ["id"])).column_names == ["id"]
+    assert dataset.tasks["classify"].labels == dataset.labels
     for shard in dataset.info["splits"]["train"]["shards"]:
         data = (tmp_path / "d" / shard["file"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
@@ -52,6 +53,13 @@ def test_large_media_make_smaller_row_groups_and_shards(
     folder = _write(tmp_path / "d", make_records(8), row_group_bytes=1, shard_bytes=1)
     files = sorted((folder / "train").iterdir())
     assert [pq.ParquetFile(file).num_row_groups for file in files] == [1] * 8
+
+
+def test_media_of_candidates_count_too(tmp_path: Path) -> None:
+    picture = {"bytes": bytes(1000), "path": None}
+    records = [Record(str(index), (), candidates=({"content": "", "image": picture},)) for index in range(4)]
+    folder = _write(tmp_path / "d", records, row_group_bytes=1500)
+    assert pq.ParquetFile(folder / "train" / "part-00000.parquet").num_row_groups == 2
 
 
 def test_media_are_not_compressed_again(tmp_path: Path, make_records: Callable[..., list[Record]]) -> None:

@@ -16,7 +16,8 @@ from jobs import stream
 from jobs.stream import Layout
 from mmagent.config import Config, resolve
 from mmagent.order import Order, Position
-from mmagent.record import Media, parse
+from mmagent.record import Media
+from mmagent.rows import parse
 from mmagent.shards import Dataset
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

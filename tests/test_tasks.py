@@ -23,7 +23,8 @@ from mmagent.batch import Inputs, PartError
 from mmagent.config import Config, resolve
 from mmagent.predictor import Predictor
 from mmagent.reading import Reader
-from mmagent.record import Record, Target, parse
+from mmagent.record import Record, Target
+from mmagent.rows import parse
 from mmagent.targets import TaskInfo
 from mmagent.tasks import Decision, Outcome, Task, make
 from mmagent.tasks.extract import exact_match, overlap_f1, spans_of

@@ -1,19 +1,19 @@
-"""A folder of pictures or sounds with a sub-folder for each label; above the labels there may be folders of splits."""
+"""A folder of pictures, sounds or texts with a sub-folder for each label; above them there may be folders of splits."""
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jobs.sources import SourceError
-from jobs.sources.readers import SPLITS, RawRow
+from jobs.sources.readers import SPLITS, RawRow, outlines
 
 _KINDS = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image"),
     **dict.fromkeys((".wav", ".flac", ".ogg", ".mp3"), "audio"),
+    ".txt": "text",
 }
 _LITTER = frozenset({"thumbs.db", "desktop.ini"})  # what file managers leave behind
 
@@ -42,20 +42,24 @@ class Folder:
             inner = file.relative_to(self._folder).as_posix()
             kind = _KINDS.get(file.suffix.lower())
             if kind is None:
-                reason = ("unknown kind of file", f"{inner} is neither a picture nor a sound: {', '.join(_KINDS)}")
+                reason = ("unknown kind of file", f"{inner} is no picture, sound or text: {', '.join(_KINDS)}")
                 yield RawRow(str(self._folder), number, self._prefix + inner, None, self._folder, inner, *reason)
                 continue
-            values = {kind: {"bytes": None, "path": inner}, "label": label}
+            value: Any = {"bytes": None, "path": inner}
+            if kind == "text":
+                try:
+                    value = "" if light else file.read_text(encoding="utf-8-sig")
+                except UnicodeDecodeError as error:
+                    reason = ("not UTF-8", f"{inner}: the bytes at {error.start} are not UTF-8")
+                    yield RawRow(str(self._folder), number, self._prefix + inner, None, self._folder, inner, *reason)
+                    continue
+            values = {kind: value, "label": label}
             if split is not None:
                 values["split"] = split
             yield RawRow(str(self._folder), number, self._prefix + inner, values, self._folder)
 
     def fingerprint(self) -> dict[str, Any]:
-        total = hashlib.sha256()
-        for file, _, _ in sorted(self._files):
-            about = file.stat()
-            total.update(f"{file.relative_to(self._folder)}/{about.st_size}/{about.st_mtime_ns}\n".encode())
-        return {self._folder.name: {"files": len(self._files), "sha256": total.hexdigest()}}
+        return outlines((file for file, _, _ in self._files), self._folder)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -7,8 +7,7 @@ folder named ``test``, belongs to that split.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.sources import SourceError
-from jobs.sources.readers import SPLITS, RawRow, digest
+from jobs.sources.readers import RawRow, digests, files_of, split_of
 
 _BATCH_ROWS = 64
 
@@ -26,9 +25,7 @@ class Parquet:
 
     def __init__(self, place: Path, prefix: str = "") -> None:
         self._place, self._prefix = place, prefix
-        self._files = [place] if place.is_file() else sorted(place.rglob("[!.]*.parquet"))
-        if not self._files:
-            raise SourceError(f"{place} has no .parquet files")
+        self._files = files_of(place, (".parquet",))
 
     def rows(self, light: bool = False) -> Iterator[RawRow]:
         for file in self._files:
@@ -39,7 +36,7 @@ class Parquet:
                 raise SourceError(f"{file} cannot be read as Parquet: {error}") from error
 
     def _rows_of(self, file: Path, table: pq.ParquetFile, light: bool) -> Iterator[RawRow]:
-        schema, split = table.schema_arrow, self._split_of(file)
+        schema, split = table.schema_arrow, split_of(file, self._place)
         names = _class_names(schema.metadata)
         left_out = [field.name for field in schema if light and pa.types.is_nested(field.type)]
         extra: dict[str, Any] = dict.fromkeys(left_out)
@@ -52,27 +49,40 @@ class Parquet:
             for values in batch.to_pylist():
                 number += 1
                 for column, labels in names.items():
-                    index = values.get(column)
-                    if isinstance(index, int):  # -1 is datasets' word for no label
-                        values[column] = labels[index] if 0 <= index < len(labels) else None
+                    values[column] = named(values.get(column), labels)
                 default_id = f"{self._prefix}{inner.removesuffix('.parquet')}-{number}"
                 yield RawRow(str(file), number, default_id, values | extra, file.parent)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {str(file.relative_to(self._place.parent)): digest(file) for file in self._files}
+        return digests(self._files, self._place)
 
-    def _split_of(self, file: Path) -> str | None:
-        if self._place.is_file():
-            return None
-        word = re.match(r"[a-z]+(?=[-_.])", file.name.lower())
-        candidates = (word[0] if word else "", file.parent.name.lower() if file.parent != self._place else "")
-        return next((SPLITS[name] for name in candidates if name in SPLITS), None)
+
+def named(value: Any, labels: Sequence[str]) -> Any:
+    """The words of a class label's number, or of a list of them; -1 is datasets' word for no label."""
+    if isinstance(value, list):
+        return [named(each, labels) for each in value]
+    if not isinstance(value, int):
+        return value
+    return labels[value] if 0 <= value < len(labels) else None
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
     """The words behind the numbers of ``ClassLabel`` columns, which datasets keeps in the schema's metadata."""
     try:
         features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return {name: about["names"] for name, about in features.items() if about.get("_type") == "ClassLabel"}
+        return {name: labels for name, about in features.items() if (labels := _labels(about))}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}  # not written by datasets: the numbers are the labels
+
+
+def _labels(about: Any) -> list[str]:
+    """The names of a class label's feature, or of a list of them."""
+    if isinstance(about, list):
+        return _labels(about[0]) if about else []
+    return (
+        about["names"]
+        if about.get("_type") == "ClassLabel"
+        else _labels(about["feature"])
+        if "feature" in about
+        else []
+    )

@@ -7,7 +7,8 @@ may be left out (None): enough to count rows and to see ids and splits before wo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,3 +65,42 @@ def digest(file: Path) -> dict[str, Any]:
     """A file's size and hash, as a fingerprint has them."""
     with open(file, "rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def split_of(file: Path, place: Path) -> str | None:
+    """The split that a file's name, or else its folder's, speaks of: ``train-00000-of-00002.parquet``, ``test/1.tar``.
+    None where the source is that one file."""
+    if file == place:
+        return None
+    folder = file.parent.name if file.parent != place else ""
+    words = [*re.findall("[a-z]+", file.name.lower()), *re.findall("[a-z]+", folder.lower())]
+    return next((SPLITS[word] for word in words if word in SPLITS), None)
+
+
+def files_of(place: Path, kinds: tuple[str, ...]) -> list[Path]:
+    """The file itself, or a folder's files with names that end so, in the order of their names.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if place.is_file():
+        return [place]
+    found = sorted(file for file in place.rglob("[!.]*") if file.is_file() and file.name.lower().endswith(kinds))
+    if not found:
+        raise SourceError(f"{place} has no files that end in {', '.join(kinds)}")
+    return found
+
+
+def digests(files: Iterable[Path], place: Path) -> dict[str, Any]:
+    """The fingerprint of a source of several files."""
+    return {str(file.relative_to(place.parent)): digest(file) for file in files}
+
+
+def outlines(files: Iterable[Path], place: Path) -> dict[str, Any]:
+    """The fingerprint of very many or very large files: their number, and a hash of their names, sizes and times."""
+    total, count = hashlib.sha256(), 0
+    for file in sorted(files):
+        count += 1
+        about = file.stat()
+        total.update(f"{file.relative_to(place)}/{about.st_size}/{about.st_mtime_ns}\n".encode())
+    return {place.name: {"files": count, "sha256": total.hexdigest()}}

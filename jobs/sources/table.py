@@ -7,39 +7,21 @@ second one makes the records, in worker processes, with a few chunks in memory.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
 
-import pyarrow as pa
-
 from jobs import pool
 from jobs.sources import BadRow, GoodRow, SourceError
+from jobs.sources.examination import FIELDS, Shape, examine, id_of, renamed
 from jobs.sources.readers import SPLITS, RawRow, Reader
-from mmagent import media, record
+from mmagent import media, rows
 
 _CHUNK_ROWS = 16
-_MAX_META = 200  # characters of another column's value, kept so that an evaluation can slice by it
-FIELDS = (
-    *("id", "split", "task", "text", "image", "audio", "label"),
-    *("messages", "images", "audios", "candidates", "target", "labels", "value", "texts", "spans", "weight", "meta"),
-    *("origin", "created_ms", "schema_version"),
-)
-_INPUTS = ("messages", "text", "image", "images", "audio", "audios")
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How raw rows are read: sent to the workers."""
-
-    columns: Mapping[str, str]  # field -> column
-    group_by: str | None
-    origin: str
-    task: str
-    with_splits: bool  # the source names its splits: a row without one is bad
-    limits: media.Limits
+_GUESS_ROWS = 256  # rows looked at to see which task they are for, where neither they nor the command name it
+_ANSWERS = ("label", "labels", "value", "spans", "tags", "answer", "answers", "texts", "target")
 
 
 class Table:
@@ -52,10 +34,14 @@ class Table:
         *,
         columns: Mapping[str, str] | None = None,
         group_by: str | None = None,
-        task: str = "classify",
+        task: str | None = None,
         limits: media.Limits | None = None,
     ) -> None:
         """
+        Args:
+            columns: field -> the column that holds it.
+            task: of every row; none: each row's own, else what the answers of the first rows are of.
+
         Raises:
             SourceError: a column that is not there, two rows with one id, no rows, or two test splits.
         """
@@ -71,7 +57,8 @@ class Table:
             self._survey(test)
         self._ids.clear()
         self.splits = frozenset(named | ({"test"} if test is not None else set()))
-        self._shape = Shape(self._columns, group_by, "", task, bool(named), limits or media.Limits())
+        guessed = self._guess() if task is None else None
+        self._shape = Shape(self._columns, group_by, task, guessed, bool(named), limits or media.Limits())
 
     @property
     def total(self) -> int:
@@ -89,7 +76,7 @@ class Table:
         chunks = iter(lambda: list(islice(all_rows, _CHUNK_ROWS)), [])
         workers = workers if self._total > _CHUNK_ROWS * workers else 1
         try:
-            for rows in pool.ordered(partial(_examine_all, self._shape), chunks, workers):
+            for rows in pool.ordered(partial(examine, self._shape), chunks, workers):
                 yield from rows
         except pool.PoolError as error:
             raise SourceError(str(error)) from error
@@ -109,9 +96,9 @@ class Table:
             if row.values is None:
                 continue
             columns |= dict.fromkeys(row.values)
-            values = _renamed(row.values, self._columns)
+            values = renamed(row.values, self._columns)
             splits.add(SPLITS.get(str(values.get("split") or "").strip().lower(), ""))
-            id = _id(values, row)
+            id = id_of(values, row)
             if id in self._ids:
                 other_file, other = self._ids[id]
                 raise SourceError(
@@ -132,107 +119,20 @@ class Table:
                 raise SourceError(_no_column(file, column, present, f"--map {field}={column}"))
         if self._group_by is not None and self._group_by not in present:
             raise SourceError(_no_column(file, self._group_by, present, "--group-by"))
-        fields = [*present, *self._columns]
-        if not {"label", "target"} & set(fields):
-            raise SourceError(
-                _no_column(file, "label", present, "the right answer") + "; name it with --map label=COLUMN"
-            )
-        if not set(_INPUTS) & set(fields):
-            what = _no_column(file, "text", present, "what is asked: one of " + ", ".join(_INPUTS))
+        fields = list(renamed(dict.fromkeys(present), self._columns))
+        if not set(_ANSWERS) & set(fields):
+            what = _no_column(file, "label", present, "the right answer: one of " + ", ".join(_ANSWERS))
+            raise SourceError(f"{what}; name it with --map label=COLUMN, or labels, value, spans, answer")
+        if not set(rows.INPUTS) & set(fields):
+            what = _no_column(file, "text", present, "what is asked: one of " + ", ".join(rows.INPUTS))
             raise SourceError(f"{what}; name it with --map text=COLUMN,image=COLUMN,audio=COLUMN")
 
-
-def examine(shape: Shape, row: RawRow, split: str | None) -> GoodRow | BadRow:
-    """The record of a row, its media decoded once, or why there is none."""
-    if row.values is None:
-        return BadRow(row.file, row.number, row.default_id, row.reason, row.message, row.raw)
-    values = _renamed(row.values, shape.columns)
-    id = _id(values, row)
-    try:
-        made = _record(shape, row, values, split or _split(shape, values))
-        _check_media(made, shape.limits)
-        pa.Table.from_pylist([made.to_row()], record.SCHEMA)
-    except _Refused as error:
-        reason, message = error.reason, str(error)
-    except record.RecordError as error:
-        field = (error.field or "row").partition("[")[0].removesuffix("s")
-        reason, message = f"{field} cannot be read", str(error)
-    except (pa.ArrowException, UnicodeEncodeError, TypeError, OverflowError) as error:
-        reason, message = "does not fit the schema", str(error)
-    else:
-        return GoodRow(row.file, row.number, made)
-    return BadRow(row.file, row.number, id, reason, message, dict(row.values))
-
-
-class _Refused(ValueError):
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def _examine_all(shape: Shape, rows: Iterable[tuple[RawRow, str | None]]) -> list[GoodRow | BadRow]:
-    return [examine(shape, row, split) for row, split in rows]
-
-
-def _record(shape: Shape, row: RawRow, values: Mapping[str, Any], split: str | None) -> record.Record:
-    meta = {
-        name: str(value)
-        for name, value in values.items()
-        if name not in FIELDS and isinstance(value, (str, int, float)) and 0 < len(str(value)) <= _MAX_META
-    }
-    group = row.values.get(shape.group_by) if shape.group_by and row.values else None
-    if group not in (None, ""):
-        meta["group"] = str(group)
-    given = record.parse(
-        {**values, "split": split},
-        root=row.root,
-        default_id=row.default_id,
-        origin=row.file,
-        max_media_bytes=shape.limits.max_media_bytes,
-    )
-    if given.task != shape.task:
-        raise _Refused("another task", f"the task is {given.task!r}, but {shape.task!r} is wanted")
-    if given.target.label is None:
-        raise _Refused("no label", "the row has no label")
-    return replace(given, meta=meta | dict(given.meta))
-
-
-def _split(shape: Shape, values: Mapping[str, Any]) -> str | None:
-    word = str(values.get("split") or "").strip()
-    if not shape.with_splits and not word:
-        return None
-    split = SPLITS.get(word.lower())
-    if split is None:
-        wanted = "train, validation or test is wanted"
-        raise _Refused("unknown split", f"the split is {word!r}, but {wanted}" if word else f"no split, but {wanted}")
-    return split
-
-
-def _check_media(made: record.Record, limits: media.Limits) -> None:
-    for kind, items in (("image", made.images), ("audio", made.audios)):
-        for index, item in enumerate(items):
-            data = item.bytes or b""
-            try:
-                if kind == "image":
-                    media.decode_image(data, limits)
-                else:
-                    media.decode_audio(data, media.check_audio(data, limits).sample_rate_hz, limits)
-            except media.MediaTooLarge as error:
-                raise _Refused(f"{kind} over a limit", f"{kind}s[{index}]: {error}") from error
-            except media.MediaError as error:
-                raise _Refused(f"{kind} damaged", f"{kind}s[{index}]: {error}") from error
-
-
-def _id(values: Mapping[str, Any], row: RawRow) -> str:
-    return row.default_id if values.get("id") in (None, "") else str(values["id"])
-
-
-def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    if not columns:
-        return dict(values)
-    used = set(columns.values())
-    kept = {name: value for name, value in values.items() if name not in used}
-    return kept | {field: values.get(column) for field, column in columns.items()}
+    def _guess(self) -> str | None:
+        """The task that most of the first rows' answers are of, among rows that name none."""
+        readable = (renamed(row.values, self._columns) for row in self._main.rows() if row.values is not None)
+        first = (rows.guess(values) for values in islice(readable, _GUESS_ROWS) if not values.get("task"))
+        found = Counter(task for task in first if task is not None).most_common(1)
+        return found[0][0] if found else None
 
 
 def _check_fields(columns: Mapping[str, str]) -> None:

@@ -128,6 +128,9 @@ def _why_empty(tallies: Mapping[str, Tally], cut: bool) -> str:
     if not cut:
         names = next(split for split, tally in tallies.items() if not tally.rows)
         return f"; give rows with split={names}"
+    train = tallies["train"]
+    if train.rows and all(task.rows == len(task.labels) for task in train.tasks.values()):
+        return ": each label has one row, which stays in training; give more rows of a label"
     groups = set().union(*(each.groups for each in tallies.values()))
     why = f": rows of one group stay together, and there are {len(groups)} groups" if groups else ""
     return f"{why if len(groups) < _FEW_GROUPS else ''}; give another --seed, a larger share, or more rows"
