@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from mmagent import bundle, calibration
+from mmagent import bundle, calibration, text
 from mmagent.predictor import Predictor
 from mmagent.record import Record
 from mmagent.text import TextEncoder
@@ -36,17 +36,22 @@ def export(
     """Writes the bundle of a run.
 
     Args:
-        weights: of the whole module; the language model's own are in it where it was trained.
+        weights: of the whole module, whatever LoRA learnt merged; the language model's own are in it where it was part
+            of the module.
+        encoder: the language model, which is exported as it is where its weights are none of the module's.
         answers: to the validation rows: logits (n, labels), labels (n,), modalities (n,).
         golden_source: shards of the validation split.
         chosen: step and score of the checkpoint.
     """
     trained = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     if trained:
+        # A new one: the trained one may hold adapters, or a rank's share of each weight.
+        encoder = text.load_encoder(plan.config.model.backbone, weights=False)
         encoder.load_state_dict(trained)
     logits, labels, kinds = answers
     fitted = calibration.fit(logits, labels, kinds.tolist())
-    origin = {"run": plan.folder.name, "data": plan.data, "checkpoint": chosen}
+    parts = {part.name: {"trained": part.trained, "total": part.total} for part in plan.parts}
+    origin = {"run": plan.folder.name, "data": plan.data, "checkpoint": chosen, "parts": parts}
     bundle.save(
         path,
         name=plan.name,

@@ -25,8 +25,9 @@ from jobs.engine import Engine
 from jobs.export import export
 from jobs.meter import Log, Meter
 from jobs.workers import Group
-from mmagent import freeze, text
-from mmagent.batch import Inputs, PartError, Sample, augment, drop_tokens
+from mmagent import freeze, lora, text
+from mmagent.augment import Words, augment
+from mmagent.batch import Inputs, PartError, Sample
 from mmagent.calibration import softmax
 from mmagent.config import Config
 from mmagent.model import Batch, MultimodalModel, align_loss, classify_loss
@@ -58,6 +59,7 @@ class Plan:
     total_steps: int
     max_bad_rows: int
     golden_source: tuple[Path, ...]  # shards of the validation split
+    parts: tuple[freeze.Part, ...]  # trained and total parameters
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class State:
     score: float = -1.0  # of the last validation
     best_score: float = -1.0
     best_step: int = 0
+    gained_score: float = -1.0  # the last that was better by `train.min_gain`
     unimproved: int = 0
     bad_rows: int = 0
 
@@ -83,7 +86,8 @@ def train(group: Group, plan: Plan) -> None:
     """
     # -- set up ------------------------------------------------------------------------------------------------
     config = plan.config
-    encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
+    encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)
+    tokenizer = text.load_tokenizer(config.model.backbone)
     inputs = Inputs(config.model, config.data, tokenizer, plan.labels)
     model = build(config, len(plan.labels), encoder)
     engine = engines.make(model, freeze.groups(model, config), config)
@@ -106,11 +110,13 @@ def train(group: Group, plan: Plan) -> None:
     # -- train -------------------------------------------------------------------------------------------------
     meter = Meter()
     feed = Feed(batches.steps(group.blocks("train")))
-    done, stopping = state.step >= plan.total_steps, 0.0
+    done, stopping, stage = state.step >= plan.total_steps, 0.0, -1
     while not done:
         micros, bad = feed.next(meter)
         torch.manual_seed(step_seed(config.seed, state.step, group.rank))
-        rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config))
+        if (opened := freeze.stage(model, config.freeze, state.step, plan.total_steps)) != stage:
+            freeze.thaw(model, config.freeze, stage := opened)
+        rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config), stage)
         for batch in micros:
             out = engine.forward(batch)
             loss = loss_of(out, batch, config)
@@ -144,7 +150,7 @@ def train(group: Group, plan: Plan) -> None:
             )
         if due:
             score, metrics = validate(engine, batches, validation_rows, group)
-            note(state, score)
+            note(state, score, config.train.min_gain)
             log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **metrics})
         if due or stopping:
             # Only what was validated just now may be taken for the best.
@@ -165,6 +171,7 @@ def train(group: Group, plan: Plan) -> None:
     answered = answers(engine, batches, validation_rows, group)
     weights = engine.state()
     if group.rank == 0:
+        weights = lora.merged(model, weights)
         chosen = {"step": best.step, "score": best.loop["score"], "wait_share": meter.wait_share()}
         export(plan.bundle, plan, weights, encoder, tokenizer, answered, plan.golden_source, chosen)
     group.all(True)
@@ -179,7 +186,9 @@ def build(config: Config, num_labels: int, encoder: TextEncoder) -> MultimodalMo
     torch.manual_seed(config.seed)
     inside = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
     model = MultimodalModel(config.model, num_labels, encoder.width, encoder if inside else None)
-    freeze.apply(model, config.freeze.strategy)
+    freeze.apply(model, config.freeze)
+    if config.train.gradient_checkpointing:
+        freeze.compute_again(model)
     return model
 
 
@@ -216,6 +225,7 @@ class Batches:
         self.inputs, self.frozen, self.config, self.device = inputs, frozen, config, device
         self.label_weights = label_weights
         self.last_error = ""
+        self.words = Words.of(inputs.tokenizer)
         self.blank = Sample("", np.asarray(inputs.tokenize([""])[0]), False, (), (), -100, 0.0)
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[tuple[list[Batch], int]]:
@@ -224,7 +234,7 @@ class Batches:
         for table in tables:
             pairs = [self.sample(row, row["epoch"]) for row in table.to_pylist()]
             samples = [sample for sample, _ in pairs]
-            made = [self.make(samples[at : at + size], samples[at].id) for at in range(0, len(samples), size)]
+            made = [self.make(samples[at : at + size], train=True) for at in range(0, len(samples), size)]
             yield made, sum(bad for _, bad in pairs)
 
     def sample(self, row: dict[str, Any], epoch: int | None) -> tuple[Sample, bool]:
@@ -241,18 +251,16 @@ class Batches:
             return sample, False
         if sample.label >= 0:
             sample = replace(sample, weight=sample.weight * self.label_weights[sample.label])
-        return augment(sample, self.config.augment, sample_rng(self.config.seed, epoch, sample.id)), False
+        rng = sample_rng(self.config.seed, epoch, sample.id)
+        return augment(sample, self.config.augment, self.words, rng), False
 
     @torch.no_grad()
-    def make(self, samples: list[Sample], drop_key: str | None = None) -> Batch:
+    def make(self, samples: list[Sample], *, train: bool = False) -> Batch:
         """The tensors of a micro-batch, with the states of a frozen language model where there is one."""
         batch = self.inputs.batch(samples)
-        if drop_key is not None:
-            rng = sample_rng(self.config.seed, 0, drop_key)
-            batch["keep"] = drop_tokens(batch["keep"], self.config.augment.text_drop, rng)
         if self.frozen is not None:
             batch["text_states"] = self.frozen(batch["ids"], batch["mask"])
-            if drop_key is not None and "transcript_ids" in batch:
+            if train and "transcript_ids" in batch:
                 batch["transcript_states"] = self.frozen(batch["transcript_ids"], batch["transcript_mask"])
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
@@ -313,7 +321,7 @@ def answers(
         logits.append(
             engine.forward(batches.make(part))["logits"].float().cpu().numpy()[: len(samples[at : at + size])]
         )
-    engine.model.train()
+    freeze.set_modes(engine.model)
     mine = (np.concatenate(logits), np.array([s.label for s in samples]), [modalities_of(s) for s in samples])
     everyones = group.gather(mine)
     return (
@@ -334,11 +342,13 @@ def validate(engine: Engine, batches: Batches, samples: list[Sample], group: Gro
     return metrics["accuracy"], metrics
 
 
-def note(state: State, score: float) -> None:
-    """Takes a validation's score into the state."""
+def note(state: State, score: float, min_gain: float) -> None:
+    """Takes a validation's score into the state; what is better by less than `min_gain` is the best, but no gain."""
     state.score = score
     if score > state.best_score:
-        state.best_score, state.best_step, state.unimproved = score, state.step, 0
+        state.best_score, state.best_step = score, state.step
+    if score > state.gained_score + min_gain:
+        state.gained_score, state.unimproved = score, 0
     else:
         state.unimproved += 1
 

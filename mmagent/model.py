@@ -71,7 +71,7 @@ class MultimodalModel(nn.Module):
         # Speech enters as soft text: its tokens live in the space of the language model's states.
         self.speech = nn.Linear(config.audio.width, text_width) if config.audio else None
         self.join = Join(config, text_width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout if config.head_dropout is None else config.head_dropout)
         self.head = nn.Linear(config.width, num_labels)
         # What a picture says by itself: a second answer, asked only while training (see `ImageTowerConfig.alone`).
         self.image_head = nn.Linear(config.image.width, num_labels) if config.image and config.image.alone else None
