@@ -19,7 +19,7 @@ from mmagent.config import Config, FreezeConfig
 from mmagent.model import MultimodalModel
 from mmagent.text import TextEncoder
 
-HEADS = ("head", "heads")
+HEADS = ("head", "heads", "image_head")
 TOWERS = ("image_tower", "audio_tower")
 
 

@@ -1,4 +1,4 @@
-"""Augmentation: what it may change, that it is a function of seed, epoch and sample, and that it does nothing unasked."""
+"""Augmentation: what it may change, that it is a function of seed, epoch and sample, that it does nothing unasked."""
 
 from __future__ import annotations
 

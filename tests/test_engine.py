@@ -59,7 +59,8 @@ def test_each_schedule_by_hand(tiny_recipe: dict[str, Any], schedule: str, rates
 def test_deepspeeds_settings_follow_from_the_config(tiny_recipe: dict[str, Any]) -> None:
     config = resolve(
         tiny_recipe,
-        {"train.micro_batch": 7, "train.accumulation": 3, "optim.clip_norm": 0.5, "zero.stage": 2, "train.precision": "bf16", "cluster.workers": 2},
+        {"train.micro_batch": 7, "train.accumulation": 3, "optim.clip_norm": 0.5, "zero.stage": 2,
+         "train.precision": "bf16", "cluster.workers": 2},
     )  # fmt: skip
     settings = engines.zero_config(config)
     assert settings["train_micro_batch_size_per_gpu"] == 7
@@ -232,8 +233,8 @@ def run(
     kind: Callable[..., Engine],
     folder: Path,
 ) -> dict[str, Any]:
-    """Losses and states of a short run: half of it, saved; the other half; and what the saved half is when loaded into
-    the engine at the end, as the export does with the best checkpoint. A gradual run opens a stage every other batch."""
+    """Losses and states of a short run: half of it, saved; the other half; and what the saved half is when loaded
+    into the engine at the end, as the export does with the best checkpoint. A gradual run opens stages on the way."""
     model, config = build(raw, {"train.micro_batch": 8, "train.accumulation": 2, **settings})
     if config.train.gradient_checkpointing:
         freeze.compute_again(model)

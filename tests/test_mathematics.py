@@ -72,7 +72,7 @@ def steps_of(config: Config, decay: float) -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_sgd_is_the_decoupled_update(tiny_recipe: dict[str, Any], decay: float) -> None:
-    """theta <- theta - eta grad - eta lambda theta."""
+    """A step goes from theta to theta - eta grad - eta lambda theta."""
     config = resolve(tiny_recipe, {"optim.name": "sgd", "optim.momentum": 0.0})
     places, gradients = steps_of(config, decay)
     for before, gradient, after in zip(places, gradients, places[1:], strict=False):
@@ -145,8 +145,8 @@ def gradients_of(
 def test_the_risk_is_the_mean_over_samples_however_they_are_batched(
     tiny_recipe: dict[str, Any], samples: tuple[Inputs, list[Sample]]
 ) -> None:
-    """R = 1/n sum of w_i L_i: one batch of twelve, four of three, or twelve of one, each padded to its own longest, give
-    one gradient: the sum of the samples' own by weight, divided by their number."""
+    """R = 1/n sum of w_i L_i: one batch of twelve, four of three, or twelve of one, each padded to its own longest,
+    give one gradient: the sum of the samples' own by weight, divided by their number."""
     inputs, made = samples
     whole = gradients_of(tiny_recipe, inputs, made, 12, 1)
     for micro, accumulation in ((3, 4), (1, 12)):

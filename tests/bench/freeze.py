@@ -18,9 +18,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
 import torch
 
 from jobs import cluster
@@ -28,6 +29,7 @@ from mmagent import config as configs
 from mmagent import measurement, storage
 from mmagent.config import Config
 from mmagent.measurement import Row
+from mmagent.shards import Dataset
 
 RECIPE = Path("jobs/recipes/easy_vqa.yaml")
 SMALL = os.environ.get("SCALE") == "small"
@@ -37,8 +39,12 @@ STRATEGIES = (
 )  # fmt: skip
 
 
-def main(recipe: Path = RECIPE, strategies: tuple[str, ...] = STRATEGIES) -> int:
-    overrides = sys.argv[1:]
+def main(
+    overrides: list[str],
+    recipe: Path = RECIPE,
+    strategies: tuple[str, ...] = STRATEGIES,
+    checkout: Path = cluster.CHECKOUT,
+) -> int:
     found: dict[str, list[dict[str, float]]] = {strategy: [] for strategy in strategies}
     for index in range(ROUNDS):
         for strategy in strategies:
@@ -51,7 +57,7 @@ def main(recipe: Path = RECIPE, strategies: tuple[str, ...] = STRATEGIES) -> int
                 flush=True,
             )
     rows = [row for strategy, rounds in found.items() for row in _rows(strategy, rounds)]
-    measurement.publish("freeze", rows, cluster.CHECKOUT)
+    measurement.publish("freeze", rows, checkout)
     print(measurement.table(rows))
     return 0
 
@@ -99,13 +105,12 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
     from jobs.meter import Meter
     from mmagent import freeze, text
     from mmagent.batch import Inputs
-    from mmagent.shards import Dataset
     from mmagent.text import FrozenStates
 
     torch.set_num_threads(2)
     config = configs.override(configs.load(recipe, overrides), {"cluster.workers": 1})
     dataset = Dataset.open(storage.folder("data", config.data.name))
-    labels = _labels(dataset)
+    labels = dataset.labels
     encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)
     model = loop.build(config, len(labels), encoder)
     parts = freeze.table(model, encoder)
@@ -133,11 +138,7 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
     }
 
 
-def _labels(dataset: Any) -> tuple[str, ...]:
-    return tuple(dataset.labels)
-
-
-def _tables(config: Config, dataset: Any) -> Any:
+def _tables(config: Config, dataset: Dataset) -> Iterator[pa.Table]:
     """The rows of the first steps, laid out as a worker gets them, read before the clock starts."""
     from jobs import stream
     from mmagent.order import Position
@@ -147,4 +148,4 @@ def _tables(config: Config, dataset: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
