@@ -156,17 +156,10 @@ class ZeroEngine:
         deepspeed = _import_deepspeed()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        optimizer = optimizer_of(groups, config)
-        # DeepSpeed takes a step of nothing to make room for the moments: it must not decay anything, nor be counted.
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=zero_config(config)
+            model=model, optimizer=optimizer_of(groups, config), config=zero_config(config)
         )
-        for state in optimizer.state.values():
-            if "step" in state:
-                state["step"].zero_()
-        # What a gradual run has closed now has moved by the end, or is in the best checkpoint as it was.
+        # What a gradual run has closed now moves later: going back to this checkpoint takes it back too.
         self._leaves_out_frozen = config.freeze.strategy != "gradual"
         self.model = model
         self.device = torch.device(self._engine.device)
