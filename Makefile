@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ doctor: $(STAMP) ## what this machine lacks, and the command that mends it
 
 bench-train: $(STAMP) ## samples per second beside plain PyTorch: writes runs/bench/train.json
 	@$(PY) -m tests.bench.train
+
+bench-freeze: $(STAMP) ## speed, memory and trained share of each way of freezing: writes runs/bench/freeze.json
+	@$(PY) -m tests.bench.freeze
 
 figures: $(STAMP) ## paste the figures of runs/bench/*.json into README.md
 	@$(PY) -m tests.bench.figures

@@ -34,8 +34,9 @@ class Engine(Protocol):
 
     def step(self) -> None: ...
 
-    def set_lr(self, factor: float) -> float:
-        """Sets every group's learning rate to its peak times `factor`; returns the highest."""
+    def set_lr(self, factor: float, stage: int = 0) -> float:
+        """Sets every group's learning rate to its peak times `factor`, and to nothing where the group opens at a later
+        stage (see `mmagent.freeze.stage`); returns the highest."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -50,12 +51,14 @@ class Engine(Protocol):
 
 
 def schedule(step: int, total: int, config: Config) -> float:
-    """The learning rate at a step as a share of its peak: a linear rise, then a cosine down to `final_share`."""
+    """The learning rate at a step as a share of its peak: a linear rise, then what `optim.schedule` says, down to
+    `final_share`: half a cosine (arXiv:1608.03983), a straight line; or the peak to the end."""
     warmup = max(1, round(config.optim.warmup_share * total))
     if step < warmup:
         return (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return config.optim.final_share + (1 - config.optim.final_share) * 0.5 * (1 + math.cos(math.pi * done))
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.optim.schedule]
+    return config.optim.final_share + (1 - config.optim.final_share) * left
 
 
 def use_bf16(config: Config) -> bool:
@@ -63,6 +66,43 @@ def use_bf16(config: Config) -> bool:
     if config.train.precision == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return config.train.precision == "bf16"
+
+
+class SGD(torch.optim.SGD):
+    """Stochastic gradient descent with momentum and decoupled weight decay: with v <- mu v + grad L, a step is
+    theta <- theta - eta v - eta lambda theta (SGDW, arXiv:1711.05101, algorithm 1). torch's own adds the decay to the
+    gradient, and so to the momentum."""
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float) -> None:
+        own = [{**group, "decay": group["weight_decay"], "weight_decay": 0.0} for group in groups]
+        super().__init__(own, lr=0.0, momentum=momentum)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["decay"])
+        return super().step(closure)
+
+
+def optimizer_of(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+    """The optimizer of a config: the same object steps in plain torch and inside ZeRO."""
+    made: torch.optim.Optimizer
+    if config.optim.name == "sgd":
+        made = SGD(groups, config.optim.momentum)
+    else:
+        made = torch.optim.AdamW(groups, betas=config.optim.betas)
+    made.register_step_pre_hook(_skip_closed)
+    return made
+
+
+def _skip_closed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A group that a gradual run has not opened takes no step: ZeRO would give it gradients of zero."""
+    for group in optimizer.param_groups:
+        if group.get("closed"):
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 class TorchEngine:
@@ -75,7 +115,7 @@ class TorchEngine:
         self._clip = config.optim.clip_norm
         self._bf16 = use_bf16(config)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
-        self._optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
+        self._optimizer = optimizer_of(groups, config)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
@@ -92,8 +132,8 @@ class TorchEngine:
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
-    def set_lr(self, factor: float) -> float:
-        return _set_lr(self._optimizer, factor)
+    def set_lr(self, factor: float, stage: int = 0) -> float:
+        return _set_lr(self._optimizer, factor, stage)
 
     def save(self, folder: Path) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict(), "seen": self._seen}
@@ -117,8 +157,10 @@ class ZeroEngine:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, model_parameters=groups, config=zero_config(config)
+            model=model, optimizer=optimizer_of(groups, config), config=zero_config(config)
         )
+        # What a gradual run has closed now moves later: going back to this checkpoint takes it back too.
+        self._leaves_out_frozen = config.freeze.strategy != "gradual"
         self.model = model
         self.device = torch.device(self._engine.device)
 
@@ -132,11 +174,11 @@ class ZeroEngine:
     def step(self) -> None:
         self._engine.step()
 
-    def set_lr(self, factor: float) -> float:
-        return _set_lr(self._optimizer, factor)
+    def set_lr(self, factor: float, stage: int = 0) -> float:
+        return _set_lr(self._optimizer, factor, stage)
 
     def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
+        self._engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=self._leaves_out_frozen)
 
     def load(self, folder: Path) -> None:
         path, _ = self._engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
@@ -171,18 +213,16 @@ def zero_config(config: Config) -> dict[str, Any]:
         "zero_optimization": {"stage": config.zero.stage},
         # Autocast, as `TorchEngine` does: parameters stay in fp32, and a layer takes what it computes best in.
         "torch_autocast": {"enabled": use_bf16(config), "dtype": "bfloat16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": config.optim.lr, "betas": list(config.optim.betas), "torch_adam": True},
-        },
+        "zero_allow_untested_optimizer": True,  # `SGD`; a step of it needs nothing but a parameter and its gradient
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
 
 
-def _set_lr(optimizer: Any, factor: float) -> float:
+def _set_lr(optimizer: Any, factor: float, stage: int) -> float:
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["closed"] = group["stage"] > stage
+        group["lr"] = 0.0 if group["closed"] else group["peak_lr"] * factor
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from mmagent import bundle
+from mmagent import bundle, text
 from mmagent.calibration import Calibration
 from mmagent.predictor import PartError, Predictor
 from mmagent.record import Record
@@ -36,14 +36,19 @@ def export(
     """Writes the bundle of a run.
 
     Args:
-        weights: of the whole module; the language model's own are in it where it was trained.
+        weights: of the whole module, whatever LoRA learnt merged; the language model's own are in it where it was part
+            of the module.
+        encoder: the language model, which is exported as it is where its weights are none of the module's.
         fitted: each task's calibration.
         chosen: step and score of the checkpoint.
     """
     trained = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     if trained:
+        # A new one: the trained one may hold adapters, or a rank's share of each weight.
+        encoder = text.load_encoder(plan.config.model.backbone, weights=False)
         encoder.load_state_dict(trained)
-    origin = {"run": plan.folder.name, "data": plan.data, "checkpoint": chosen}
+    parts = {part.name: {"trained": part.trained, "total": part.total} for part in plan.parts}
+    origin = {"run": plan.folder.name, "data": plan.data, "checkpoint": chosen, "parts": parts}
     bundle.save(
         path,
         name=plan.name,
@@ -78,7 +83,7 @@ def _golden(predictor: Predictor, shards: Sequence[Path]) -> list[dict[str, Any]
 
 
 def jsonable(record: Record) -> dict[str, Any]:
-    """The record's row with its media as base64, as `mmagent.record.parse` reads it."""
+    """The record's row with its media as base64, as `mmagent.rows.parse` reads it."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):

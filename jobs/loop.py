@@ -25,8 +25,9 @@ from jobs.engine import Engine
 from jobs.export import export
 from jobs.meter import Log, Meter
 from jobs.workers import Group
-from mmagent import freeze, text
-from mmagent.batch import Inputs, PartError, Sample, augment, drop_tokens
+from mmagent import freeze, lora, text
+from mmagent.augment import Words, augment
+from mmagent.batch import Inputs, PartError, Sample
 from mmagent.calibration import Calibration
 from mmagent.config import Config
 from mmagent.model import Batch, MultimodalModel, align_loss
@@ -63,6 +64,7 @@ class Plan:
     max_bad_rows: int
     task: str  # the one that a request means which names none
     golden_source: tuple[Path, ...]  # shards of the validation split
+    parts: tuple[freeze.Part, ...]  # trained and total parameters
 
 
 @dataclass(slots=True)
@@ -74,6 +76,7 @@ class State:
     score: float = UNSCORED  # of the last validation
     best_score: float = UNSCORED
     best_step: int = 0
+    gained_score: float = UNSCORED  # the last that was better by `train.min_gain`
     unimproved: int = 0
     bad_rows: int = 0
 
@@ -88,7 +91,8 @@ def train(group: Group, plan: Plan) -> None:
     """
     # -- set up ------------------------------------------------------------------------------------------------
     config = plan.config
-    encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
+    encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)
+    tokenizer = text.load_tokenizer(config.model.backbone)
     tasks = make_all(plan.tasks)
     inputs = Inputs(config.model, config.data, tokenizer, tasks)
     model = build(config, tasks, encoder)
@@ -112,11 +116,13 @@ def train(group: Group, plan: Plan) -> None:
     # -- train -------------------------------------------------------------------------------------------------
     meter = Meter()
     feed = Feed(batches.steps(group.blocks("train")))
-    done, stopping = state.step >= plan.total_steps, 0.0
+    done, stopping, stage = state.step >= plan.total_steps, 0.0, -1
     while not done:
         micros, bad = feed.next(meter)
         torch.manual_seed(step_seed(config.seed, state.step, group.rank))
-        rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config))
+        if (opened := freeze.stage(model, config.freeze, state.step, plan.total_steps)) != stage:
+            freeze.thaw(model, config.freeze, stage := opened)
+        rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config), stage)
         for batch in micros:
             out = engine.forward(batch)
             loss = loss_of(out, batch, tasks, config)
@@ -150,7 +156,7 @@ def train(group: Group, plan: Plan) -> None:
             )
         if due:
             score, metrics = validate(engine, batches, validation_rows, group)
-            note(state, score)
+            note(state, score, config.train.min_gain)
             log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **metrics})
         if due or stopping:
             # Only what was validated just now may be taken for the best.
@@ -171,6 +177,7 @@ def train(group: Group, plan: Plan) -> None:
     answered, _ = answers(engine, batches, validation_rows, group)
     weights = engine.state()
     if group.rank == 0:
+        weights = lora.merged(model, weights)
         chosen = {"step": best.step, "score": best.loop["score"], "wait_share": meter.wait_share()}
         export(plan.bundle, plan, weights, encoder, tokenizer, calibrations(tasks, answered), chosen)
     group.all(True)
@@ -185,7 +192,9 @@ def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder) -> Mu
     torch.manual_seed(config.seed)
     inside = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
     model = MultimodalModel(config.model, tasks, encoder.width, encoder if inside else None)
-    freeze.apply(model, config.freeze.strategy)
+    freeze.apply(model, config.freeze)
+    if config.train.gradient_checkpointing:
+        freeze.compute_again(model)
     return model
 
 
@@ -238,6 +247,7 @@ class Batches:
         self.inputs, self.frozen, self.config, self.device = inputs, frozen, config, device
         self.label_weights = label_weights
         self.last_error = ""
+        self.words = Words.of(inputs.tokenizer)
         record = Record("", (Message("user", ""),), task="", weight=0.0)
         self.blank = Sample(record, (View(inputs.tokenize([""])[0]),), False, (), (), 0.0)
 
@@ -247,7 +257,7 @@ class Batches:
         for table in tables:
             pairs = [self.sample(row, row["epoch"]) for row in table.to_pylist()]
             samples = [sample for sample, _ in pairs]
-            made = [self.make(samples[at : at + size], samples[at].id) for at in range(0, len(samples), size)]
+            made = [self.make(samples[at : at + size], train=True) for at in range(0, len(samples), size)]
             yield made, sum(bad for _, bad in pairs)
 
     def sample(self, row: dict[str, Any], epoch: int | None) -> tuple[Sample, bool]:
@@ -264,22 +274,20 @@ class Batches:
             return sample, False
         weight = self.label_weights.get(sample.task, {}).get(sample.record.target.label or "", 1.0)
         sample = replace(sample, weight=sample.weight * weight)
-        return augment(sample, self.config.augment, sample_rng(self.config.seed, epoch, sample.id)), False
+        rng = sample_rng(self.config.seed, epoch, sample.id)
+        return augment(sample, self.config.augment, self.words, rng), False
 
     def _blank(self, id: str) -> Sample:
         """What stands for a row that cannot be read."""
         return replace(self.blank, record=replace(self.blank.record, id=id))
 
     @torch.no_grad()
-    def make(self, samples: list[Sample], drop_key: str | None = None) -> Batch:
+    def make(self, samples: list[Sample], *, train: bool = False) -> Batch:
         """The tensors of a micro-batch, with the states of a frozen language model where there is one."""
         batch = self.inputs.batch(samples)
-        if drop_key is not None:
-            rng = sample_rng(self.config.seed, 0, drop_key)
-            batch["keep"] = drop_tokens(batch["keep"], self.config.augment.text_drop, rng)
         if self.frozen is not None:
             batch["text_states"] = self.frozen(batch["ids"], batch["mask"])
-            if drop_key is not None and "transcript_ids" in batch:
+            if train and "transcript_ids" in batch:
                 batch["transcript_states"] = self.frozen(batch["transcript_ids"], batch["transcript_mask"])
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
@@ -354,7 +362,7 @@ def answers(
             loss += float(task.loss(out[name], batch, 1, 0.0))
         weight += sum(sample.weight for sample in part)
         mine += _answered(tasks, out, batch, part)
-    engine.model.train()
+    freeze.set_modes(engine.model)
     total, over = group.sum([loss, weight])
     return [item for part in group.gather(mine) for item in part], (total, over)
 
@@ -415,11 +423,13 @@ def validate(engine: Engine, batches: Batches, samples: list[Sample], group: Gro
     return sum(scores) / max(1, len(scores)), metrics
 
 
-def note(state: State, score: float) -> None:
-    """Takes a validation's score into the state."""
+def note(state: State, score: float, min_gain: float) -> None:
+    """Takes a validation's score into the state; what is better by less than `min_gain` is the best, but no gain."""
     state.score = score
     if score > state.best_score:
-        state.best_score, state.best_step, state.unimproved = score, state.step, 0
+        state.best_score, state.best_step = score, state.step
+    if score > state.gained_score + min_gain:
+        state.gained_score, state.unimproved = score, 0
     else:
         state.unimproved += 1
 

@@ -22,7 +22,7 @@ from jobs import stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, build, train
 from mmagent import bundle as bundles
-from mmagent import storage, text
+from mmagent import freeze, storage, text
 from mmagent.config import Config, resolve
 from mmagent.order import Position
 from mmagent.shards import Dataset
@@ -99,7 +99,7 @@ def prepare(
     dataset = Dataset.open(storage.folder("data", config.data.name))
     _check_splits(dataset)
     text.check(config.model.backbone)
-    _check_model(config, dataset.tasks)
+    parts = _check_model(config, dataset.tasks)
     _check_config(config, folder)
     window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share)
@@ -117,6 +117,7 @@ def prepare(
         total_steps=min(steps, config.train.max_steps or steps),
         max_bad_rows=int(config.data.max_bad_share * order.rows * max(1.0, config.train.epochs)),
         golden_source=tuple(dataset.shard_files("validation")),
+        parts=parts,
     )
     return Run(folder, config, dataset, plan)
 
@@ -194,11 +195,13 @@ def _check_splits(dataset: Dataset) -> None:
         raise RunError(f"the validation split of {dataset.path} has labels that training never has: {unknown[:5]}")
 
 
-def _check_model(config: Config, infos: Mapping[str, TaskInfo]) -> None:
-    """Builds the model without its weights: a config that makes none is told here, by one process."""
+def _check_model(config: Config, infos: Mapping[str, TaskInfo]) -> tuple[freeze.Part, ...]:
+    """Builds the model without its weights: a config that makes none is told here, by one process. What its parts
+    train is known then."""
     try:
         with torch.device("meta"):
-            build(config, make_all(infos), text.load_encoder(config.model.backbone, weights=False))
+            encoder = text.load_encoder(config.model.backbone, weights=False, dropout=config.model.backbone_dropout)
+            return freeze.table(build(config, make_all(infos), encoder), encoder)
     except ValueError as error:
         raise RunError(str(error)) from error
 

@@ -85,6 +85,8 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _tell(work: Any, config: Config) -> None:
+    from mmagent import freeze
+
     step, plan = work.resumed_step(), work.plan
     print(
         f"run {work.name}: {work.dataset.rows('train')} rows of {work.dataset.path.name}, {plan.total_steps} steps of "
@@ -92,6 +94,7 @@ def _tell(work: Any, config: Config) -> None:
         f"{config.train.accumulation}), ZeRO {config.zero.stage}" + (f"; goes on at step {step}" if step else ""),
         flush=True,
     )
+    print(f"freeze.strategy={config.freeze.strategy}\n{freeze.show(plan.parts)}", flush=True)
 
 
 def _fit(work: Any) -> bool:

@@ -1,7 +1,7 @@
 """From records to tensors: the one path that training, evaluation and serving share, so that they cannot differ.
 
 `Inputs.sample` decodes and tokenises one record (pure, thread-safe, on the CPU); `Inputs.batch` stacks samples.
-Augmentation happens between the two and is a function of (seed, epoch, sample), never of timing.
+Augmentation (`mmagent.augment`) happens between the two.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmagent import text
-from mmagent.config import AudioTowerConfig, AugmentConfig, DataConfig, ImageTowerConfig, ModelConfig
+from mmagent.config import AudioTowerConfig, DataConfig, ImageTowerConfig, ModelConfig
 from mmagent.media import Limits, MediaError, MediaTooLarge, check_audio, check_image, decode_audio, decode_image
 from mmagent.reading import Reader, View
 from mmagent.record import Media, Record, RecordError
@@ -212,49 +212,6 @@ class Inputs:
         with _named(place):
             data = media.read()
             return self._cache.get(data, lambda: _log_mel(data, config, self.data.media))
-
-
-def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:
-    """What training hears and sees instead of the sample itself (see `AugmentConfig`)."""
-    audios = tuple(_augment_sound(audio, config, rng) for audio in sample.audios)
-    images = () if sample.images and rng.random() < config.image_drop else sample.images
-    return replace(sample, images=images, audios=audios)
-
-
-def drop_tokens(keep: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """Hides a share of the tokens from the join: keep (batch, tokens) -> the same, with fewer True."""
-    if share == 0:
-        return keep
-    return keep & torch.from_numpy(rng.random(tuple(keep.shape)) >= share)
-
-
-def _augment_sound(frames: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """frames: (frames, mels). Changes speed by resampling the frames, the speaker's pitch and tract by shifting and
-    stretching the mel axis (vocal tract length perturbation, Jaitly & Hinton 2013), adds noise, masks stripes."""
-    x = frames.astype(np.float32)
-    if config.audio_tempo:
-        length = max(2, round(len(x) * (1 + rng.uniform(-config.audio_tempo, config.audio_tempo))))
-        x = _resample(x, np.linspace(0, len(x) - 1, length))
-    if config.audio_pitch:
-        bins = x.shape[1]
-        shift = rng.uniform(-config.audio_pitch, config.audio_pitch) * bins
-        stretch = 1 + rng.uniform(-config.audio_pitch, config.audio_pitch)
-        x = _resample(x.T, np.clip(np.arange(bins) * stretch + shift, 0, bins - 1)).T
-    if config.audio_noise:
-        x = x + rng.standard_normal(x.shape, dtype=np.float32) * rng.uniform(0, config.audio_noise)
-    for axis in (0, 1) * config.audio_masks:
-        width = int(rng.uniform(0, config.audio_mask_share) * x.shape[axis])
-        start = rng.integers(0, x.shape[axis] - width + 1)
-        x[(slice(start, start + width), slice(None)) if axis == 0 else (slice(None), slice(start, start + width))] = 0
-    return x.astype(np.float16)
-
-
-def _resample(x: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Rows of x (rows, columns) at fractional places, linearly between neighbours."""
-    low = np.floor(at).astype(np.int64)
-    high = np.minimum(low + 1, len(x) - 1)
-    part = (at - low)[:, None].astype(np.float32)
-    return x[low] * (1 - part) + x[high] * part
 
 
 def _pixels(data: bytes, config: ImageTowerConfig, limits: Limits) -> np.ndarray:

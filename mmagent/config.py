@@ -39,15 +39,54 @@ class DataConfig(_Section):
 
 
 class AugmentConfig(_Section):
-    """What training changes in its samples; a function of (seed, epoch, sample), never of timing."""
+    """What training changes in its samples; a function of (seed, epoch, sample), never of timing; nothing by default,
+    and nothing in validation. What keeps a label true differs by the data: each field says what to look for."""
 
-    text_drop: float = Field(0.0, ge=0, lt=1, description="share of text tokens hidden from the join")
-    audio_tempo: float = Field(0.0, ge=0, lt=1, description="largest change of speed, 0.1 is +-10 %")
-    audio_pitch: float = Field(0.0, ge=0, lt=1, description="largest shift along the mel axis, as a share of the bins")
-    audio_noise: float = Field(0.0, ge=0, description="largest noise, standard deviation on the normalised log-mel")
-    audio_masks: int = Field(0, ge=0, description="SpecAugment: masks in time and in frequency each (arXiv:1904.08779)")
+    word_drop: float = Field(
+        0.0, ge=0, lt=1,
+        description="share of words that the language model sees masked; not where one word decides (a negation, a "
+        "name that is asked for). A frozen language model computes each changed text anew",
+    )  # fmt: skip
+    text_drop: float = Field(
+        0.0, ge=0, lt=1,
+        description="share of samples that lose their words, where a picture or sound is left; not where the words are "
+        "the question or the answer stands in them",
+    )  # fmt: skip
+    audio_drop: float = Field(
+        0.0, ge=0, lt=1, description="share of samples that lose their sounds, where words or a picture are left; not "
+        "where the question is spoken",
+    )  # fmt: skip
+    image_drop: float = Field(
+        0.0, ge=0, lt=1, description="share of samples that lose their pictures, where words or a sound are left; the "
+        "label becomes a guess, so a small share: it teaches that a picture may be missing",
+    )  # fmt: skip
+    audio_tempo: float = Field(
+        0.0, ge=0, lt=1, description="largest change of speed, 0.1 is +-10 %; keeps words, not a label of speed itself"
+    )
+    audio_pitch: float = Field(
+        0.0, ge=0, lt=1, description="largest shift along the mel axis, as a share of the bins; keeps words, not the "
+        "speaker, the key or a tone language's tones",
+    )  # fmt: skip
+    audio_noise: float = Field(
+        0.0, ge=0, description="largest noise, standard deviation on the normalised log-mel; keeps what is louder"
+    )
+    audio_masks: int = Field(
+        0, ge=0, description="SpecAugment: masks in time and in frequency each (arXiv:1904.08779); keeps what lasts "
+        "longer than a mask",
+    )  # fmt: skip
     audio_mask_share: float = Field(0.1, gt=0, lt=1, description="largest width of a mask, as a share of its axis")
-    image_drop: float = Field(0.0, ge=0, lt=1, description="share of samples that lose their pictures")
+    image_crop: float = Field(
+        0.0, ge=0, lt=1, description="largest share of a side that is cut away; not where what counts may stand at an "
+        "edge, or things are counted",
+    )  # fmt: skip
+    image_flip: float = Field(
+        0.0, ge=0, le=1, description="share of samples whose pictures are mirrored; not where the label or the words "
+        "say left or right, or the picture holds writing",
+    )  # fmt: skip
+    image_colour: float = Field(
+        0.0, ge=0, lt=1, description="largest change of brightness, contrast and saturation, 0.2 is +-20 %; not where "
+        "a colour is asked for",
+    )  # fmt: skip
 
 
 class TowerConfig(_Section):
@@ -59,6 +98,7 @@ class TowerConfig(_Section):
     width: int = Field(128, gt=0, multiple_of=32, description="channels of the last layer, from scratch")
     layers: int = Field(2, ge=0, description="transformer layers after the convolutions, from scratch")
     tokens: int = Field(16, ge=1, description="tokens handed to the join for one picture or sound")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout in the tower's layers")
 
 
 class ImageTowerConfig(TowerConfig):
@@ -77,6 +117,7 @@ class ImageTowerConfig(TowerConfig):
 class AudioTowerConfig(TowerConfig):
     sample_rate_hz: int = Field(16_000, gt=0, description="what sound is resampled to, from scratch")
     mels: int = Field(80, gt=0, description="bins of the log-mel spectrogram, from scratch")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the tower's layers")
     max_s: float = Field(30.0, gt=0, description="seconds of sound that are heard; the rest is cut off")
     align: float = Field(0.0, ge=0, description="weight of the loss that draws speech to the text states of its words")
 
@@ -87,7 +128,11 @@ class ModelConfig(_Section):
     width: int = Field(256, gt=0, description="channels of the fusion layers")
     layers: int = Field(2, ge=1, description="fusion layers")
     heads: int = Field(4, ge=1, description="attention heads of a fusion layer")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the fusion layers and before the head")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the fusion layers")
+    head_dropout: float | None = Field(None, ge=0, lt=1, description="dropout before the head; none: dropout")
+    backbone_dropout: float | None = Field(
+        None, ge=0, lt=1, description="every dropout of the language model, where it trains; none: its own config's"
+    )
     image: ImageTowerConfig | None = Field(None, description="image tower; none: the model sees no pictures")
     audio: AudioTowerConfig | None = Field(None, description="audio tower; none: the model hears no sound")
 
@@ -101,20 +146,41 @@ class ModelConfig(_Section):
 class FreezeConfig(_Section):
     strategy: str = Field(
         "connector",
-        pattern=r"^(head|connector|all|top:[1-9]\d*)$",
-        description="what trains. head: the heads. connector: also the join and towers from scratch. top:K: also the "
-        "K last layers of the backbone. all: everything",
+        pattern=r"^(head|connector|top:[1-9]\d*|towers|image_tower|audio_tower|bias|lora:[1-9]\d*|all|gradual)$",
+        description="what trains. head: the heads. connector: also projectors, fusion layers and towers from scratch. "
+        "top:K: also the K last layers of the language model. towers: the towers stay as they are, all else trains. "
+        "image_tower, audio_tower: connector and the whole of that tower. bias: connector and the language model's "
+        "biases (arXiv:2106.10199). lora:R: connector and products of rank R beside the linear layers of the language "
+        "model's blocks, merged into them at the end (arXiv:2106.09685). gradual: connector, then the language model "
+        "from its last layer down (arXiv:1801.06146). all: everything",
+    )
+    lora_parts: tuple[Literal["backbone", "image_tower", "audio_tower"], ...] = Field(
+        ("backbone",), min_length=1, description="parts that lora:R adapts; a tower among them is a pretrained one"
+    )
+    lora_scale: float = Field(2.0, gt=0, description="factor of the product of rank R (alpha / R in the paper)")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the product of rank R")
+    gradual_share: float = Field(
+        0.5, gt=0, le=1, description="share of the run after which all of the language model trains (gradual)"
     )
 
 
 class OptimConfig(_Section):
+    name: Literal["adamw", "sgd"] = Field("adamw", description="both with decoupled weight decay (arXiv:1711.05101)")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of heads and join")
     lr_towers: float | None = Field(None, gt=0, description="of the towers; none: lr")
     lr_backbone: float | None = Field(None, gt=0, description="of the language model; none: lr / 20")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor of the learning rate from each layer of the language model to the one "
+        "below it; what lies below the first layer has the rate after one more",
+    )  # fmt: skip
+    weight_decay: float = Field(0.01, ge=0, description="on matrices only: neither biases nor norms")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the rate after it has risen")
     warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
-    final_share: float = Field(0.01, ge=0, le=1, description="the rate at the end, as a share of the peak (cosine)")
+    final_share: float = Field(
+        0.01, ge=0, le=1, description="the rate at the end, as a share of the peak (cosine, linear)"
+    )
     clip_norm: float = Field(1.0, gt=0, description="gradients are scaled to this norm at most")
 
 
@@ -127,6 +193,11 @@ class TrainConfig(_Section):
     eval_rows: int = Field(1024, gt=0, description="validation rows asked each time, the first by seeded order")
     patience: int = Field(0, ge=0, description="validations without a better score before training stops; 0: never")
     task_weights: dict[str, float] = Field({}, description="of a task's loss among several, by its name; 1 where none")
+    min_gain: float = Field(0.0, ge=0, description="what a score must be above the last better one to count as better")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute the states of pretrained layers again in the backward pass, in place of keeping them",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
     class_balance: float = Field(
         0.0, ge=0, le=1, description="weight of a sample is its label's frequency to the power of minus this; 1: even"

@@ -1,64 +1,217 @@
-"""What trains: a named strategy applied to a model, and the learning rate of each part.
+"""What trains: a named strategy applied to a model, the learning rate of each part, and the table that shows both.
 
-head: the head alone. connector: also the join, and towers that start from scratch (a frozen random tower would be
-meaningless). top:K: also the K last layers of the language model. all: everything.
+Parts are the model's children: the language model (backbone), the towers, the heads; what else there is (fusion layers,
+projectors) is the join. What a strategy trains stands on `FreezeConfig.strategy`. All but `head` train the join, the
+heads and what starts from scratch: a frozen random part would be meaningless (`towers`, which asks for it, apart).
+A part that is frozen computes as in evaluation, without dropout, and its batch statistics stand still.
 """
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from mmagent.config import Config
+from mmagent import lora
+from mmagent.config import Config, FreezeConfig
 from mmagent.model import MultimodalModel
+from mmagent.text import TextEncoder
+
+HEADS = ("heads", "image_heads")
+TOWERS = ("image_tower", "audio_tower")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A row of the table of parts."""
+
+    name: str
+    trained: int  # parameters that learn at some time of the run
+    total: int
 
 
 def needs_backbone(strategy: str) -> bool:
     """Whether the language model trains, and so must be inside the module; else its states may come from memory."""
-    return strategy == "all" or strategy.startswith("top:")
+    return strategy not in ("head", "connector", *TOWERS)
 
 
-def apply(model: MultimodalModel, strategy: str) -> None:
-    """Sets `requires_grad` of every parameter.
+def apply(model: MultimodalModel, config: FreezeConfig) -> None:
+    """Sets `requires_grad` of every parameter that trains at some time of the run, and adds the products of `lora:R`.
 
     Raises:
-        ValueError: more layers are to be trained than the language model has.
+        ValueError: the strategy asks for a part, layers or biases that the model has not.
     """
+    strategy, _, argument = config.strategy.partition(":")
     model.requires_grad_(strategy != "head")
-    model.heads.requires_grad_(True)
-    if model.backbone is None:
-        return
-    model.backbone.requires_grad_(strategy == "all")
-    if strategy.startswith("top:"):
-        depth, blocks = int(strategy.removeprefix("top:")), model.backbone.blocks()
+    for name, part in model.named_children():
+        if name in HEADS:
+            part.requires_grad_(True)
+        elif name in TOWERS and strategy == "towers":
+            part.requires_grad_(False)
+        elif name in TOWERS and strategy not in ("all", name):
+            for pretrained in lora.pretrained(part):
+                pretrained.requires_grad_(False)
+    if strategy in TOWERS and getattr(model, strategy) is None:
+        raise ValueError(f"freeze.strategy={strategy}, but the model has none: give the section model.{strategy[:5]}")
+    if model.backbone is not None:
+        _open_backbone(model.backbone, strategy, argument)
+    if strategy == "lora":
+        for name in config.lora_parts:
+            lora.add(model, name, int(argument), config)
+    set_modes(model)
+
+
+def _open_backbone(backbone: TextEncoder, strategy: str, argument: str) -> None:
+    backbone.requires_grad_(strategy in ("all", "towers", "gradual"))
+    if strategy == "top":
+        depth, blocks = int(argument), backbone.blocks()
         if depth > len(blocks):
-            raise ValueError(f"freeze.strategy={strategy}, but the language model has {len(blocks)} layers")
+            raise ValueError(f"freeze.strategy=top:{depth}, but the language model has {len(blocks)} layers")
         for block in blocks[-depth:]:
             block.requires_grad_(True)
+    if strategy == "bias":
+        biases = [parameter for name, parameter in backbone.named_parameters() if _is_bias(name)]
+        if not biases:
+            raise ValueError(
+                "freeze.strategy=bias, but this language model has no biases: lora:8 learns as few numbers"
+            )
+        for parameter in biases:
+            parameter.requires_grad_(True)
+
+
+def _is_bias(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return last == "bias" or last.endswith("_bias")
+
+
+def set_modes(model: nn.Module) -> None:
+    """Training mode where something below a module learns, evaluation mode where all of it is frozen; what has no
+    parameters (dropout) goes with what it stands in."""
+
+    def walk(module: nn.Module, mode: bool) -> None:
+        learns = [parameter.requires_grad for parameter in module.parameters()]
+        module.training = any(learns) if learns else mode
+        for child in module.children():
+            walk(child, module.training)
+
+    walk(model, True)
+
+
+def compute_again(model: MultimodalModel) -> None:
+    """Has the trained layers of pretrained models compute their states again in the backward pass, in place of keeping
+    them (gradient checkpointing, arXiv:1604.06174).
+
+    Raises:
+        ValueError: the language model cannot, by Transformers' word.
+    """
+    for name in ("backbone", *TOWERS):
+        part = getattr(model, name)
+        for pretrained in lora.pretrained(part)[:1] if part is not None else ():
+            with warnings.catch_warnings():  # Transformers 5.23 has a second name for it, earlier ones have not
+                warnings.simplefilter("ignore", FutureWarning)
+                pretrained.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def stage(model: MultimodalModel, config: FreezeConfig, step: int, total: int) -> int:
+    """How far a gradual run has opened the language model at a step: not at all (0), its last layer (1), and so on to
+    everything (layers + 1), evenly over the first `gradual_share` of the run (ULMFiT, arXiv:1801.06146, opens one
+    layer an epoch). 0 for every other strategy."""
+    if config.strategy != "gradual" or model.backbone is None:
+        return 0
+    stages = len(model.backbone.blocks()) + 1
+    return min(stages, int(step / (config.gradual_share * total) * stages))
+
+
+def thaw(model: MultimodalModel, config: FreezeConfig, stage: int) -> None:
+    """Opens what a gradual run trains at a stage and closes the rest; any other strategy is as `apply` left it."""
+    if config.strategy == "gradual" and model.backbone is not None:
+        opens = _stages(model.backbone)
+        for parameter in model.backbone.parameters():
+            parameter.requires_grad_(opens[id(parameter)] <= stage)
+    set_modes(model)
+
+
+def _stages(backbone: TextEncoder) -> dict[int, int]:
+    """When a gradual run opens each parameter, by its identity: layers from the last, then all that is none."""
+    blocks = backbone.blocks()
+    out = dict.fromkeys(map(id, backbone.parameters()), len(blocks) + 1)
+    for place, block in enumerate(reversed(blocks), start=1):
+        out |= dict.fromkeys(map(id, block.parameters()), place)
+    return out
+
+
+def _layers_above(backbone: TextEncoder) -> dict[int, int]:
+    """How many layers stand above each parameter, by its identity: what is made before the first layer lies below it
+    (embeddings), what is made after the last one above (a closing norm)."""
+    blocks = backbone.blocks()
+    layer = {id(parameter): index for index, block in enumerate(blocks) for parameter in block.parameters()}
+    out: dict[int, int] = {}
+    reached = False
+    for parameter in backbone.parameters():
+        reached = reached or id(parameter) in layer
+        outside = 0 if reached else len(blocks)
+        out[id(parameter)] = len(blocks) - 1 - layer[id(parameter)] if id(parameter) in layer else outside
+    return out
+
+
+def table(model: MultimodalModel, encoder: TextEncoder | None = None) -> tuple[Part, ...]:
+    """Trained and total parameters of each part, after `apply`.
+
+    Args:
+        encoder: the language model, where it stands outside the module.
+    """
+    outside = [] if model.backbone is not None or encoder is None else [Part("backbone", 0, _count(encoder))]
+    rows = (Part(name, _count(part, trained=True), _count(part)) for name, part in model.named_children())
+    return (*outside, *(row for row in rows if row.total))
+
+
+def _count(module: nn.Module, *, trained: bool = False) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
+
+
+def show(parts: tuple[Part, ...]) -> str:
+    """The table of parts for a terminal."""
+    total = Part("total", sum(part.trained for part in parts), sum(part.total for part in parts))
+    lines = [f"{'part':<12} {'trained':>13} {'of':>13}"]
+    for part in (*parts, total):
+        share = part.trained / part.total if part.total else 0.0
+        lines.append(f"{part.name:<12} {part.trained:>13,} {part.total:>13,} {share:>7.2%}")
+    return "\n".join(lines)
 
 
 def groups(model: MultimodalModel, config: Config) -> list[dict[str, Any]]:
-    """The trained parameters as optimizer groups: for each part (backbone, towers, rest) its learning rate, and
-    weight decay on matrices only."""
+    """The trained parameters as optimizer groups: for each part (backbone, towers, rest) its learning rate, lower by
+    `optim.layer_decay` with each layer of the language model below the last, and weight decay on matrices only.
+    Embeddings are matrices and decay, as in Transformers' Trainer.
+
+    A group's `stage` is when a gradual run opens it (see `stage`); 0: from the start.
+    """
+    optim = config.optim
     rates = {
-        "backbone": config.optim.lr_backbone or config.optim.lr / 20,
-        "towers": config.optim.lr_towers or config.optim.lr,
-        "rest": config.optim.lr,
+        "backbone": optim.lr_backbone or optim.lr / 20,
+        "towers": optim.lr_towers or optim.lr,
+        "rest": optim.lr,
     }
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    above = _layers_above(model.backbone) if model.backbone is not None else {}
+    opens = _stages(model.backbone) if model.backbone is not None and config.freeze.strategy == "gradual" else {}
+    members: dict[tuple[str, float, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             first = name.split(".")[0]
-            part = {"backbone": "backbone", "image_tower": "towers", "audio_tower": "towers", "speech": "towers"}
-            members.setdefault((part.get(first, "rest"), parameter.ndim > 1), []).append(parameter)
+            part = "backbone" if first == "backbone" else "towers" if first in TOWERS else "rest"
+            rate = rates[part] * optim.layer_decay ** above.get(id(parameter), 0)
+            key = (part, rate, opens.get(id(parameter), 0), parameter.ndim > 1)
+            members.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
             "name": part,
-            "peak_lr": rates[part],
-            "lr": rates[part],
-            "weight_decay": config.optim.weight_decay if matrix else 0.0,
+            "peak_lr": rate,
+            "lr": rate,
+            "stage": stage,
+            "weight_decay": optim.weight_decay if matrix else 0.0,
         }
-        for (part, matrix), parameters in members.items()
+        for (part, rate, stage, matrix), parameters in members.items()
     ]

@@ -89,7 +89,7 @@ class MultimodalModel(nn.Module):
         # Speech enters as soft text: its tokens live in the space of the language model's states.
         self.speech = nn.Linear(config.audio.width, text_width) if config.audio else None
         self.join = Join(config, text_width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout if config.head_dropout is None else config.head_dropout)
         self.heads = nn.ModuleDict({_module_name(name): task.head(config.width) for name, task in tasks.items()})
         # What a picture says by itself: a second answer, which training alone reads (see `ImageTowerConfig.alone`).
         alone = config.image if config.image and config.image.alone else None

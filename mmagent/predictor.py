@@ -124,9 +124,7 @@ class Predictor:
         )
 
     @classmethod
-    def untrained(
-        cls, config: Config, infos: Mapping[str, TaskInfo], task: str, *, device: str = "auto"
-    ) -> Predictor:
+    def untrained(cls, config: Config, infos: Mapping[str, TaskInfo], task: str, *, device: str = "auto") -> Predictor:
         """The model before fine-tuning: the pretrained backbone, and towers, join and head as the seed made them."""
         encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
         torch.manual_seed(config.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -22,6 +23,7 @@ from mmagent import storage
 from mmagent.record import Record
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "tekken.json")
+_DROPOUT = re.compile(r"dropout|pdrop$")
 
 
 class BackboneError(ValueError):
@@ -80,26 +82,44 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_encoder(name: str, *, weights: bool = True) -> TextEncoder:
+def load_encoder(name: str, *, weights: bool = True, dropout: float | None = None) -> TextEncoder:
     """The language model of a checkpoint, with its pretrained weights or (for a bundle's own) fresh ones.
 
+    Args:
+        dropout: in place of every dropout that its config has; none: as the config says.
+
     Raises:
-        BackboneError: see `locate`; also where weights are missing or not safetensors.
+        BackboneError: see `locate`; also where weights are missing or not safetensors, or no dropout can be set.
     """
     from transformers import AutoConfig, AutoModel
 
     place = locate(name)
     try:
         config = AutoConfig.from_pretrained(place)
+        if dropout is not None:
+            _set_dropout(config.get_text_config(), dropout, name)
         if weights:
             # Parameters are made in one precision, whatever the file holds: the engine chooses how to compute.
             with _quietly():
                 model = AutoModel.from_pretrained(place, config=config, use_safetensors=True, dtype=torch.float32)
         else:
-            model = AutoModel.from_config(config)
+            model = AutoModel.from_config(config, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(_unloadable(name, place, error)) from error
     return TextEncoder(model.get_encoder() if config.is_encoder_decoder else model)
+
+
+def _set_dropout(config: Any, dropout: float, name: str) -> None:
+    """Sets every dropout of a Transformers config: numbers whose name says so (hidden_dropout_prob, dropout_rate,
+    attention_dropout, resid_pdrop, ...)."""
+    known = config.to_dict()
+    fields = [key for key, value in known.items() if _DROPOUT.search(key) and type(value) in (int, float)]
+    if not fields:
+        raise BackboneError(
+            f"model.backbone_dropout={dropout}, but the config of {name!r} has no dropout: leave it out"
+        )
+    for field in fields:
+        setattr(config, field, dropout)
 
 
 def check(name: str) -> None:
@@ -141,9 +161,14 @@ class TextEncoder(nn.Module):
         return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
     def blocks(self) -> list[nn.Module]:
-        """The layers, first to last: the longest `nn.ModuleList` of the model, which is what every family has."""
-        lists = [list(module) for module in self.model.modules() if isinstance(module, nn.ModuleList)]
-        return max(lists, key=len, default=[])
+        """The layers, first to last (see `blocks`)."""
+        return blocks(self.model)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model, first to last: its longest `nn.ModuleList`, which is what every family has."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ class ImageTower(nn.Module):
         )
         self.grid = grid
         self.places = nn.Parameter(torch.randn(config.tokens, config.width) * 0.02)
-        self.blocks = nn.ModuleList(Block(config.width, 4, 0.0) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config.width, 4, config.dropout) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.width = config.width
 
@@ -150,11 +150,11 @@ class AudioTower(nn.Module):
         width = config.width
         self.convs = nn.ModuleList(nn.Conv1d(channels, width, 3, 2, 1) for channels in (config.mels, width, width))
         self.norms = nn.ModuleList(SoundNorm(width) for _ in self.convs)
-        self.blocks = nn.ModuleList(Block(width, 4, 0.1) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(width, 4, config.dropout) for _ in range(config.layers))
         self.queries = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
         self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
-        self.mix = Block(width, 4, 0.1)
+        self.mix = Block(width, 4, config.dropout)
         self.norm_out = nn.LayerNorm(width)
         self.width = width
 

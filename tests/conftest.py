@@ -7,7 +7,9 @@ with a temporary folder and a token of its own, so that it never meets the Ray o
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,6 +162,40 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_backbones(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder by kind: an encoder (BERT), two decoders (Qwen2; GPT-2, whose linear layers are transposed) and an
+    encoder-decoder (T5), each of 2 layers, 32 wide, untrained, with the tokenizer of `tiny_backbone`."""
+    from transformers import GPT2Config, GPT2Model, Qwen2Config, Qwen2Model, T5Config, T5Model
+
+    size = len(json.loads((tiny_backbone / "tokenizer.json").read_text())["model"]["vocab"])
+    torch.manual_seed(0)
+    models = {
+        "decoder": Qwen2Model(
+            Qwen2Config(
+                vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, max_position_embeddings=64, attention_dropout=0.1, pad_token_id=0,
+            )
+        ),
+        "transposed": GPT2Model(
+            GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3)
+        ),
+        "encoder-decoder": T5Model(
+            T5Config(
+                vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, pad_token_id=0,
+                decoder_start_token_id=0,
+            )
+        ),
+    }  # fmt: skip
+    folders = {"encoder": tiny_backbone}
+    for kind, model in models.items():
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folders[kind])
+        for file in tiny_backbone.glob("tokenizer*"):
+            shutil.copy(file, folders[kind])
+    return folders
 
 
 @pytest.fixture(scope="session")

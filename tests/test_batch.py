@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from mmagent import text
-from mmagent.batch import Inputs, PartError, Sample, augment, drop_tokens
-from mmagent.config import AugmentConfig, resolve
-from mmagent.order import sample_rng
-from mmagent.reading import View
-from mmagent.record import Message, Record
+from mmagent.batch import Inputs, PartError, Sample
+from mmagent.config import resolve
+from mmagent.record import Record
 from mmagent.rows import parse
 from tests.conftest import classify
 
@@ -33,12 +29,6 @@ def make_inputs(tiny_recipe: dict[str, Any]) -> Make:
         return Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), classify(LABELS))
 
     return make
-
-
-def noise(frames: int = 120, name: str = "a") -> Sample:
-    audio = np.random.default_rng(0).standard_normal((frames, 40)).astype(np.float16)
-    record = Record(name, (Message("user", "<image><audio>"),))
-    return Sample(record, (View(np.array([2, 3])),), False, (np.zeros((16, 16, 3), np.uint8),), (audio,))
 
 
 def same(a: Sample, b: Sample) -> bool:
@@ -221,63 +211,3 @@ def test_a_batch_of_words_has_stand_ins(make_inputs: Make) -> None:
     batch = inputs.batch([inputs.sample(parse({"text": "hm?"}))] * 2)
     assert (len(batch["images"]), len(batch["audios"])) == (1, 1)
     assert batch["image_real"].tolist() == batch["audio_real"].tolist() == [False]
-
-
-# ---------------------------------------------------------------------------------------------- augmentation
-
-EVERYTHING: dict[str, Any] = {"audio_tempo": 0.2, "audio_pitch": 0.1, "audio_noise": 0.3, "audio_masks": 2}
-
-
-def test_augmentation_is_a_function_of_seed_epoch_and_sample() -> None:
-    config = AugmentConfig(**EVERYTHING)
-
-    def heard(seed: int, epoch: int, name: str) -> Sample:
-        return augment(noise(), config, sample_rng(seed, epoch, name))
-
-    assert same(heard(0, 1, "a"), heard(0, 1, "a"))
-    for other in (heard(1, 1, "a"), heard(0, 2, "a"), heard(0, 1, "b")):
-        assert not same(heard(0, 1, "a"), other)
-
-
-def test_nothing_is_changed_where_nothing_is_asked() -> None:
-    sample = noise()
-    assert same(augment(sample, AugmentConfig(), np.random.default_rng(0)), sample)
-
-
-def test_the_rest_of_a_sample_stays() -> None:
-    sample = replace(noise(), weight=0.5, transcript=np.array([2, 60, 3]))
-    changed = augment(sample, AugmentConfig(**EVERYTHING), np.random.default_rng(0))
-    assert (changed.id, changed.weight, changed.has_words) == ("a", 0.5, False)
-    assert changed.transcript is sample.transcript
-    assert changed.views is sample.views
-    assert sample.audios[0].shape == (120, 40)  # a cached sound is not written to
-
-
-@pytest.mark.parametrize("frames", [1, 2, 7, 120])
-def test_augmented_sound_stays_sound(frames: int) -> None:
-    config = AugmentConfig(**EVERYTHING)
-    lengths = set()
-    for seed in range(50):
-        [audio] = augment(noise(frames), config, np.random.default_rng(seed)).audios
-        assert audio.dtype == np.float16
-        assert np.isfinite(audio).all()
-        assert audio.shape[1] == 40
-        lengths.add(len(audio))
-    assert min(lengths) >= max(1, 0.8 * frames - 1)
-    assert max(lengths) <= max(2, 1.2 * frames + 1)
-    assert frames < 7 or len(lengths) > 1
-
-
-def test_pictures_are_lost_in_the_share_asked_for() -> None:
-    config = AugmentConfig(image_drop=0.3)
-    lost = sum(not augment(noise(), config, sample_rng(0, 0, str(i))).images for i in range(1000))
-    assert lost == pytest.approx(300, abs=60)
-
-
-def test_tokens_are_hidden_in_the_share_asked_for() -> None:
-    keep = torch.ones(50, 40, dtype=torch.bool)
-    keep[:, 30:] = False
-    hidden = drop_tokens(keep, 0.25, np.random.default_rng(0))
-    assert not (hidden & ~keep).any()
-    assert int(hidden.sum()) == pytest.approx(0.75 * 1500, rel=0.05)
-    assert drop_tokens(keep, 0.0, np.random.default_rng(0)) is keep

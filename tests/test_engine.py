@@ -44,18 +44,32 @@ def test_the_rate_rises_then_falls_to_its_end(tiny_recipe: dict[str, Any], total
     assert rates[-1] == pytest.approx(0.02 if total > 1 else 1)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("cosine", [0.5, 1.0, 1.0, 0.8682, 0.55, 0.2318, 0.1]),  # 0.1 + 0.9 (1 + cos(pi t)) / 2
+        ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_each_schedule_by_hand(tiny_recipe: dict[str, Any], schedule: str, rates: list[float]) -> None:
+    settings = {"optim.schedule": schedule, "optim.warmup_share": 1 / 3, "optim.final_share": 0.1}
+    config = resolve(tiny_recipe, settings)
+    assert [engines.schedule(step, 6, config) for step in range(7)] == pytest.approx(rates, abs=1e-4)
+
+
 def test_deepspeeds_settings_follow_from_the_config(tiny_recipe: dict[str, Any]) -> None:
     config = resolve(
         tiny_recipe,
-        {"train.micro_batch": 7, "train.accumulation": 3, "optim.clip_norm": 0.5, "optim.betas": [0.8, 0.9],
-         "zero.stage": 2, "train.precision": "bf16", "cluster.workers": 2},
+        {"train.micro_batch": 7, "train.accumulation": 3, "optim.clip_norm": 0.5, "zero.stage": 2,
+         "train.precision": "bf16", "cluster.workers": 2},
     )  # fmt: skip
     settings = engines.zero_config(config)
     assert settings["train_micro_batch_size_per_gpu"] == 7
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == 0.5
     assert settings["zero_optimization"]["stage"] == 2
-    assert settings["optimizer"]["params"]["betas"] == [0.8, 0.9]
+    assert "optimizer" not in settings  # the one of plain torch is handed over
     assert "train_batch_size" not in settings  # follows from the number of workers
     json.dumps(settings)
 
@@ -76,11 +90,12 @@ Make = Callable[..., tuple[Engine, Config]]
 
 
 def build(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[MultimodalModel, Config]:
-    config = resolve(raw, {"model.dropout": 0.0, "optim.clip_norm": 1e6, **overrides})
-    encoder = text.load_encoder(config.model.backbone)
+    settings = {"model.dropout": 0.0, "optim.clip_norm": 1e6, "freeze.strategy": "top:1", **overrides}
+    config = resolve(raw, settings)
+    encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)
     torch.manual_seed(0)
     model = MultimodalModel(config.model, classify(LABELS), encoder.width, encoder)
-    freeze.apply(model, "top:1")
+    freeze.apply(model, config.freeze)
     return model.eval(), config  # without dropout: two passes must be comparable
 
 
@@ -102,10 +117,10 @@ def batches(tiny_recipe: dict[str, Any], make_records: Callable[..., list[Record
     return lambda size: [inputs.batch(samples[at : at + size]) for at in range(0, 16, size)]
 
 
-def train(engine: Engine, config: Config, batches: list[Batch], rate: float = 1.0) -> list[float]:
+def train(engine: Engine, config: Config, batches: list[Batch], rate: float = 1.0, stage: int = 0) -> list[float]:
     losses = []
     for batch in batches:
-        engine.set_lr(rate)
+        engine.set_lr(rate, stage)
         batch = {key: value.to(engine.device) for key, value in batch.items()}
         loss = cross_entropy(
             engine.forward(batch)["classify"], batch["classify/label"], batch["weight"], config.train.micro_batch
@@ -172,26 +187,80 @@ def test_bf16_trains_mixed_batches(make: Make, batches: Callable[[int], list[Bat
     assert {value.dtype for value in half.state().values()} == {torch.float32}
 
 
+def test_the_clipped_gradient_has_the_norm_asked_for(make: Make, batches: Callable[[int], list[Batch]]) -> None:
+    settings = {"train.micro_batch": 16, "optim.name": "sgd", "optim.momentum": 0.0, "optim.weight_decay": 0.0}
+    moved = []
+    for norm in (1e6, 1e-3):
+        engine, config = make({**settings, "optim.clip_norm": norm, "optim.lr": 1.0, "optim.lr_backbone": 1.0})
+        before = {name: value.clone() for name, value in engine.state().items()}
+        train(engine, config, batches(16))
+        change = [(value - before[name]).double().flatten() for name, value in engine.state().items()]
+        moved.append(torch.cat(change))
+    free, clipped = moved
+    assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-2)
+    assert float(free.norm()) > 1e-2
+    assert float(torch.nn.functional.cosine_similarity(free, clipped, dim=0)) == pytest.approx(1, abs=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------- ZeRO
 
+CASES: dict[str, dict[str, Any]] = {
+    "stage 1": {"zero.stage": 1},
+    "stage 1, bf16": {"zero.stage": 1, "train.precision": "bf16"},
+    "stage 3": {"zero.stage": 3},
+    "SGD": {"zero.stage": 2, "optim.name": "sgd", "optim.lr": 0.1, "optim.weight_decay": 0.1, "optim.layer_decay": 0.5},
+    "clipped": {"zero.stage": 1, "optim.name": "sgd", "optim.lr": 0.1, "optim.clip_norm": 0.05},
+    "LoRA": {"zero.stage": 1, "freeze.strategy": "lora:2", "optim.lr_backbone": 0.01},
+    "LoRA, stage 3": {"zero.stage": 3, "freeze.strategy": "lora:2", "optim.lr_backbone": 0.01},
+    "gradual": {"zero.stage": 1, "freeze.strategy": "gradual", "optim.name": "sgd", "optim.lr": 0.1},
+    "gradual, stage 3": {"zero.stage": 3, "freeze.strategy": "gradual", "optim.name": "sgd", "optim.lr": 0.1},
+    "gradual, AdamW": {"zero.stage": 2, "freeze.strategy": "gradual", "optim.lr_backbone": 1e-3},
+    "again": {"zero.stage": 2, "freeze.strategy": "all", "train.gradient_checkpointing": True},
+}
 ZERO = """
-import json, sys, torch
+import sys, tempfile, torch
+from pathlib import Path
 torch.set_num_threads(1)
 from jobs import engine as engines
-from mmagent import freeze
-from mmagent.tasks.classify import cross_entropy
-from tests.conftest import classify
-from tests.test_engine import build, train
+from tests.test_engine import CASES, run
 raw, batches, out = torch.load(sys.argv[1], weights_only=True)
 found = {}
-for precision, stage in (("fp32", 1), ("bf16", 1), ("fp32", 3)):
-    settings = {"train.micro_batch": 8, "train.accumulation": 2, "train.precision": precision, "zero.stage": stage}
-    model, config = build(raw, settings)
-    engine = engines.make(model, freeze.groups(model, config), config)
-    model.eval()
-    found[f"{precision}-{stage}"] = (train(engine, config, batches), engine.state())
+for name in CASES:
+    with tempfile.TemporaryDirectory() as folder:
+        found[name] = run(raw, batches, CASES[name], engines.make, Path(folder))
 torch.save(found, out)
 """
+
+
+def run(
+    raw: Mapping[str, Any],
+    batches: list[Batch],
+    settings: Mapping[str, Any],
+    kind: Callable[..., Engine],
+    folder: Path,
+) -> dict[str, Any]:
+    """Losses and states of a short run: half of it, saved; the other half; and what the saved half is when loaded
+    into the engine at the end, as the export does with the best checkpoint. A gradual run opens stages on the way."""
+    model, config = build(raw, {"train.micro_batch": 8, "train.accumulation": 2, **settings})
+    if config.train.gradient_checkpointing:
+        freeze.compute_again(model)
+    engine = kind(model, freeze.groups(model, config), config)
+    out: dict[str, Any] = {"losses": [], "merged": None}
+    for index in range(0, len(batches), 2):
+        stage = freeze.stage(model, config.freeze, index, len(batches))
+        freeze.thaw(model, config.freeze, stage)
+        model.eval()
+        if config.train.gradient_checkpointing:
+            model.backbone.train()  # type: ignore[union-attr]  # its dropout is set to nothing
+        for batch in batches[index : index + 2]:
+            out["losses"] += train(engine, config, [batch], stage=stage)
+        if index + 2 == len(batches) // 2:
+            engine.save(folder)
+            out["half"] = engine.state()
+    out["state"] = engine.state()
+    engine.load(folder)
+    out["loaded"] = engine.state()
+    return out
 
 
 @pytest.fixture
@@ -202,21 +271,25 @@ def port() -> int:
 
 
 def test_zero_computes_what_torch_computes(
-    make: Make, batches: Callable[[int], list[Batch]], tiny_recipe: dict[str, Any], tmp_path: Path, port: int
+    batches: Callable[[int], list[Batch]], tiny_recipe: dict[str, Any], tmp_path: Path, port: int
 ) -> None:
     given, out = tmp_path / "given.pt", tmp_path / "out.pt"
-    torch.save((tiny_recipe, batches(8) * 2, str(out)), given)
+    raw = {**tiny_recipe, "model": {**tiny_recipe["model"], "backbone_dropout": 0.0}}
+    torch.save((raw, batches(8) * 4, str(out)), given)
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    run = subprocess.run(
+    ran = subprocess.run(
         [sys.executable, "-c", ZERO, str(given)], cwd=Path(__file__).parents[1], env={**os.environ, **group},
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert ran.returncode == 0, ran.stderr[-3000:]
     found = torch.load(out, weights_only=True)
-    for key in ("fp32-1", "bf16-1", "fp32-3"):
-        precision, _ = key.split("-")
-        engine, config = make({"train.micro_batch": 8, "train.accumulation": 2, "train.precision": precision})
-        wanted = train(engine, config, batches(8) * 2)
-        losses, state = found[key]
-        assert losses == pytest.approx(wanted, abs=1e-4 if precision == "fp32" else 0.02), key
-        assert_same(state, engine.state(), atol=5e-4 if precision == "fp32" else 5e-3)
+    for name, settings in CASES.items():
+        folder = tmp_path / name.replace(" ", "_")
+        folder.mkdir()
+        wanted, zero = run(raw, batches(8) * 4, settings, TorchEngine, folder), found[name]
+        exact = settings.get("train.precision") != "bf16"
+        assert zero["losses"] == pytest.approx(wanted["losses"], abs=2e-4 if exact else 0.02), name
+        assert_same(zero["state"], wanted["state"], atol=5e-4 if exact else 5e-3)
+        assert_same(zero["loaded"], zero["half"], atol=0 if exact else 1e-6)
+        assert_same(wanted["loaded"], wanted["half"], atol=0)
+        assert any(not torch.equal(zero["state"][key], value) for key, value in zero["half"].items()), name

@@ -22,7 +22,7 @@ IGNORED = -100  # a class index that no loss counts
 
 
 class Fused(NamedTuple):
-    """What the join makes of a batch: what heads read. A tuple, since ZeRO-3 looks for tensors in what modules hand on."""
+    """What the join makes of a batch, for heads to read. A tuple: ZeRO-3 looks for tensors in what modules hand on."""
 
     answer: Tensor  # (rows, width): the answer token's state
     tokens: Tensor | None  # (rows, tokens, width): of the text's tokens, where a head of the model wants them

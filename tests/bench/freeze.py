@@ -1,0 +1,151 @@
+"""What each way of freezing costs: samples a second, peak memory and the share of weights that learn.
+
+    make bench-freeze           (python -m tests.bench.freeze [key.path=value ...]; SCALE=small for a short one)
+
+Each strategy trains the demo's recipe in a process of its own, with plain PyTorch and the loop's batches, and once more
+with one ZeRO worker of the recipe's stage; strategies take turns, medians of the rounds. A process's first steps, while
+caches fill, do not count for its speed. Peak memory is the process's resident set, weights, data and Python included:
+what a machine must have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from jobs import cluster
+from mmagent import config as configs
+from mmagent import measurement, storage
+from mmagent.config import Config
+from mmagent.measurement import Row
+from mmagent.shards import Dataset
+
+RECIPE = Path("jobs/recipes/easy_vqa.yaml")
+SMALL = os.environ.get("SCALE") == "small"
+ROUNDS, STEPS, WARM_STEPS = (1, 4, 1) if SMALL else (3, 24, 8)
+STRATEGIES = (
+    "head", "connector", "image_tower", "audio_tower", "bias", "lora:8", "top:2", "towers", "gradual", "all",
+)  # fmt: skip
+
+
+def main(
+    overrides: list[str],
+    recipe: Path = RECIPE,
+    strategies: tuple[str, ...] = STRATEGIES,
+    checkout: Path = cluster.CHECKOUT,
+) -> int:
+    found: dict[str, list[dict[str, float]]] = {strategy: [] for strategy in strategies}
+    for index in range(ROUNDS):
+        for strategy in strategies:
+            plain = _in_own_process(recipe, [*overrides, "zero.engine=torch", f"freeze.strategy={strategy}"])
+            zero = _in_own_process(recipe, [*overrides, "zero.engine=deepspeed", f"freeze.strategy={strategy}"])
+            found[strategy].append({**plain, **{f"zero_{key}": value for key, value in zero.items()}})
+            print(
+                f"round {index + 1}, {strategy}: {plain['samples_per_s']:.0f} samples/s, {plain['peak_mb']:.0f} MB; "
+                f"ZeRO {zero['samples_per_s']:.0f} samples/s, {zero['peak_mb']:.0f} MB",
+                flush=True,
+            )
+    rows = [row for strategy, rounds in found.items() for row in _rows(strategy, rounds)]
+    measurement.publish("freeze", rows, checkout)
+    print(measurement.table(rows))
+    return 0
+
+
+def _rows(strategy: str, rounds: list[dict[str, float]]) -> list[Row]:
+    middle = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+    name = f"freeze.{strategy.replace(':', '')}"
+    return [
+        Row(f"{name}.samples_per_s", middle["samples_per_s"], "samples/s", f"{strategy}: plain PyTorch, one process"),
+        Row(f"{name}.peak_mb", middle["peak_mb"], "MB", f"{strategy}: resident memory of that process at its peak"),
+        Row(
+            f"{name}.trained_share",
+            middle["trained_share"],
+            "fraction",
+            f"{strategy}: of all weights, those that learn",
+        ),
+        Row(f"{name}.zero_samples_per_s", middle["zero_samples_per_s"], "samples/s", f"{strategy}: one ZeRO worker"),
+        Row(f"{name}.zero_peak_mb", middle["zero_peak_mb"], "MB", f"{strategy}: the ZeRO worker's memory at its peak"),
+    ]
+
+
+def _in_own_process(recipe: Path, overrides: list[str]) -> dict[str, float]:
+    """`measure` in a fresh process: a peak is of the whole life of one."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    program = (
+        "import json; from pathlib import Path; from tests.bench import freeze; "
+        f"print(json.dumps(freeze.measure(Path({str(recipe)!r}), {overrides!r})))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **group}, check=False
+    )
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(overrides)} failed:\n{run.stderr}")
+    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
+    """Trains for `STEPS` steps in this process: samples a second, peak memory, share of weights that learn."""
+    from jobs import engine as engines
+    from jobs import loop
+    from jobs.meter import Meter
+    from mmagent import freeze, text
+    from mmagent.batch import Inputs
+    from mmagent.text import FrozenStates
+
+    torch.set_num_threads(2)
+    config = configs.override(configs.load(recipe, overrides), {"cluster.workers": 1})
+    dataset = Dataset.open(storage.folder("data", config.data.name))
+    labels = dataset.labels
+    encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)
+    model = loop.build(config, len(labels), encoder)
+    parts = freeze.table(model, encoder)
+    engine = engines.make(model, freeze.groups(model, config), config)
+    frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
+    inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), labels)
+    batches = loop.Batches(inputs, frozen, config, (1.0,) * len(labels), engine.device)
+    feed, meter = loop.Feed(batches.steps(_tables(config, dataset))), Meter()
+    started = 0.0
+    for step in range(STEPS):
+        if step == WARM_STEPS:
+            started = time.perf_counter()
+        micros, _ = feed.next(meter)
+        stage = freeze.stage(model, config.freeze, step, STEPS)
+        freeze.thaw(model, config.freeze, stage)
+        engine.set_lr(1.0, stage)
+        for batch in micros:
+            engine.backward(loop.loss_of(engine.forward(batch), batch, config))
+            engine.step()
+    seconds = time.perf_counter() - started
+    return {
+        "samples_per_s": (STEPS - WARM_STEPS) * config.global_batch / seconds,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts in KiB
+        "trained_share": sum(part.trained for part in parts) / sum(part.total for part in parts),
+    }
+
+
+def _tables(config: Config, dataset: Dataset) -> Iterator[pa.Table]:
+    """The rows of the first steps, laid out as a worker gets them, read before the clock starts."""
+    from jobs import stream
+    from mmagent.order import Position
+
+    order = stream.order_of(dataset, "train", seed=config.seed, window_rows=config.data.window_rows)
+    return iter(list(stream.tables(order, stream.layout_of(config), Position(), STEPS)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
