@@ -92,7 +92,7 @@ def search(recipe: Path, space_file: Path, name: str, overrides: Sequence[str]) 
 def _search(base: Config, space: Space, first: dict[str, Any], distributions: dict[str, Any], folder: Path) -> int:
     import ray
 
-    from jobs import run, trials
+    from jobs import run, trials, workers
 
     began = time.time()
     before = _living(ray)
@@ -108,7 +108,7 @@ def _search(base: Config, space: Space, first: dict[str, Any], distributions: di
         distributions,
         first=first,
         trials=space.trials,
-        concurrent=space.concurrent or max(1, int(ray.cluster_resources().get("CPU", 1)) // base.cluster.workers),
+        concurrent=space.concurrent or workers.room(base),
         max_steps=plan.total_steps,
         grace_steps=space.grace_steps,
         seed=base.seed,

@@ -100,8 +100,10 @@ def run(
             metric=METRIC,
             mode="max",
             num_samples=trials,
-            max_concurrent_trials=concurrent,
-            search_alg=BasicVariantGenerator(points_to_evaluate=[dict(first)], random_state=seed),
+            # Tune's own `max_concurrent_trials` is ignored beside a variant generator.
+            search_alg=BasicVariantGenerator(
+                points_to_evaluate=[dict(first)], max_concurrent=concurrent, random_state=seed
+            ),
             scheduler=ASHAScheduler(time_attr="step", max_t=max_steps, grace_period=grace_steps, reduction_factor=2),
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,

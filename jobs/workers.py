@@ -19,9 +19,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from jobs import stream
 from mmagent.config import Config
 
-__all__ = ["Group", "WorkersFailed", "run"]
+__all__ = ["Group", "WorkersFailed", "room", "run"]
 
-# Ray Train would move a worker into a folder of its own; paths are absolute, and nothing is written there.
+_DATA_CPUS = 0.75  # left for the tasks that read the data, each of which asks for 0.5
+
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 
 
@@ -101,7 +102,8 @@ def run(
         ),
         torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
         datasets=dict(streams),
-        dataset_config=_InTurn(cpus * config.cluster.workers),
+        # What others hold is none of the readers' either.
+        dataset_config=_InTurn(cpus * config.cluster.workers + ray.cluster_resources().get("CPU", 0.0) - _free_cpus()),
         run_config=RunConfig(
             name="train",
             storage_path=str(folder / "ray"),
@@ -142,11 +144,20 @@ def _entry(spec: dict[str, Any]) -> None:
     )
 
 
+def room(config: Config) -> int:
+    """How many groups the free CPUs of the cluster hold beside each other; one at least."""
+    return max(1, int((_free_cpus() - _DATA_CPUS) // (config.cluster.workers * config.cluster.threads)))
+
+
 def _cpus_of_a_worker(config: Config) -> float:
-    """What a worker asks of Ray: its threads, or less where the machine is small, so that one CPU is left for the
-    tasks that read the data; on a full machine they would wait for ever."""
-    total = ray.cluster_resources().get("CPU", 1.0)
-    return min(float(config.cluster.threads), max(0.1, (total - 1) / config.cluster.workers))
+    """What a worker asks of Ray: its threads, or less where the machine is small or a service runs beside, so that
+    the tasks which read the data have theirs; on a full machine they would wait for ever."""
+    share = (_free_cpus() - _DATA_CPUS) / config.cluster.workers
+    return round(min(float(config.cluster.threads), max(0.1, share)), 2)
+
+
+def _free_cpus() -> float:
+    return float(ray.available_resources().get("CPU", 0.0))
 
 
 def _resources(config: Config, cpus: float) -> dict[str, float]:
