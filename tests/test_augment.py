@@ -81,7 +81,7 @@ def test_nothing_is_changed_where_nothing_is_asked(words: Words) -> None:
 
 
 def test_the_rest_of_a_sample_stays(words: Words) -> None:
-    sample = replace(full(words), label=1, weight=0.5, transcript=np.array([2, 60, 3]))
+    sample = replace(full(words), weight=0.5, transcript=np.array([2, 60, 3]))
     kept = [array.copy() for array in (ids(sample), *sample.images, *sample.audios)]
     for seed in range(20):
         changed = augment(sample, AugmentConfig(**SOUND, **PICTURE, **LOSS), words, np.random.default_rng(seed))
