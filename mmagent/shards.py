@@ -71,7 +71,7 @@ class Dataset:
             )
         try:
             info = json.loads(file.read_text())
-            version, splits = info["format_version"], info["splits"]
+            version, splits, _ = info["format_version"], info["splits"], info["tasks"]
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(
                 f"{file} cannot be read ({error!r}); prepare the data set again with --replace"
