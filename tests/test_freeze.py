@@ -55,7 +55,7 @@ def make(tiny_recipe: dict[str, Any], tiny_backbones: dict[str, Path]) -> Make:
 def batch(tiny_recipe: dict[str, Any], make_records: Callable[..., list[Record]]) -> Batch:
     """8 records: words, pictures and sounds."""
     config = resolve(tiny_recipe, {})
-    inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), LABELS)
+    inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), classify(LABELS))
     return inputs.batch([inputs.sample(record) for record in make_records(8)])
 
 
@@ -69,7 +69,7 @@ def step(engine: TorchEngine, config: Config, batch: Batch, number: int = 0, tot
     freeze.thaw(engine.model, config.freeze, stage)
     engine.set_lr(1.0, stage)
     batch = {key: value.to(engine.device) for key, value in batch.items()}
-    engine.backward(loop.loss_of(engine.forward(batch), batch, config))
+    engine.backward(loop.loss_of(engine.forward(batch), batch, classify(LABELS), config))
     engine.step()
 
 
@@ -137,7 +137,7 @@ def test_what_is_frozen_sends_no_gradient(make: Make, batch: Batch) -> None:
     for strategy in STRATEGIES:
         model, config = make(strategy)
         freeze.thaw(model, config.freeze, 0)
-        loop.loss_of(model(batch), batch, config).backward()
+        loop.loss_of(model(batch), batch, classify(LABELS), config).backward()
         wanted = named(strategy, "encoder", [name for name, _ in model.named_parameters()])
         assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == wanted, strategy
 
@@ -339,7 +339,7 @@ def test_computing_again_changes_no_gradient(make: Make, batch: Batch, kind: str
         last = model.backbone.blocks()[1]
         inner = next(module for module in last.modules() if isinstance(module, nn.Linear))
         inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        loop.loss_of(model(batch), batch, config).backward()
+        loop.loss_of(model(batch), batch, classify(LABELS), config).backward()
         found.append(({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, len(calls)))
     (kept, once), (computed, twice) = found
     assert (once, twice) == (1, 2)

@@ -44,7 +44,7 @@ def trained(
         records = make_records(8)
         batch = inputs.batch([inputs.sample(record) for record in records])
         for _ in range(4):
-            engine.backward(loop.loss_of(engine.forward(batch), batch, config))
+            engine.backward(loop.loss_of(engine.forward(batch), batch, inputs.tasks, config))
             engine.step()
         return engine, config, records
 

@@ -105,19 +105,20 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
     from jobs.meter import Meter
     from mmagent import freeze, text
     from mmagent.batch import Inputs
+    from mmagent.tasks import make_all
     from mmagent.text import FrozenStates
 
     torch.set_num_threads(2)
     config = configs.override(configs.load(recipe, overrides), {"cluster.workers": 1})
     dataset = Dataset.open(storage.folder("data", config.data.name))
-    labels = dataset.labels
+    tasks = make_all(dataset.tasks)
     encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)
-    model = loop.build(config, len(labels), encoder)
+    model = loop.build(config, tasks, encoder)
     parts = freeze.table(model, encoder)
     engine = engines.make(model, freeze.groups(model, config), config)
     frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
-    inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), labels)
-    batches = loop.Batches(inputs, frozen, config, (1.0,) * len(labels), engine.device)
+    inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), tasks)
+    batches = loop.Batches(inputs, frozen, config, {}, engine.device)
     feed, meter = loop.Feed(batches.steps(_tables(config, dataset))), Meter()
     started = 0.0
     for step in range(STEPS):
@@ -128,7 +129,7 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
         freeze.thaw(model, config.freeze, stage)
         engine.set_lr(1.0, stage)
         for batch in micros:
-            engine.backward(loop.loss_of(engine.forward(batch), batch, config))
+            engine.backward(loop.loss_of(engine.forward(batch), batch, tasks, config))
             engine.step()
     seconds = time.perf_counter() - started
     return {

@@ -102,19 +102,18 @@ def plain(overrides: list[str]) -> float:
     from mmagent.batch import Inputs
     from mmagent.order import Position
     from mmagent.shards import Dataset
+    from mmagent.tasks import make_all
     from mmagent.text import FrozenStates
 
     torch.set_num_threads(2)
     config = _plain_config(configs.load(RECIPE, overrides))
     dataset = Dataset.open(storage.folder("data", config.data.name))
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
-    weights = (1.0,) * len(dataset.labels)
-    model = loop.build(config, len(dataset.labels), encoder)
+    tasks = make_all(dataset.tasks)
+    model = loop.build(config, tasks, encoder)
     engine = TorchEngine(model, freeze.groups(model, config), config)
     frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
-    batches = loop.Batches(
-        Inputs(config.model, config.data, tokenizer, dataset.labels), frozen, config, weights, engine.device
-    )
+    batches = loop.Batches(Inputs(config.model, config.data, tokenizer, tasks), frozen, config, {}, engine.device)
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=config.data.window_rows)
     tables = list(stream.tables(order, stream.layout_of(config), Position(), STEPS))
     feed, meter = loop.Feed(batches.steps(iter(tables))), Meter()
@@ -125,7 +124,7 @@ def plain(overrides: list[str]) -> float:
         micros, _ = feed.next(meter)
         engine.set_lr(1.0)
         for batch in micros:
-            engine.backward(loop.loss_of(engine.forward(batch), batch, config))
+            engine.backward(loop.loss_of(engine.forward(batch), batch, tasks, config))
             engine.step()
     return (STEPS - WARM_STEPS) * config.global_batch / (time.perf_counter() - started)
 
