@@ -170,7 +170,7 @@ def train(group: Group, plan: Plan) -> None:
     group.all(True)
 
 
-def build(config: Config, num_labels: int, encoder: TextEncoder) -> MultimodalModel:
+def build(config: Config, num_labels: int, encoder: TextEncoder, *, weights: bool = True) -> MultimodalModel:
     """The module that trains; the language model is part of it unless its states may be kept in memory.
 
     Raises:
@@ -178,7 +178,7 @@ def build(config: Config, num_labels: int, encoder: TextEncoder) -> MultimodalMo
     """
     torch.manual_seed(config.seed)
     inside = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
-    model = MultimodalModel(config.model, num_labels, encoder.width, encoder if inside else None)
+    model = MultimodalModel(config.model, num_labels, encoder.width, encoder if inside else None, weights=weights)
     freeze.apply(model, config.freeze.strategy)
     return model
 

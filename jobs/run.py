@@ -22,7 +22,7 @@ from jobs import stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, build, train
 from mmagent import bundle as bundles
-from mmagent import storage, text
+from mmagent import storage, text, towers
 from mmagent.config import Config, resolve
 from mmagent.order import Position
 from mmagent.shards import Dataset
@@ -96,7 +96,8 @@ def prepare(
     """
     dataset = Dataset.open(storage.folder("data", config.data.name))
     _check_splits(dataset)
-    text.check(config.model.backbone)
+    text.check(config.model.backbone, config.data.max_text_tokens)
+    towers.check(config.model)
     _check_model(config, len(dataset.labels))
     _check_config(config, folder)
     window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
@@ -194,7 +195,7 @@ def _check_model(config: Config, num_labels: int) -> None:
     """Builds the model without its weights: a config that makes none is told here, by one process."""
     try:
         with torch.device("meta"):
-            build(config, num_labels, text.load_encoder(config.model.backbone, weights=False))
+            build(config, num_labels, text.load_encoder(config.model.backbone, weights=False), weights=False)
     except ValueError as error:
         raise RunError(str(error)) from error
 

@@ -9,24 +9,18 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mmagent import text
-from mmagent.config import AudioTowerConfig, AugmentConfig, DataConfig, ImageTowerConfig, ModelConfig
-from mmagent.media import Limits, MediaError, MediaTooLarge, check_audio, check_image, decode_audio, decode_image
+from mmagent import pictures, sounds, text
+from mmagent.config import AugmentConfig, DataConfig, ModelConfig
+from mmagent.media import MediaError, MediaTooLarge, check_audio, check_image
 from mmagent.record import Media, Record, RecordError
-
-HOP_S = 0.010
-WINDOW_S = 0.025
-_FRAME_STEP = 16  # sounds are padded to a multiple of this many frames: fewer shapes, fewer slow first passes
 
 
 class PartError(ValueError):
@@ -45,8 +39,8 @@ class Sample:
     id: str
     ids: np.ndarray  # (tokens,) int64
     has_words: bool
-    images: tuple[np.ndarray, ...]  # (size, size, 3) uint8 each
-    audios: tuple[np.ndarray, ...]  # (frames, mels) float16 each
+    images: tuple[np.ndarray, ...]  # (height, width, 3) uint8 each
+    audios: tuple[np.ndarray, ...]  # (frames, channels) each, see `mmagent.sounds`
     label: int = -100
     weight: float = 1.0
     transcript: np.ndarray | None = None  # (tokens,) int64: the words spoken, where known
@@ -60,6 +54,9 @@ class Inputs:
         data: limits, text length, size of the cache of decoded media.
         tokenizer: of the model's backbone.
         labels: the classes, in the order of the head.
+
+    Raises:
+        BackboneError: a pretrained tower's processor that is missing or cannot be used.
     """
 
     def __init__(self, model: ModelConfig, data: DataConfig, tokenizer: Any, labels: Sequence[str]) -> None:
@@ -67,6 +64,8 @@ class Inputs:
         self.data = data
         self.tokenizer = tokenizer
         self.classes = {label: index for index, label in enumerate(labels)}
+        self.pictures = pictures.of(model.image) if model.image else None
+        self.sounds = sounds.of(model.audio) if model.audio else None
         self._cache = _Cache(data.cache_mb << 20)
 
     def check(self, record: Record) -> None:
@@ -112,9 +111,10 @@ class Inputs:
     def batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Stacks samples. Keys and shapes (b samples, t tokens, n pictures and m sounds of all samples together):
 
-        ids, mask, keep (b, t) · has_words, label, weight (b,) · images (n, 3, size, size), image_row, image_slot,
-        image_real (n,), image_slots () · audios (m, frames, mels), audio_frames, audio_row, audio_slot, audio_real
-        (m,), audio_slots () · transcript_ids, transcript_mask (m, t) where the model is taught by words spoken.
+        ids, mask, keep (b, t) · has_words, label, weight (b,) · images (n, 3, height, width), image_row, image_slot,
+        image_real (n,), image_slots () · audios (m, frames, channels), audio_frames, audio_row, audio_slot,
+        audio_real (m,), audio_slots () · transcript_ids, transcript_mask (m, t) where the model is taught by words
+        spoken.
         Where a batch has no picture (or sound), one stand-in of zeros is there with ``real`` false.
         """
         ids, mask = self._pad([sample.ids for sample in samples])
@@ -126,15 +126,12 @@ class Inputs:
             "label": torch.tensor([sample.label for sample in samples]),
             "weight": torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
         }
-        if self.model.image is not None:
+        if self.pictures is not None:
             out |= _places("image", [len(sample.images) for sample in samples])
-            blank = np.zeros((self.model.image.size, self.model.image.size, 3), np.uint8)
-            stack = np.stack([image for sample in samples for image in sample.images] or [blank])
-            out["images"] = torch.from_numpy(stack).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-        if self.model.audio is not None:
+            out["images"] = self.pictures.stack([image for sample in samples for image in sample.images])
+        if self.sounds is not None:
             out |= _places("audio", [len(sample.audios) for sample in samples])
-            sounds = [audio for sample in samples for audio in sample.audios]
-            out |= _stack_sounds(sounds or [np.zeros((1, self.model.audio.mels), np.float16)])
+            out |= self.sounds.stack([audio for sample in samples for audio in sample.audios])
             if self._aligns:
                 spoken = [s.transcript if s.transcript is not None else None for s in samples for _ in s.audios]
                 out["transcript_ids"], out["transcript_mask"] = self._pad(spoken or [None])
@@ -154,20 +151,20 @@ class Inputs:
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def _image(self, media: Media, place: str) -> np.ndarray:
-        config = self.model.image
-        if config is None:
+        made = self.pictures
+        if made is None:
             raise PartError("this model takes no pictures", place)
         with _named(place):
             data = media.read()
-            return self._cache.get(data, lambda: _pixels(data, config, self.data.media))
+            return self._cache.get(data, lambda: made.pixels(data, self.data.media))
 
     def _audio(self, media: Media, place: str) -> np.ndarray:
-        config = self.model.audio
-        if config is None:
+        made = self.sounds
+        if made is None:
             raise PartError("this model takes no sound", place)
         with _named(place):
             data = media.read()
-            return self._cache.get(data, lambda: _log_mel(data, config, self.data.media))
+            return self._cache.get(data, lambda: made.frames(data, self.data.media))
 
 
 def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:
@@ -187,7 +184,7 @@ def drop_tokens(keep: Tensor, share: float, rng: np.random.Generator) -> Tensor:
 
 
 def _augment_sound(frames: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """frames: (frames, mels). Changes speed by resampling the frames, the speaker's pitch and tract by shifting and
+    """frames: (frames, channels). Changes speed by resampling the frames, the speaker's pitch and tract by shifting and
     stretching the mel axis (vocal tract length perturbation, Jaitly & Hinton 2013), adds noise, masks stripes."""
     x = frames.astype(np.float32)
     if config.audio_tempo:
@@ -204,7 +201,7 @@ def _augment_sound(frames: np.ndarray, config: AugmentConfig, rng: np.random.Gen
         width = int(rng.uniform(0, config.audio_mask_share) * x.shape[axis])
         start = rng.integers(0, x.shape[axis] - width + 1)
         x[(slice(start, start + width), slice(None)) if axis == 0 else (slice(None), slice(start, start + width))] = 0
-    return x.astype(np.float16)
+    return x.astype(frames.dtype)
 
 
 def _resample(x: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -213,43 +210,6 @@ def _resample(x: np.ndarray, at: np.ndarray) -> np.ndarray:
     high = np.minimum(low + 1, len(x) - 1)
     part = (at - low)[:, None].astype(np.float32)
     return x[low] * (1 - part) + x[high] * part
-
-
-def _pixels(data: bytes, config: ImageTowerConfig, limits: Limits) -> np.ndarray:
-    image = decode_image(data, limits)
-    if image.size != (config.size, config.size):
-        image = image.resize((config.size, config.size), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    return np.asarray(image, dtype=np.uint8)
-
-
-def _log_mel(data: bytes, config: AudioTowerConfig, limits: Limits) -> np.ndarray:
-    """Log-mel frames, normalised over the sound to mean 0 and deviation 1: (frames, mels) float16."""
-    rate = config.sample_rate_hz
-    samples = torch.from_numpy(decode_audio(data, rate, limits)[: int(config.max_s * rate)])
-    window, bank = _mel_bank(rate, config.mels)
-    size = len(window)
-    if len(samples) < size:
-        samples = torch.nn.functional.pad(samples, (0, size - len(samples)))
-    spectrum = torch.stft(
-        samples, 512 if size <= 512 else size, int(HOP_S * rate), size, window, return_complex=True, pad_mode="constant"
-    )
-    mel = bank @ spectrum.abs().square()  # (mels, frames)
-    log = torch.log(mel + 1e-6)
-    log = (log - log.mean()) / (log.std() + 1e-5)
-    return log.T.to(torch.float16).numpy()
-
-
-@lru_cache(maxsize=8)
-def _mel_bank(rate: int, mels: int) -> tuple[Tensor, Tensor]:
-    """A Hann window (samples,) and triangular mel filters (mels, frequencies) on the HTK scale."""
-    size = int(WINDOW_S * rate)
-    bins = (512 if size <= 512 else size) // 2 + 1
-    frequencies = np.linspace(0, rate / 2, bins)
-    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + rate / 2 / 700), mels + 2) / 2595) - 1)
-    rise = (frequencies[None] - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    fall = (edges[2:, None] - frequencies[None]) / (edges[2:] - edges[1:-1])[:, None]
-    bank = np.maximum(0, np.minimum(rise, fall))
-    return torch.hann_window(size), torch.from_numpy(bank).float()
 
 
 def _places(kind: str, counts: Sequence[int]) -> dict[str, Tensor]:
@@ -261,15 +221,6 @@ def _places(kind: str, counts: Sequence[int]) -> dict[str, Tensor]:
         f"{kind}_real": torch.tensor([True] * len(row) or [False]),
         f"{kind}_slots": torch.tensor(max(1, max(counts, default=1))),
     }
-
-
-def _stack_sounds(sounds: Sequence[np.ndarray]) -> Mapping[str, Tensor]:
-    longest = max(len(sound) for sound in sounds)
-    longest += -longest % _FRAME_STEP
-    out = np.zeros((len(sounds), longest, sounds[0].shape[1]), np.float32)
-    for index, sound in enumerate(sounds):
-        out[index, : len(sound)] = sound
-    return {"audios": torch.from_numpy(out), "audio_frames": torch.tensor([len(sound) for sound in sounds])}
 
 
 class _named:

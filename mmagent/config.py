@@ -56,9 +56,17 @@ class TowerConfig(_Section):
     checkpoint: str | None = Field(
         None, description="folder or hub id of a Transformers checkpoint; none: from scratch"
     )
-    width: int = Field(128, gt=0, multiple_of=32, description="channels of the last layer, from scratch")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout inside a pretrained checkpoint; none: as its config says"
+    )
+    width: int = Field(128, gt=0, multiple_of=32, description="channels of a token; from scratch, of the layers too")
     layers: int = Field(2, ge=0, description="transformer layers after the convolutions, from scratch")
-    tokens: int = Field(16, ge=1, description="tokens handed to the join for one picture or sound")
+    tokens: int = Field(
+        16,
+        ge=1,
+        description="tokens handed to the join for one picture or sound; a pretrained checkpoint's states are averaged "
+        "down to them, and where it has fewer all are handed on",
+    )
 
 
 class ImageTowerConfig(TowerConfig):

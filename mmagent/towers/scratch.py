@@ -1,8 +1,4 @@
-"""Image and audio towers trained from scratch: small encoders that turn a picture or a sound into a few tokens.
-
-A tower takes a packed stack of all pictures (or sounds) of a batch and knows nothing of samples; placing its tokens
-is the join's work.
-"""
+"""Image and audio towers trained from scratch: small encoders that turn a picture or a sound into a few tokens."""
 
 from __future__ import annotations
 
