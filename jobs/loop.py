@@ -183,7 +183,7 @@ def train(group: Group, plan: Plan) -> None:
     group.all(True)
 
 
-def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder) -> MultimodalModel:
+def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder, *, weights: bool = True) -> MultimodalModel:
     """The module that trains; the language model is part of it unless its states may be kept in memory.
 
     Raises:
@@ -191,7 +191,7 @@ def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder) -> Mu
     """
     torch.manual_seed(config.seed)
     inside = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
-    model = MultimodalModel(config.model, tasks, encoder.width, encoder if inside else None)
+    model = MultimodalModel(config.model, tasks, encoder.width, encoder if inside else None, weights=weights)
     freeze.apply(model, config.freeze)
     if config.train.gradient_checkpointing:
         freeze.compute_again(model)

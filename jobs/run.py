@@ -22,7 +22,7 @@ from jobs import stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, build, train
 from mmagent import bundle as bundles
-from mmagent import freeze, storage, text
+from mmagent import freeze, storage, text, towers
 from mmagent.config import Config, resolve
 from mmagent.order import Position
 from mmagent.shards import Dataset
@@ -98,7 +98,8 @@ def prepare(
     """
     dataset = Dataset.open(storage.folder("data", config.data.name))
     _check_splits(dataset)
-    text.check(config.model.backbone)
+    text.check(config.model.backbone, config.data.max_text_tokens)
+    towers.check(config.model)
     parts = _check_model(config, dataset.tasks)
     _check_config(config, folder)
     window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
@@ -201,7 +202,7 @@ def _check_model(config: Config, infos: Mapping[str, TaskInfo]) -> tuple[freeze.
     try:
         with torch.device("meta"):
             encoder = text.load_encoder(config.model.backbone, weights=False, dropout=config.model.backbone_dropout)
-            return freeze.table(build(config, make_all(infos), encoder), encoder)
+            return freeze.table(build(config, make_all(infos), encoder, weights=False), encoder)
     except ValueError as error:
         raise RunError(str(error)) from error
 

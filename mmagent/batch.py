@@ -11,25 +11,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mmagent import text
-from mmagent.config import AudioTowerConfig, DataConfig, ImageTowerConfig, ModelConfig
-from mmagent.media import Limits, MediaError, MediaTooLarge, check_audio, check_image, decode_audio, decode_image
+from mmagent import pictures, sounds, text
+from mmagent.config import DataConfig, ModelConfig
+from mmagent.media import MediaError, MediaTooLarge, check_audio, check_image
 from mmagent.reading import Reader, View
 from mmagent.record import Media, Record, RecordError
 from mmagent.targets import TargetError
 from mmagent.tasks import Task
-
-HOP_S = 0.010
-WINDOW_S = 0.025
-_FRAME_STEP = 16  # sounds are padded to a multiple of this many frames: fewer shapes, fewer slow first passes
 
 
 class PartError(ValueError):
@@ -48,8 +42,8 @@ class Sample:
     record: Record
     views: tuple[View, ...]
     has_words: bool
-    images: tuple[np.ndarray, ...]  # (size, size, 3) uint8 each
-    audios: tuple[np.ndarray, ...]  # (frames, mels) float16 each
+    images: tuple[np.ndarray, ...]  # (height, width, 3) uint8 each
+    audios: tuple[np.ndarray, ...]  # (frames, channels) each, see `mmagent.sounds`
     weight: float = 1.0
     transcript: np.ndarray | None = None  # (tokens,) int64: the words spoken, where known
     more: tuple[tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]], ...] = ()  # a view's own pictures and sounds
@@ -76,6 +70,9 @@ class Inputs:
         data: limits, text length, size of the cache of decoded media.
         tokenizer: of the model's backbone.
         tasks: what the model answers, by name.
+
+    Raises:
+        BackboneError: a pretrained tower's processor that is missing or cannot be used.
     """
 
     def __init__(self, model: ModelConfig, data: DataConfig, tokenizer: Any, tasks: Mapping[str, Task]) -> None:
@@ -84,6 +81,8 @@ class Inputs:
         self.tokenizer = tokenizer
         self.tasks = tasks
         self.reader = Reader(tokenizer, data.max_text_tokens)
+        self.pictures = pictures.of(model.image) if model.image else None
+        self.sounds = sounds.of(model.audio) if model.audio else None
         self._cache = _Cache(data.cache_mb << 20)
 
     def check(self, record: Record) -> None:
@@ -151,8 +150,8 @@ class Inputs:
         of all rows together):
 
         ids, mask, keep (r, t) · has_words, weight (a sample's, shared out over its views), sample_row (r,) ·
-        TASK/... what each task's loss and head need, by row · images (n, 3, size, size), image_row, image_slot,
-        image_real (n,), image_slots () · audios (m, frames, mels), audio_frames, audio_row, audio_slot, audio_real
+        TASK/... what each task's loss and head need, by row · images (n, 3, height, width), image_row, image_slot,
+        image_real (n,), image_slots () · audios (m, frames, channels), audio_frames, audio_row, audio_slot, audio_real
         (m,), audio_slots () · transcript_ids, transcript_mask (m, t) where the model is taught by words spoken.
         Where a batch has no picture (or sound), one stand-in of zeros is there with ``real`` false.
         """
@@ -170,15 +169,12 @@ class Inputs:
             targets = [task.target(s.record, s.views[view]) if s.task == name else None for _, s, view in rows]
             out |= task.collate(targets, ids.shape[1])
         media = [sample.media(view) for _, sample, view in rows]
-        if self.model.image is not None:
+        if self.pictures is not None:
             out |= _places("image", [len(images) for images, _ in media])
-            blank = np.zeros((self.model.image.size, self.model.image.size, 3), np.uint8)
-            stack = np.stack([image for images, _ in media for image in images] or [blank])
-            out["images"] = torch.from_numpy(stack).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-        if self.model.audio is not None:
+            out["images"] = self.pictures.stack([image for images, _ in media for image in images])
+        if self.sounds is not None:
             out |= _places("audio", [len(audios) for _, audios in media])
-            sounds = [audio for _, audios in media for audio in audios]
-            out |= _stack_sounds(sounds or [np.zeros((1, self.model.audio.mels), np.float16)])
+            out |= self.sounds.stack([audio for _, audios in media for audio in audios])
             if self._aligns:
                 spoken = [s.transcript for (_, s, _), (_, audios) in zip(rows, media, strict=True) for _ in audios]
                 out["transcript_ids"], out["transcript_mask"] = self._pad(spoken or [None])
@@ -198,57 +194,20 @@ class Inputs:
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def _image(self, media: Media, place: str) -> np.ndarray:
-        config = self.model.image
-        if config is None:
+        made = self.pictures
+        if made is None:
             raise PartError("this model takes no pictures", place)
         with _named(place):
             data = media.read()
-            return self._cache.get(data, lambda: _pixels(data, config, self.data.media))
+            return self._cache.get(data, lambda: made.pixels(data, self.data.media))
 
     def _audio(self, media: Media, place: str) -> np.ndarray:
-        config = self.model.audio
-        if config is None:
+        made = self.sounds
+        if made is None:
             raise PartError("this model takes no sound", place)
         with _named(place):
             data = media.read()
-            return self._cache.get(data, lambda: _log_mel(data, config, self.data.media))
-
-
-def _pixels(data: bytes, config: ImageTowerConfig, limits: Limits) -> np.ndarray:
-    image = decode_image(data, limits)
-    if image.size != (config.size, config.size):
-        image = image.resize((config.size, config.size), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    return np.asarray(image, dtype=np.uint8)
-
-
-def _log_mel(data: bytes, config: AudioTowerConfig, limits: Limits) -> np.ndarray:
-    """Log-mel frames, normalised over the sound to mean 0 and deviation 1: (frames, mels) float16."""
-    rate = config.sample_rate_hz
-    samples = torch.from_numpy(decode_audio(data, rate, limits)[: int(config.max_s * rate)])
-    window, bank = _mel_bank(rate, config.mels)
-    size = len(window)
-    if len(samples) < size:
-        samples = torch.nn.functional.pad(samples, (0, size - len(samples)))
-    spectrum = torch.stft(
-        samples, 512 if size <= 512 else size, int(HOP_S * rate), size, window, return_complex=True, pad_mode="constant"
-    )
-    mel = bank @ spectrum.abs().square()  # (mels, frames)
-    log = torch.log(mel + 1e-6)
-    log = (log - log.mean()) / (log.std() + 1e-5)
-    return log.T.to(torch.float16).numpy()
-
-
-@lru_cache(maxsize=8)
-def _mel_bank(rate: int, mels: int) -> tuple[Tensor, Tensor]:
-    """A Hann window (samples,) and triangular mel filters (mels, frequencies) on the HTK scale."""
-    size = int(WINDOW_S * rate)
-    bins = (512 if size <= 512 else size) // 2 + 1
-    frequencies = np.linspace(0, rate / 2, bins)
-    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + rate / 2 / 700), mels + 2) / 2595) - 1)
-    rise = (frequencies[None] - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    fall = (edges[2:, None] - frequencies[None]) / (edges[2:] - edges[1:-1])[:, None]
-    bank = np.maximum(0, np.minimum(rise, fall))
-    return torch.hann_window(size), torch.from_numpy(bank).float()
+            return self._cache.get(data, lambda: made.frames(data, self.data.media))
 
 
 def _places(kind: str, counts: Sequence[int]) -> dict[str, Tensor]:
@@ -260,15 +219,6 @@ def _places(kind: str, counts: Sequence[int]) -> dict[str, Tensor]:
         f"{kind}_real": torch.tensor([True] * len(row) or [False]),
         f"{kind}_slots": torch.tensor(max(1, max(counts, default=1))),
     }
-
-
-def _stack_sounds(sounds: Sequence[np.ndarray]) -> Mapping[str, Tensor]:
-    longest = max(len(sound) for sound in sounds)
-    longest += -longest % _FRAME_STEP
-    out = np.zeros((len(sounds), longest, sounds[0].shape[1]), np.float32)
-    for index, sound in enumerate(sounds):
-        out[index, : len(sound)] = sound
-    return {"audios": torch.from_numpy(out), "audio_frames": torch.tensor([len(sound) for sound in sounds])}
 
 
 class _named:

@@ -4,6 +4,7 @@
     config.yaml         the resolved config
     model.safetensors   towers, join and head
     backbone/           the language model and its tokenizer, as Transformers saves them
+    towers/             of pretrained towers: image/ and audio/, each with the configs of its model and its processor
     tasks.json · calibration.json · metrics.json · golden.jsonl · README.md (the model card)
 
 A folder without its manifest is no bundle: writing was interrupted.
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmagent import storage, text
+from mmagent import storage, text, towers
 from mmagent.calibration import Calibration
 from mmagent.config import Config, ConfigError, resolve
 from mmagent.model import MultimodalModel
@@ -94,7 +95,8 @@ def save(
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        backbone.model.save_pretrained(draft / "backbone")  # type: ignore[operator]
+        backbone.save(draft / "backbone")
+        towers.save(config.model, draft / "towers")
         tokenizer.save_pretrained(draft / "backbone")
         save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, draft / "model.safetensors")
         (draft / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -150,7 +152,7 @@ def load(path: str | Path) -> Bundle:
         if _sha256(folder / file) != digest:
             raise BundleError(f"the bundle {folder} is damaged: {file} is not what its manifest says; copy it again")
     try:
-        config = resolve(yaml.safe_load((folder / "config.yaml").read_text()), {})
+        config = resolve(yaml.safe_load((folder / "config.yaml").read_text()), _towers(folder))
     except ConfigError as error:
         raise BundleError(f"the bundle {folder} holds a config that cannot be read: {error}") from error
     fitted = json.loads((folder / "calibration.json").read_text())
@@ -188,7 +190,7 @@ def load_model(bundle: Bundle) -> tuple[MultimodalModel, TextEncoder, Any]:
     """
     encoder = text.load_encoder(str(bundle.path / "backbone"))
     tokenizer = text.load_tokenizer(str(bundle.path / "backbone"))
-    model = MultimodalModel(bundle.config.model, make_all(bundle.tasks), encoder.width, None)
+    model = MultimodalModel(bundle.config.model, make_all(bundle.tasks), encoder.width, None, weights=False)
     try:
         model.load_state_dict(load_file(bundle.path / "model.safetensors"))
     except (RuntimeError, SafetensorError) as error:
@@ -197,8 +199,14 @@ def load_model(bundle: Bundle) -> tuple[MultimodalModel, TextEncoder, Any]:
 
 
 def modalities(config: Config) -> list[str]:
-    towers = (("image", config.model.image), ("audio", config.model.audio))
-    return ["text", *(name for name, tower in towers if tower is not None)]
+    kinds = (("image", config.model.image), ("audio", config.model.audio))
+    return ["text", *(kind for kind, tower in kinds if tower is not None)]
+
+
+def _towers(folder: Path) -> dict[str, str]:
+    """Where a bundle's pretrained towers are rebuilt from: its own copies, not the checkpoints it was trained from."""
+    kinds = (kind for kind in ("image", "audio") if (folder / "towers" / kind).is_dir())
+    return {f"model.{kind}.checkpoint": str(folder / "towers" / kind) for kind in kinds}
 
 
 def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -95,10 +95,20 @@ class TowerConfig(_Section):
     checkpoint: str | None = Field(
         None, description="folder or hub id of a Transformers checkpoint; none: from scratch"
     )
-    width: int = Field(128, gt=0, multiple_of=32, description="channels of the last layer, from scratch")
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="in the tower's layers; none: as a checkpoint says, from scratch 0 and (audio) 0.1",
+    )
+    width: int = Field(128, gt=0, multiple_of=32, description="channels of a token; from scratch, of the layers too")
     layers: int = Field(2, ge=0, description="transformer layers after the convolutions, from scratch")
-    tokens: int = Field(16, ge=1, description="tokens handed to the join for one picture or sound")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout in the tower's layers")
+    tokens: int = Field(
+        16,
+        ge=1,
+        description="tokens handed to the join for one picture or sound; a pretrained checkpoint's states are averaged "
+        "down to them, and where it has fewer all are handed on",
+    )
 
 
 class ImageTowerConfig(TowerConfig):
@@ -117,7 +127,6 @@ class ImageTowerConfig(TowerConfig):
 class AudioTowerConfig(TowerConfig):
     sample_rate_hz: int = Field(16_000, gt=0, description="what sound is resampled to, from scratch")
     mels: int = Field(80, gt=0, description="bins of the log-mel spectrogram, from scratch")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the tower's layers")
     max_s: float = Field(30.0, gt=0, description="seconds of sound that are heard; the rest is cut off")
     align: float = Field(0.0, ge=0, description="weight of the loss that draws speech to the text states of its words")
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mmagent.config import ModelConfig
 from mmagent.tasks import Fused, Task
 from mmagent.text import TextEncoder
-from mmagent.towers import AudioTower, Block, ImageTower
+from mmagent.towers import Block, audio_tower, image_tower
 
 Batch = dict[str, Tensor]
 
@@ -75,17 +75,24 @@ class MultimodalModel(nn.Module):
         text_width: channels of the language model's states.
         backbone: the language model, where it is trained or computed each time; None where its states come ready
             in ``batch["text_states"]`` (see `mmagent.text.FrozenStates`).
+        weights: whether pretrained towers get their weights here; not where a bundle's come afterwards.
     """
 
     def __init__(
-        self, config: ModelConfig, tasks: Mapping[str, Task], text_width: int, backbone: TextEncoder | None
+        self,
+        config: ModelConfig,
+        tasks: Mapping[str, Task],
+        text_width: int,
+        backbone: TextEncoder | None,
+        *,
+        weights: bool = True,
     ) -> None:
         super().__init__()
         self.tasks = dict(tasks)
         self._with_tokens = any(task.needs_tokens for task in tasks.values())
         self.backbone = backbone
-        self.image_tower = ImageTower(config.image) if config.image else None
-        self.audio_tower = AudioTower(config.audio) if config.audio else None
+        self.image_tower = image_tower(config.image, weights=weights) if config.image else None
+        self.audio_tower = audio_tower(config.audio, weights=weights) if config.audio else None
         # Speech enters as soft text: its tokens live in the space of the language model's states.
         self.speech = nn.Linear(config.audio.width, text_width) if config.audio else None
         self.join = Join(config, text_width)

@@ -1,59 +1,33 @@
-"""The language model: where its folder is, its tokenizer, and its states of a text.
+"""The language model: its tokenizer, and its states of a text.
 
-Any Transformers checkpoint with safetensors weights works: a folder, a hub id, or ``package:NAME/FOLDER`` for one that
-lies inside an installed Python package. Nothing here knows a model by name.
+Any Transformers checkpoint works, be it an encoder, a decoder or the encoder of a pair: a folder, a hub id, or
+``package:NAME/FOLDER`` for one that lies inside an installed Python package. Nothing here knows a model by name.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmagent import storage
+from mmagent import pretrained
+from mmagent.pretrained import BackboneError, locate
 from mmagent.record import Record
 
+__all__ = [
+    "BackboneError", "FrozenStates", "TextEncoder", "check", "load_encoder", "load_tokenizer", "locate",
+    "shared_tokenizer", "tokenize", "words",
+]  # fmt: skip
+
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "tekken.json")
-_DROPOUT = re.compile(r"dropout|pdrop$")
-
-
-class BackboneError(ValueError):
-    """A language model that cannot be loaded; says which path and what is missing."""
-
-
-def locate(name: str) -> str:
-    """The folder of a checkpoint, or the hub id where the name is none.
-
-    Raises:
-        BackboneError: a folder that is missing or lacks its config.
-    """
-    if name.startswith("package:"):
-        package, _, inner = name.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise BackboneError(
-                f"{name!r}: the Python package {package!r} is not installed; "
-                f"`pip install {package.replace('_', '-')}` brings it"
-            )
-        return _checked(Path(spec.submodule_search_locations[0]) / inner, name)
-    path = Path(name).expanduser()
-    if path.is_absolute() or name.startswith((".", "~")):
-        return _checked(path, name)
-    below = storage.root() / name
-    if below.is_dir():
-        return _checked(below, name)
-    if name.count("/") > 1:
-        raise BackboneError(f"{name!r}: no folder {below}, and no hub id either (those have one '/')")
-    return name
+_KEY = "model.backbone"
 
 
 def load_tokenizer(name: str) -> Any:
@@ -70,10 +44,8 @@ def load_tokenizer(name: str) -> Any:
             f"the model folder {place} has no tokenizer: one of {', '.join(_TOKENIZER_FILES)} is wanted; "
             "copy it there from where the model came from (tokenizer.save_pretrained writes it)"
         )
-    try:
+    with pretrained.refusing(name, place, _KEY):
         tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise BackboneError(_unloadable(name, place, error)) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise BackboneError(f"the tokenizer of {name!r} has neither a padding nor an end token: set pad_token")
@@ -83,108 +55,106 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_encoder(name: str, *, weights: bool = True, dropout: float | None = None) -> TextEncoder:
-    """The language model of a checkpoint, with its pretrained weights or (for a bundle's own) fresh ones.
+    """The language model of a checkpoint, with its pretrained weights or fresh ones; of an encoder-decoder the encoder.
 
     Args:
         dropout: in place of every dropout that its config has; none: as the config says.
 
     Raises:
-        BackboneError: see `locate`; also where weights are missing or not safetensors, or no dropout can be set.
+        BackboneError: see `mmagent.pretrained.load`.
     """
-    from transformers import AutoConfig, AutoModel
-
-    place = locate(name)
-    try:
-        config = AutoConfig.from_pretrained(place)
-        if dropout is not None:
-            _set_dropout(config.get_text_config(), dropout, name)
-        if weights:
-            # Parameters are made in one precision, whatever the file holds: the engine chooses how to compute.
-            with _quietly():
-                model = AutoModel.from_pretrained(place, config=config, use_safetensors=True, dtype=torch.float32)
-        else:
-            model = AutoModel.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(_unloadable(name, place, error)) from error
-    return TextEncoder(model.get_encoder() if config.is_encoder_decoder else model)
+    part = pretrained.load(name, "text", key=_KEY, weights=weights, dropout=dropout)
+    encoder = TextEncoder(part.model, part.config, part.prefix)
+    part.require(key.removeprefix("model.") for key, _ in encoder.named_parameters())
+    return encoder
 
 
-def _set_dropout(config: Any, dropout: float, name: str) -> None:
-    """Sets every dropout of a Transformers config: numbers whose name says so (hidden_dropout_prob, dropout_rate,
-    attention_dropout, resid_pdrop, ...)."""
-    known = config.to_dict()
-    fields = [key for key, value in known.items() if _DROPOUT.search(key) and type(value) in (int, float)]
-    if not fields:
-        raise BackboneError(
-            f"model.backbone_dropout={dropout}, but the config of {name!r} has no dropout: leave it out"
-        )
-    for field in fields:
-        setattr(config, field, dropout)
-
-
-def check(name: str) -> None:
+def check(name: str, max_tokens: int = 0) -> None:
     """Looks at all of a checkpoint but its weights, so that what is missing is told before a worker starts.
 
-    Raises:
-        BackboneError: see `load_tokenizer` and `load_encoder`.
-    """
-    from transformers import AutoConfig
+    Args:
+        max_tokens: the longest text that the model shall take.
 
+    Raises:
+        BackboneError: see `load_tokenizer` and `load_encoder`; also where the model takes fewer tokens.
+    """
     load_tokenizer(name)
-    place = locate(name)
-    try:
-        AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(_unloadable(name, place, error)) from error
-    if Path(place).is_dir() and not any(Path(place).glob("*.safetensors")):
-        raise BackboneError(
-            f"the model folder {place} has no weights: *.safetensors is wanted (model.save_pretrained writes it)"
-        )
+    pretrained.check_weights(name)
+    with torch.device("meta"):
+        load_encoder(name, weights=False).check_length(max_tokens)
 
 
 class TextEncoder(nn.Module):
-    """A language model as a function from token ids to the states of its last layer."""
+    """A language model as a function from token ids to the states of its last layer.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the Transformers model, or the encoder of one.
+        config: of the checkpoint that the model is a part of, where it is one.
+        prefix: its place there.
+
+    Attributes:
+        max_tokens: the longest text the model has positions for; none: any length.
+    """
+
+    def __init__(self, model: nn.Module, config: Any = None, prefix: str = "") -> None:
         super().__init__()
         self.model = model
+        self._whole, self._prefix = config, prefix
         # A pooler makes one vector that nothing here reads; left in, its parameters would never get a gradient.
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # type: ignore[assignment]
+        self.max_tokens = _max_tokens(model)
+        # A decoder would keep every layer's keys and values for a next token that nobody asks for.
+        self._options = {"use_cache": False} if "use_cache" in pretrained.takes(model) else {}
 
     @property
     def width(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
 
+    def check_length(self, tokens: int) -> None:
+        """
+        Raises:
+            BackboneError: the model has no positions for so many tokens.
+        """
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise BackboneError(
+                f"{tokens} tokens of text are asked for, but the language model takes {self.max_tokens} at most: "
+                f"set data.max_text_tokens={self.max_tokens} or less"
+            )
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask: (batch, tokens) -> states (batch, tokens, width)."""
-        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        """ids, mask: (batch, tokens) -> states (batch, tokens, width).
+
+        Raises:
+            BackboneError: more tokens than the model has positions for.
+        """
+        self.check_length(ids.shape[1])
+        return self.model(input_ids=ids, attention_mask=mask, **self._options).last_hidden_state
 
     def blocks(self) -> list[nn.Module]:
         """The layers, first to last (see `blocks`)."""
         return blocks(self.model)
 
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint anew, as Transformers reads it. Of an encoder-decoder only the encoder is there."""
+        if not self._prefix:
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._whole.save_pretrained(folder)
+        whole = {f"{self._prefix}.{key}": value for key, value in self.model.state_dict().items()}
+        state = {key: value.detach().cpu().clone() for key, value in whole.items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model, first to last: its longest `nn.ModuleList`, which is what every family has."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=[])
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without Transformers' progress bar, and its report that the pooler is missing: it is thrown away here."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+    """The layers of a model, first to last: its longest `nn.ModuleList` that stands in no other, which every family
+    has."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer, _ in found):
+            found.append((name, module))
+    return list(max((module for _, module in found), key=len, default=[]))
 
 
 def words(record: Record) -> str:
@@ -207,10 +177,22 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[np.n
     return [np.asarray(ids if len(ids) else [tokenizer.pad_token_id], dtype=np.int64) for ids in out]
 
 
+def _max_tokens(model: Any) -> int | None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit <= 0:
+        return None
+    # Some families begin to count behind the padding token's id, in a table that is larger by as much.
+    words = model.get_input_embeddings()
+    tables = (table for table in model.modules() if isinstance(table, nn.Embedding) and table is not words)
+    offsets = (t.padding_idx + 1 for t in tables if t.num_embeddings == limit and t.padding_idx is not None)
+    return int(limit) - max(offsets, default=0)
+
+
 class FrozenStates:
     """The states of a frozen language model, computed once for each text and kept in memory (least recent out).
 
-    It stands outside the trained module, so that neither gradients nor ZeRO ever see the language model.
+    It stands outside the trained module, so that neither gradients nor ZeRO ever see the language model. What is kept
+    takes `max_mb` at most, whatever the length of the texts; a batch's own states come on top while it is made.
     """
 
     def __init__(self, encoder: TextEncoder, *, max_mb: int = 1024, device: torch.device | str = "cpu") -> None:
@@ -224,46 +206,35 @@ class FrozenStates:
         """ids, mask: (batch, tokens) -> states (batch, tokens, width), zero where the mask is."""
         lengths = mask.sum(1).tolist()
         keys = [row[:length].numpy().tobytes() for row, length in zip(ids.cpu(), lengths, strict=True)]
-        first = {key: index for index, key in enumerate(keys) if key not in self._kept}
+        known = {key: self._kept[key] for key in keys if key in self._kept}
+        first = {key: index for index, key in enumerate(keys) if key not in known}
         if first:
             rows = list(first.values())
-            states = self.encoder(ids[rows].to(self.device), mask[rows].to(self.device)).float()
-            for key, row, state in zip(first, rows, states, strict=True):
-                self._kept[key] = state[: lengths[row]].clone()
-                self._bytes += self._kept[key].nbytes
+            longest = max(1, *(lengths[row] for row in rows))
+            states = self.encoder(ids[rows, :longest].to(self.device), mask[rows, :longest].to(self.device)).float()
+            known |= {key: state[: lengths[row]] for (key, row), state in zip(first.items(), states, strict=True)}
         out = torch.zeros(len(keys), ids.shape[1], self.encoder.width, device=self.device)
         for index, key in enumerate(keys):
-            self._kept.move_to_end(key)
-            out[index, : lengths[index]] = self._kept[key]
-        self._shrink()
+            out[index, : lengths[index]] = known[key]
+            self._keep(key, known[key])
         return out
 
-    def _shrink(self) -> None:
-        while self._bytes > self._max_bytes:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+    def _keep(self, key: bytes, states: Tensor) -> None:
+        """Puts a text's states in the first place; the least recent make room before theirs is copied."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return
+        size = len(key) + states.nbytes
+        if size > self._max_bytes:
+            return
+        while self._bytes + size > self._max_bytes:
+            gone, freed = self._kept.popitem(last=False)
+            self._bytes -= len(gone) + freed.nbytes
+        self._kept[key] = states.clone()
+        self._bytes += size
 
 
 @lru_cache(maxsize=4)
 def shared_tokenizer(name: str) -> Any:
     """`load_tokenizer`, once in a process: a read task should not pay for it at every window."""
     return load_tokenizer(name)
-
-
-def _checked(path: Path, name: str) -> str:
-    if not path.is_dir():
-        raise BackboneError(f"the model folder {path} does not exist (given as {name!r})")
-    if not (path / "config.json").exists():
-        inside = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "nothing"
-        raise BackboneError(f"the model folder {path} has no config.json (it holds {inside})")
-    return str(path)
-
-
-def _unloadable(name: str, place: str, error: Exception) -> str:
-    if Path(place).is_dir():
-        return f"the model folder {place} cannot be loaded: {error}"
-    said = str(error).splitlines()[0].rstrip(".")
-    return (
-        f"{name!r} is no folder below {storage.root()}, and as a hub id it cannot be fetched: "
-        f"{said}. Where the hub is out of reach, download the model elsewhere and "
-        "give its folder: model.backbone=/path/to/folder"
-    )

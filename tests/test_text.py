@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +57,7 @@ def test_a_folder_inside_a_python_package(tmp_path: Path, tiny_backbone: Path, m
     [
         ("config.json", "has no config.json (it holds "),
         ("tokenizer.json", "has no tokenizer: one of tokenizer.json, vocab.txt"),
-        ("model.safetensors", "cannot be loaded"),
+        ("model.safetensors", "has no weights: *.safetensors or pytorch_model*.bin is wanted"),
     ],
 )
 def test_what_a_model_folder_lacks_is_named_with_its_path(own_backbone: Path, lost: str, words: str) -> None:
@@ -67,11 +69,39 @@ def test_what_a_model_folder_lacks_is_named_with_its_path(own_backbone: Path, lo
     assert str(own_backbone) in str(error.value)
 
 
-def test_weights_that_are_no_safetensors_are_not_unpickled(own_backbone: Path) -> None:
+def test_weights_that_are_no_safetensors_are_read_and_converted(own_backbone: Path, tmp_path: Path) -> None:
     weights = text.load_encoder(str(own_backbone)).model.state_dict()
     (own_backbone / "model.safetensors").unlink()
     torch.save(weights, own_backbone / "pytorch_model.bin")
-    with pytest.raises(BackboneError, match=r"cannot be loaded:.*safetensors"):
+    read = text.load_encoder(str(own_backbone))
+    assert all(torch.equal(value, weights[key]) for key, value in read.model.state_dict().items())
+    read.save(tmp_path / "saved")
+    assert {"model.safetensors"} == {file.name for file in (tmp_path / "saved").iterdir()} - {"config.json"}
+
+
+class Payload:
+    """What a pickle of bad intent looks like: it calls a function when it is read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
+
+
+def test_no_code_in_a_weight_file_runs(own_backbone: Path) -> None:
+    (own_backbone / "model.safetensors").unlink()
+    torch.save({"weight": Payload(own_backbone / "ran")}, own_backbone / "pytorch_model.bin")
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        text.load_encoder(str(own_backbone))
+    assert not (own_backbone / "ran").exists()
+
+
+def test_weights_of_another_model_are_refused(own_backbone: Path) -> None:
+    """Transformers would fill in random ones."""
+    config = json.loads((own_backbone / "config.json").read_text())
+    (own_backbone / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(BackboneError, match=r"lack 16 parameters, such as encoder\.layer\.2\."):
         text.load_encoder(str(own_backbone))
 
 
@@ -173,7 +203,7 @@ def test_a_text_is_computed_once(encoder: TextEncoder, asked: list[int]) -> None
 
 def test_memory_is_bounded_and_the_least_recent_goes_first(encoder: TextEncoder, asked: list[int]) -> None:
     frozen = FrozenStates(encoder, max_mb=1)
-    kept = (1 << 20) // (64 * encoder.width * 4)  # texts of 64 tokens that one MiB holds
+    kept = (1 << 20) // (64 * (encoder.width * 4 + 8))  # texts of 64 tokens that one MiB holds, states and ids
     texts = [[2, 40 + index // 8 % 20, 40 + index % 8, *[50] * 60, 3] for index in range(kept + 1)]
     texts = [[*row[:-2], 5 + index // 50, 5 + index % 50] for index, row in enumerate(texts)]
     frozen(*pad(texts[:kept]))
@@ -184,6 +214,27 @@ def test_memory_is_bounded_and_the_least_recent_goes_first(encoder: TextEncoder,
     assert asked == [kept, 1]
     frozen(*pad(texts[1:2]))
     assert asked == [kept, 1, 1]
+
+
+def test_long_texts_keep_to_the_memory_too(encoder: TextEncoder, asked: list[int]) -> None:
+    """One text alone is over the bound: it is answered, not kept, and drives out nothing."""
+    frozen = FrozenStates(encoder, max_mb=0)
+    frozen._max_bytes = 20 * (encoder.width * 4 + 8)
+    short, long = pad([[2, 60, 3]]), pad([[2, *[61] * 40, 3]])
+    for ids, mask in (short, long, short, long):
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(ids, mask), encoder(ids, mask), atol=1e-5, rtol=1e-5)
+        assert sum(states.nbytes for states in frozen._kept.values()) <= frozen._max_bytes
+    assert asked == [1, 1, 1, 1, 1, 1, 1]  # each time by the test; the short one once by the cache, the long one twice
+
+
+def test_what_is_known_is_not_padded_for(encoder: TextEncoder) -> None:
+    widths: list[int] = []
+    frozen = FrozenStates(encoder)
+    frozen(*pad([[2, *[61] * 40, 3]]))
+    encoder.register_forward_pre_hook(lambda _, arguments: widths.append(arguments[0].shape[1]))
+    frozen(*pad([[2, *[61] * 40, 3], [2, 60, 3]]))
+    assert widths == [3]
 
 
 def test_frozen_means_frozen(encoder: TextEncoder) -> None:

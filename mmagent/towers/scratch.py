@@ -1,8 +1,4 @@
-"""Image and audio towers trained from scratch: small encoders that turn a picture or a sound into a few tokens.
-
-A tower takes a packed stack of all pictures (or sounds) of a batch and knows nothing of samples; placing its tokens
-is the join's work.
-"""
+"""Image and audio towers trained from scratch: small encoders that turn a picture or a sound into a few tokens."""
 
 from __future__ import annotations
 
@@ -103,7 +99,7 @@ class ImageTower(nn.Module):
         )
         self.grid = grid
         self.places = nn.Parameter(torch.randn(config.tokens, config.width) * 0.02)
-        self.blocks = nn.ModuleList(Block(config.width, 4, config.dropout) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config.width, 4, config.dropout or 0.0) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.width = config.width
 
@@ -148,13 +144,14 @@ class AudioTower(nn.Module):
     def __init__(self, config: AudioTowerConfig) -> None:
         super().__init__()
         width = config.width
+        dropout = 0.1 if config.dropout is None else config.dropout
         self.convs = nn.ModuleList(nn.Conv1d(channels, width, 3, 2, 1) for channels in (config.mels, width, width))
         self.norms = nn.ModuleList(SoundNorm(width) for _ in self.convs)
-        self.blocks = nn.ModuleList(Block(width, 4, config.dropout) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(width, 4, dropout) for _ in range(config.layers))
         self.queries = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
         self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
-        self.mix = Block(width, 4, config.dropout)
+        self.mix = Block(width, 4, dropout)
         self.norm_out = nn.LayerNorm(width)
         self.width = width
 
