@@ -21,6 +21,7 @@ A space is a YAML file:
 from __future__ import annotations
 
 import difflib
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -64,11 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", required=True, help="the search's name")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="in place of what the recipe says")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job ends as Ctrl-C does
     try:
         return search(args.config, args.space, args.name, args.overrides)
     except (ConfigError, DatasetError, BackboneError, ClusterError, storage.StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: nothing is exported; the same command searches anew", file=sys.stderr)
+        return 130
 
 
 def search(recipe: Path, space_file: Path, name: str, overrides: Sequence[str]) -> int:

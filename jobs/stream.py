@@ -85,7 +85,8 @@ def training_stream(order: Order, layout: Layout, position: Position, steps: int
     ``epoch``, and ``error`` (why its media cannot be read, or empty). To be split among ranks by `split_in_turn`."""
     parts = list(order.parts(position, steps, layout.global_batch))
     read = functools.partial(read_part, order=order, layout=layout, parts=parts)
-    windows = ray.data.range(len(parts), override_num_blocks=len(parts))
+    # Not `ray.data.range`: its tasks ask for a whole CPU each, which a busy cluster may never have.
+    windows = ray.data.from_items([{"id": index} for index in range(len(parts))], override_num_blocks=len(parts))
     rows = windows.map_batches(read, batch_size=1, num_cpus=0.5, memory=None)
     return rows.repartition(target_num_rows_per_block=layout.rows_per_rank)
 

@@ -12,9 +12,12 @@ import pyarrow as pa
 import ray
 import torch
 import torch.distributed as dist
+from ray._raylet import PlacementGroupID
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.state import list_jobs, list_placement_groups
 
 from jobs import stream
 from mmagent.config import Config
@@ -91,6 +94,7 @@ def run(
     Raises:
         WorkersFailed: they failed more often than `cluster.max_failures` allows.
     """
+    _release_orphans()
     cpus = _cpus_of_a_worker(config)
     trainer = TorchTrainer(
         _entry,
@@ -142,6 +146,16 @@ def _entry(spec: dict[str, Any]) -> None:
             report=lambda metrics: ray.train.report(metrics),
         )
     )
+
+
+def _release_orphans() -> None:
+    """Gives back what jobs that are over still hold. A job that is stopped while its controller asks for workers may
+    leave their placement group behind (Ray 2.60), and nobody else would ever get those CPUs."""
+    running = {job.job_id for job in list_jobs(limit=10_000) if job.status in ("RUNNING", "PENDING")}
+    for group in list_placement_groups(detail=True, limit=10_000):
+        held = group.state in ("CREATED", "PENDING", "RESCHEDULING")
+        if held and not group.is_detached and group.creator_job_id not in running:
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
 
 
 def room(config: Config) -> int:
