@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import inspect
 import pickle
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ _WANTED = {"text": "language", "image": "vision", "audio": "audio"}
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 # What Transformers, safetensors and torch raise of files that are missing, damaged, or of another kind.
 _REFUSALS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+
+_DROPOUT = re.compile(r"dropout|pdrop$")
 
 
 class BackboneError(ValueError):
@@ -106,7 +109,9 @@ def load(name: str, kind: Kind, *, key: str, weights: bool = True, dropout: floa
     from transformers import AutoModel
 
     place, config = locate(name), config_of(name, key)
-    _settle(config, dropout)
+    if not _settle(config, dropout) and dropout is not None:
+        setting = "model.backbone_dropout" if key == "model.backbone" else f"{key.rpartition('.')[0]}.dropout"
+        raise BackboneError(f"{setting}={dropout}, but the config of {name!r} has no dropout: leave it out")
     with refusing(name, place, key), quietly():
         with torch.device("meta"):
             whole = AutoModel.from_config(copy.deepcopy(config))
@@ -231,18 +236,23 @@ def _find(whole: Any, kind: Kind, name: str) -> tuple[str, Any]:
     )
 
 
-def _settle(config: Any, dropout: float | None) -> None:
+def _settle(config: Any, dropout: float | None) -> int:
     """No layer is skipped at random, since all ranks of a distributed run compute the same ones, and nothing is masked
-    by the model itself: augmentation is a function of (seed, epoch, sample). Sets dropout where it is given."""
+    by the model itself: augmentation is a function of (seed, epoch, sample). Sets dropout where it is given: numbers
+    whose name says so (hidden_dropout_prob, dropout_rate, resid_pdrop, ...); returns how many there are."""
+    count = 0
     for field, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
-            _settle(value, dropout)
+            count += _settle(value, dropout)
         elif field.endswith("layerdrop"):
             setattr(config, field, 0.0)
         elif field == "apply_spec_augment":
             setattr(config, field, False)
-        elif dropout is not None and "dropout" in field and isinstance(value, (int, float)) and value is not False:
-            setattr(config, field, dropout)
+        elif _DROPOUT.search(field) and type(value) in (int, float):
+            count += 1
+            if dropout is not None:
+                setattr(config, field, dropout)
+    return count
 
 
 def _checked(path: Path, name: str) -> str:
