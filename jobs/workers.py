@@ -24,7 +24,7 @@ from mmagent.config import Config
 
 __all__ = ["Group", "WorkersFailed", "room", "run"]
 
-_DATA_CPUS = 0.75  # left for the tasks that read the data, each of which asks for 0.5
+_DATA_CPUS = 1.6  # left for the tasks of a stream: reading asks for 0.5, cutting into blocks for 1
 
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 
@@ -166,7 +166,14 @@ def room(config: Config) -> int:
 def _cpus_of_a_worker(config: Config) -> float:
     """What a worker asks of Ray: its threads, or less where the machine is small or a service runs beside, so that
     the tasks which read the data have theirs; on a full machine they would wait for ever."""
-    share = (_free_cpus() - _DATA_CPUS) / config.cluster.workers
+    free = _free_cpus()
+    if free < _DATA_CPUS + 0.1 * config.cluster.workers:
+        print(
+            f"Ray has {free:g} CPUs free, and training wants {_DATA_CPUS + 0.1 * config.cluster.workers:g} at least: it "
+            "waits until another job ends (ray job list; ray job stop ID) or a service is stopped",
+            flush=True,
+        )
+    share = (free - _DATA_CPUS) / config.cluster.workers
     return round(min(float(config.cluster.threads), max(0.1, share)), 2)
 
 
