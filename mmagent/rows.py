@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmagent import spans, truth
-from mmagent.attachments import attached
+from mmagent.attachments import attached, unpacked
 from mmagent.record import ROLES, Message, Record, RecordError, Target, escape, escapes, segments
 from mmagent.targets import TargetError, infer, kind, spanned
 
@@ -97,7 +97,7 @@ def _unfolded(row: Mapping[str, Any], task: str | None) -> Mapping[str, Any]:
 
 def _tokens(raw: Any) -> list[str]:
     """Words in a list, or in a text with spaces between them."""
-    raw = truth.unpacked(raw, "tokens")
+    raw = unpacked(raw, "tokens")
     if isinstance(raw, str):
         return raw.split()
     if not isinstance(raw, Sequence) or isinstance(raw, bytes):
@@ -136,7 +136,7 @@ def _placed(target: Target, row: Mapping[str, Any], before: tuple[Message, ...],
 
 def _messages_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
     if row.get("messages") not in (None, ""):
-        return _messages(truth.unpacked(row["messages"], "messages"))
+        return _messages(unpacked(row["messages"], "messages"))
     if not any(row.get(key) not in (None, "") for key in INPUTS):
         raise RecordError(
             f"the row has the columns {sorted(row)}, but none of messages, text, image or audio holds anything; "

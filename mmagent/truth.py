@@ -25,10 +25,10 @@ COLUMNS = {
 }
 # The columns in which a task's answer may also stand when the task is named and its own column is not there.
 _ELSEWHERE = {
-    "classify": {"label": ("answer", "value")},
-    "multilabel": {"labels": ("label",)},
-    "regress": {"value": ("label",)},
-    "generate": {"answer": ("label",)},
+    "classify": ("label", ("answer", "value")),
+    "multilabel": ("labels", ("label",)),
+    "regress": ("value", ("label",)),
+    "generate": ("answer", ("label",)),
 }
 
 
@@ -43,21 +43,9 @@ def answer_of(row: Mapping[str, Any], task: str | None = None) -> Target:
         RecordError: a value of the wrong form; its field is the column.
     """
     wanted = kind(task) if task else ""
-    raw = row.get("target")
-    if raw is None:
-        raw = dict(row)
-        for column, others in _ELSEWHERE.get(wanted, {}).items():
-            if row.get(column) in (None, ""):
-                found = [row[other] for other in others if row.get(other) not in (None, "")]
-                raw |= {column: found[0]} if found else {}
-        if wanted:  # a column of another task may mean something else here
-            raw = {column: raw[column] for column in COLUMNS[wanted] if column in raw}
-    elif not isinstance(raw := unpacked(raw, "target"), Mapping):
-        raise RecordError(f"target is {raw!r:.80}, but an object such as {{'label': ...}} is wanted", "target")
-    else:
-        raw = {"answer": raw.get("text"), **raw}
+    raw = _answer_columns(row, wanted)
     texts, found = _texts(raw, wanted)
-    places = raw.get("spans") if found is None else found
+    places: Any = raw.get("spans") if found is None else found
     if places == "" or (wanted == "extract" and texts == ()):
         places = [] if wanted in ("tag", "extract") else None
     return Target(
@@ -126,6 +114,23 @@ def number(row: Mapping[str, Any], key: str, default: float | None) -> Any:
     if not math.isfinite(found):
         raise RecordError(f"{key} is {value!r:.80}, but a finite number is wanted", key)
     return found
+
+
+def _answer_columns(row: Mapping[str, Any], wanted: str) -> Mapping[str, Any]:
+    """The long form's target, or the row's own columns that the kind of task reads."""
+    target = unpacked(row.get("target"), "target")
+    if target is not None:
+        if not isinstance(target, Mapping):
+            raise RecordError(f"target is {target!r:.80}, but an object such as {{'label': ...}} is wanted", "target")
+        return {"answer": target.get("text"), **target}
+    if not wanted:
+        return row
+    # A column of another task may mean something else here.
+    raw = {column: row[column] for column in COLUMNS[wanted] if column in row}
+    column, others = _ELSEWHERE.get(wanted, ("", ()))
+    if column and all(value in (None, "", []) for value in raw.values()):
+        raw |= dict([(column, row[other]) for other in others if row.get(other) not in (None, "")][:1])
+    return raw
 
 
 def _label(value: Any) -> str | None:

@@ -115,7 +115,7 @@ def test_spans_stay_at_their_words_wherever_those_move(make_png: Callable[..., b
         ({"label": 3, "task": "regress"}, "regress", Target(value=3.0)),
         ({"label": "a", "value": "n/a", "task": "classify"}, "classify", Target(label="a")),
         ({"answer": "yes"}, "generate", Target(text="yes")),
-        ({"answers": ["yes", "yeah"]}, "generate", Target(texts=("yes", "yeah"))),
+        ({"answers": ["yes", "yeah"], "task": "generate", "label": "x"}, "generate", Target(texts=("yes", "yeah"))),
         ({"answer": "yes", "task": "classify"}, "classify", Target(label="yes")),
         ({"spans": "[]"}, "tag", Target(spans=())),
         ({"spans": ""}, "classify", Target()),

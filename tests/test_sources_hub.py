@@ -43,7 +43,8 @@ def test_what_save_to_disk_made(tmp_path: Path, make_png: Callable[..., bytes], 
     assert {record.audios[0].bytes for record in records} == {make_wav(rate_hz=8000)}
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(tmp_path / "two")
     source = choose(f"hf:{tmp_path / 'two'}")
-    assert (source.total, source.splits) == (8, {"train", "test"})
+    assert source.total == 8
+    assert source.splits == {"train", "test"}
 
 
 def test_tags_as_numbers_become_spans(tmp_path: Path) -> None:

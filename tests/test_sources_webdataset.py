@@ -61,7 +61,8 @@ def test_several_tars(tmp_path: Path) -> None:
         mode = "w:gz" if name.endswith("gz") else "w"
         _tar(tmp_path / name, {"1.txt": b"t", "1.cls": b"a"}, mode)
     source = choose(f"webdataset:{tmp_path}")
-    assert (source.total, source.splits) == (5, {"train", "test"})
+    assert source.total == 5
+    assert source.splits == {"train", "test"}
     assert choose(f"webdataset:{tmp_path}/more-*.tar").total == 2
     with pytest.raises(SourceError, match=r"no file in .* is of the pattern less-\*\.tar"):
         choose(f"webdataset:{tmp_path}/less-*.tar")

@@ -54,7 +54,8 @@ class WebDataset:
 
 def _groups(file: Path, light: bool) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
     """Each key with its members in their order: ending and data, no data for media where `light`."""
-    key, members = "", []
+    key = ""
+    members: list[tuple[str, bytes]] = []
     try:
         with tarfile.open(file, "r|*") as tar:
             for member in tar:
