@@ -6,23 +6,27 @@ A row that cannot be answered becomes a row with an `error`, so that one damaged
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
-from mmagent import evaluation
-from mmagent.predictor import Answer, PartError, Predictor
+from mmagent import predictions, targets
+from mmagent.predictor import Answer, PartError, Predictor, Sample
 from mmagent.record import Record, escape, segments
+from mmagent.targets import TargetError
 
-_FORWARD_ROWS = 32
+_FORWARD_ROWS = 32  # of one forward pass; a record that is read in several views has as many rows
 _REMEMBERED = 2_000_000  # probabilities: bounds the memory of answers already given
 MODALITIES = ("text", "image", "audio")
+_SIGN = re.compile(r"(\\*)(<(?:image|audio)>)")  # escaped by an odd number of backslashes
 
 
 class Answerer:
-    """Called with a table of record rows, gives a table of `mmagent.evaluation.schema`: each row once as it is and,
+    """Called with a table of record rows, gives a table of `mmagent.predictions.schema`: each row once as it is and,
     where `without` names a modality, once with that taken away.
 
     The same question is asked once: without its picture, a test has few different ones.
@@ -32,11 +36,12 @@ class Answerer:
         self._predictor = Predictor.load(bundle, threads=threads)
         self._slices = tuple(slices)
         self._without = without
-        self._schema = evaluation.schema(slices)
+        self._schema = predictions.schema(slices)
+        self._width = max(1, *(len(task.labels) for task in self._predictor.tasks.values()))
         self._known: dict[bytes, Answer | str] = {}  # an answer, or why there is none
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        if len(self._known) * len(self._predictor.labels) > _REMEMBERED:
+        if len(self._known) * self._width > _REMEMBERED:
             self._known.clear()
         records = [Record.from_row(row) for row in table.to_pylist()]
         rows = self._rows(records, records, "")
@@ -46,12 +51,29 @@ class Answerer:
 
     def _rows(self, records: Sequence[Record], asked: Sequence[Record], taken: str) -> list[dict[str, Any]]:
         """A row for each record; `asked` is what the model gets of it, `taken` the modality it lacks."""
+        faults = [self._fault(record) for record in records]
         keys = [_digest(record) for record in asked]
-        self._answer({key: record for key, record in zip(keys, asked, strict=True) if key not in self._known})
+        self._answer(
+            {
+                key: record
+                for key, record, fault in zip(keys, asked, faults, strict=True)
+                if fault is None and key not in self._known
+            }
+        )
         return [
-            self._row(record, taken, "" if rest.modalities == "empty" else key)
-            for record, rest, key in zip(records, asked, keys, strict=True)
+            self._row(record, taken, fault, key if _asks(rest) else None)
+            for record, fault, rest, key in zip(records, faults, asked, keys, strict=True)
         ]
+
+    def _fault(self, record: Record) -> str | None:
+        """Why a record cannot be judged, whatever is answered; the same words for all that fail alike."""
+        if record.task not in self._predictor.tasks:
+            return f"this bundle has no task {record.task!r}, but {', '.join(self._predictor.tasks)}"
+        try:
+            targets.check(record)
+        except TargetError as error:
+            return f"no usable right answer: {error.reason}"
+        return None
 
     def _answer(self, asked: dict[bytes, Record]) -> None:
         samples = {}
@@ -60,38 +82,69 @@ class Answerer:
                 samples[key] = self._predictor.prepare(record)
             except PartError as error:
                 self._known[key] = str(error)
-        ready = list(samples)
-        for start in range(0, len(ready), _FORWARD_ROWS):
-            part = ready[start : start + _FORWARD_ROWS]
-            answers = self._predictor.answer([samples[key] for key in part])
-            self._known.update(zip(part, answers, strict=True))
+        for part in _passes(samples):
+            self._known.update(zip(part, self._predictor.answer([samples[key] for key in part]), strict=True))
 
-    def _row(self, record: Record, taken: str, key: bytes | str) -> dict[str, Any]:
+    def _row(self, record: Record, taken: str, fault: str | None, key: bytes | None) -> dict[str, Any]:
+        """`fault`: why it cannot be judged; `key`: of its answer, None where nothing was left to ask."""
         row: dict[str, Any] = {
             "id": record.id,
             "group": record.meta.get("group") or record.id,
+            "task": record.task,
             "without": taken,
-            "label": record.target.label,
-            **{evaluation.slice_column(name): _slice(record, name) for name in self._slices},
+            **{predictions.slice_column(name): _slice(record, name) for name in self._slices},
         }
-        if record.target.label is None:
-            return row | {"error": "the row has no target.label"}
-        answer = self._known[key] if isinstance(key, bytes) else f"nothing is left to ask without {taken or 'media'}"
+        if fault is not None:
+            return row | {"error": fault}
+        task = self._predictor.tasks[record.task]
+        gold = task.gold(record)
+        row |= {"label": predictions.right_words(record, task.kind), "truth": json.dumps(gold, ensure_ascii=False)}
+        answer = f"nothing is left to ask without {taken or 'media'}" if key is None else self._known[key]
         if isinstance(answer, str):
             return row | {"error": answer}
-        return row | {
-            "predicted": answer.label,
-            "confidence": answer.confidence,
-            "probabilities": [answer.probabilities[label] for label in self._predictor.labels],
-            "abstained": answer.abstained,
-        }
+        return row | predictions.judged(task, gold, answer)
+
+
+def _passes(samples: Mapping[bytes, Sample]) -> Iterator[list[bytes]]:
+    """The samples in parts of `_FORWARD_ROWS` views; one of more views is a part by itself."""
+    part: list[bytes] = []
+    rows = 0
+    for key, sample in samples.items():
+        if part and rows + len(sample.views) > _FORWARD_ROWS:
+            yield part
+            part, rows = [], 0
+        part.append(key)
+        rows += len(sample.views)
+    if part:
+        yield part
 
 
 def without(record: Record, modality: str) -> Record:
-    """The record with its pictures, its sounds or its words taken away, placeholders too."""
-    messages = tuple(replace(message, content=_cut(message.content, modality)) for message in record.messages)
+    """The record with its pictures, its sounds or its words taken away, placeholders too, and those of its candidates.
+    Where spans count characters, spaces stand in the placeholders' place."""
+    at = targets.spanned(record) if record.target.spans else None
+    messages = tuple(
+        replace(message, content=(_blank if index == at else _cut)(message.content, modality))
+        for index, message in enumerate(record.messages)
+    )
     taken: dict[str, Any] = {"image": {"images": ()}, "audio": {"audios": ()}, "text": {}}[modality]
-    return replace(record, messages=messages, **taken)
+    field = "content" if modality == "text" else modality
+    candidates = tuple({**candidate, field: None} for candidate in record.candidates)
+    return replace(record, messages=messages, candidates=candidates, **taken)
+
+
+def _asks(record: Record) -> bool:
+    """Whether there is something to answer: a question, and all of its candidates."""
+    whole = all(any(candidate.get(part) for part in ("content", "image", "audio")) for candidate in record.candidates)
+    return whole and record.modalities != "empty"
+
+
+def _blank(content: str, modality: str) -> str:
+    """As long as before: words, or the placeholders of a modality, as spaces."""
+    if modality == "text":
+        return " " * len(content)
+    sign = f"<{modality}>"
+    return _SIGN.sub(lambda m: m[0] if len(m[1]) % 2 or m[2] != sign else m[1] + " " * len(sign), content)
 
 
 def _cut(content: str, modality: str) -> str:
@@ -126,6 +179,13 @@ def _parts(record: Record) -> Iterable[bytes]:
     for message in record.messages:
         yield message.role.encode()
         yield message.content.encode()
+    yield record.task.encode()
+    if record.task.startswith("relate"):  # the marked spans are part of the question
+        yield repr(sorted((span["start"], span["end"], span["label"]) for span in record.target.spans or ())).encode()
+    for candidate in record.candidates:
+        yield (candidate.get("content") or "").encode()
+        for media in (candidate.get("image") or {}, candidate.get("audio") or {}):
+            yield media.get("bytes") or (media.get("path") or "").encode()
     for medias in (record.images, record.audios):
         yield len(medias).to_bytes(8, "little")
         yield from (media.bytes or (media.path or "").encode() for media in medias)

@@ -4,6 +4,8 @@
     python -m jobs.evaluate --bundle /models/shop --data /data/shop --split test --slices form,channel --out eval/shop
     ray job submit -- python -m jobs.evaluate --bundle demo --data easy_vqa --split test --out runs/demo
 
+The data set may be another one than the bundle was trained on; tasks and labels that the bundle lacks are named.
+
 Writes into --out: evaluation.json (format: see mmagent/evaluation.py), report.html, a page that stands alone, and
 predictions.parquet, a row for each question. Rows that cannot be answered are counted by reason and never end the run.
 Paths are absolute or relative to the storage root (MMAGENT_STORAGE). A bundle is a folder or the name of a run; a data
@@ -29,14 +31,16 @@ from jobs.answers import MODALITIES, Answerer
 from jobs.arguments import Parser
 from jobs.cluster import ClusterError
 from jobs.progress import Progress
+from jobs.summary import some, table_of
 from mmagent import bundle as bundles
-from mmagent import card, evaluation, examples, report, storage, text
+from mmagent import card, evaluation, examples, predictions, report, storage, text
+from mmagent import licence as licences
 from mmagent.bundle import Bundle, BundleError
-from mmagent.charts import percent
-from mmagent.config import Config
-from mmagent.evaluation import EvaluationError
 from mmagent.examples import Example
+from mmagent.predictions import EvaluationError
 from mmagent.shards import Dataset, DatasetError
+from mmagent.targets import TaskInfo
+from mmagent.tasks import Task, make_all
 from mmagent.text import BackboneError
 
 SLICES = ("form", "voice", "family", "modalities")  # those that no row has make no slice
@@ -76,15 +80,14 @@ def evaluate(
     table = _predict(found, dataset, split, slices, without, workers, threads)
     predicted = time.monotonic()
     storage.publish(out / "predictions.parquet", _parquet(table))
-    column = _first_slice(table, slices)
-    others = _before(found.config, found.labels, dataset, split, table, column, seed) if before else None
+    column, tasks = _first_slice(table, slices), make_all(found.tasks)
+    others = _before(found, dataset, split, table, column, seed) if before else None
     result = evaluation.evaluate(
-        table, found.labels, bundle=found.name, data=dataset.name, split=split, before=others, seed=seed,
-        task=found.manifest["task"],
-    )  # fmt: skip
+        table, tasks, found.task, bundle=found.name, data=dataset.name, split=split, before=others, seed=seed
+    )
     result["seconds"] = {"predict": round(predicted - started, 1), "before": round(time.monotonic() - predicted, 1)}
     storage.publish_json(out / "evaluation.json", result)
-    shown = _examples(table, dataset, split, found.labels, column, seed)
+    shown = _examples(table, dataset, split, tasks, column, seed)
     curves = read_curves(found.path.parent / "metrics.jsonl")
     page = report.render(result, curves=curves, examples=shown, limits=found.config.data.media)
     storage.publish(out / "report.html", page)
@@ -101,10 +104,15 @@ def describe(bundle: str | Path, dataset: Dataset, result: Mapping[str, Any]) ->
     found = bundles.load(bundle)
     backbone = Path(text.locate(found.config.model.backbone))
     words = card.render(
-        found.manifest, found.config, evaluation=result, dataset=dataset.info, licence=card.licence(backbone),
-        where=found.name,
+        found.manifest, found.config, tasks=found.tasks, evaluation=result, dataset=dataset.info,
+        licence=licences.read(backbone), where=found.name,
     )  # fmt: skip
-    measured = {key: result[key] for key in ("data", "split", "n", "metrics", "slices")}
+    measured: dict[str, Any] = {key: result[key] for key in ("data", "split")}
+    kept = ("task", "main", "n", "metrics", "slices")
+    for name, block in evaluation.blocks(result).items():
+        part = {key: block[key] for key in kept}
+        measured |= part if name == result["task"] else {}
+        measured.setdefault("tasks", {})[name] = part
     bundles.add(found.path, {"metrics.json": json.dumps(measured, indent=1) + "\n", "README.md": words})
 
 
@@ -113,31 +121,6 @@ def read_curves(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-
-
-def table_of(result: Mapping[str, Any]) -> str:
-    """The result as lines for the terminal."""
-    others: Mapping[str, Any] = result.get("before", {})
-    names = ["", "answers", "accuracy", "95 % interval", *(name.replace("_", " ") for name in others)]
-    lines = [names]
-    for name, part in {"all": result, **result["slices"]}.items():
-        value = part["metrics"]["accuracy"]
-        cells = [
-            name,
-            f"{part['n']:,}",
-            percent(value["value"]),
-            f"{percent(value['low'])} to {percent(value['high'])}",
-        ]
-        for other in others.values():
-            there = other if name == "all" else other["slices"].get(name)
-            cells.append(percent(there["metrics"]["accuracy"]["value"]) if there else "-")
-        lines.append(cells)
-    widths = [max(len(line[index]) for line in lines) for index in range(len(names))]
-    rows = (
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
-    return "\n".join([*rows, *_notes(result)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,15 +181,22 @@ def _data(name: str) -> Path:
 def _check(found: Bundle, dataset: Dataset, split: str) -> None:
     if not dataset.rows(split):
         raise DatasetError(f"the split {split!r} of {dataset.path} has no rows; name another one with --split")
-    if not set(found.labels) & set(dataset.labels):
+    shared = sorted(set(found.tasks) & set(dataset.tasks))
+    if not shared:
         raise EvaluationError(
-            f"the bundle {found.name!r} answers {_some(found.labels)}, the data set {dataset.name!r} asks for "
-            f"{_some(dataset.labels)}: they have no label in common"
+            f"the bundle {found.name!r} has the tasks {some(sorted(found.tasks))}, the data set {dataset.name!r} has "
+            f"{some(sorted(dataset.tasks))}: none is in both; prepare the data with the bundle's task"
         )
+    for task in shared:
+        _check_labels(task, found.tasks[task], dataset.tasks[task])
 
 
-def _some(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
+def _check_labels(task: str, known: TaskInfo, asked: TaskInfo) -> None:
+    if known.labels and asked.labels and not set(known.labels) & set(asked.labels):
+        raise EvaluationError(
+            f"for the task {task!r} the bundle answers {some(known.labels)}, the data set asks for "
+            f"{some(asked.labels)}: they have no label in common"
+        )
 
 
 def _predict(
@@ -223,9 +213,9 @@ def _predict(
         for part in answers:
             parts.append(part)
             progress.add(pc.sum(pc.equal(part["without"], "")).as_py() or 0)
-    table = pa.concat_tables(parts).cast(evaluation.schema(slices))
+    table = pa.concat_tables(parts).cast(predictions.schema(slices))
     for name in set(slices) - set(SLICES):
-        if table[evaluation.slice_column(name)].null_count == table.num_rows:
+        if table[predictions.slice_column(name)].null_count == table.num_rows:
             print(f"--slices {name}: no row has this key in its meta", file=sys.stderr)
     return table
 
@@ -233,48 +223,34 @@ def _predict(
 def _first_slice(table: pa.Table, slices: Sequence[str]) -> str | None:
     """The first slice column that divides the rows: examples and the probe's questions are drawn from each value."""
     for name in slices:
-        if 1 < pc.count_distinct(table[evaluation.slice_column(name)]).as_py() <= evaluation.MAX_SLICES:
+        if 1 < pc.count_distinct(table[predictions.slice_column(name)]).as_py() <= predictions.MAX_SLICES:
             return name
     return None
 
 
 def _before(
-    config: Config, labels: Sequence[str], dataset: Dataset, split: str, table: pa.Table, column: str | None, seed: int
-) -> dict[str, Any]:
-    asked = table.filter(pc.equal(table["without"], ""))
+    found: Bundle, dataset: Dataset, split: str, table: pa.Table, column: str | None, seed: int
+) -> dict[str, dict[str, Any]]:
     return {
-        "majority": baselines.majority(dataset, split, asked, seed=seed),
-        "linear_probe": baselines.linear_probe(dataset, split, asked, config, labels, column=column, seed=seed),
+        task: baselines.before(dataset, split, table, found.config, found.tasks, task, column=column, seed=seed)
+        for task in sorted(set(found.tasks) & set(table["task"].to_pylist()))
     }
 
 
 def _examples(
-    table: pa.Table, dataset: Dataset, split: str, labels: Sequence[str], column: str | None, seed: int
-) -> list[Example]:
-    chosen = examples.choose(table, column, seed=seed)
-    mask = pc.and_(pc.equal(table["without"], ""), pc.is_in(table["id"], value_set=pa.array(list(chosen), pa.string())))
-    answers = {row["id"]: row for row in table.filter(mask).to_pylist()}
-    shown = []
+    table: pa.Table, dataset: Dataset, split: str, tasks: Mapping[str, Task], column: str | None, seed: int
+) -> dict[str, list[Example]]:
+    asked = table.filter(pc.equal(table["without"], ""))
+    chosen: dict[str, str] = {}
+    for name in tasks:
+        chosen |= examples.choose(asked.filter(pc.equal(asked["task"], name)), column, seed=seed)
+    picked = asked.filter(pc.is_in(asked["id"], value_set=pa.array(list(chosen), pa.string())))
+    answers = {row["id"]: row for row in picked.to_pylist()}
+    out: dict[str, list[Example]] = {name: [] for name in tasks}
     for record in baselines.pick(dataset, split, list(chosen)):
-        row = answers[record.id]
-        likely = examples.likeliest(labels, row["probabilities"], also=row["label"])
-        shown.append(Example(record, row["predicted"], row["confidence"], likely, chosen[record.id], row["abstained"]))
-    return sorted(shown, key=lambda example: (example.group, example.record.id))
-
-
-def _notes(result: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if blind := result.get("blind"):
-        part = blind["slices"].get("form=text", blind)
-        if part["n"]:
-            lines.append(
-                f"without {blind['without']}: confidence {percent(part['mean_confidence'])}, right "
-                f"{percent(part['accuracy'])}, gap {percent(part['gap'])} ({part['n']:,} questions)"
-            )
-    lines += [f"not answered: {count} x {reason}" for reason, count in result["errors"]["reasons"].items()]
-    if result["unknown_labels"]:
-        lines.append(f"labels this bundle cannot answer, counted as wrong: {_some(result['unknown_labels'])}")
-    return lines
+        example = examples.shown(record, answers[record.id], tasks[record.task], chosen[record.id])
+        out[record.task].append(example)
+    return {name: sorted(shown, key=lambda each: (each.group, each.record.id)) for name, shown in out.items()}
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -29,7 +29,7 @@ from mmagent import config as configs
 from mmagent import storage
 from mmagent.bundle import BundleError
 from mmagent.config import Config, ConfigError
-from mmagent.evaluation import EvaluationError
+from mmagent.predictions import EvaluationError
 from mmagent.shards import Dataset, DatasetError
 from mmagent.text import BackboneError
 
@@ -193,7 +193,8 @@ def _split_times(folder: Path, began: float) -> dict[str, float]:
 
 def _evaluate(work: Any) -> None:
     """Asks the test split once, if there is one, and writes evaluation.json, report.html and the model card."""
-    from jobs.evaluate import describe, evaluate, table_of
+    from jobs.evaluate import describe, evaluate
+    from jobs.summary import table_of
 
     if not work.dataset.rows("test"):
         print("the data set has no test split: no evaluation")

@@ -169,7 +169,7 @@ def _cpus_of_a_worker(config: Config) -> float:
     free = _free_cpus()
     if free < _DATA_CPUS + 0.1 * config.cluster.workers:
         print(
-            f"Ray has {free:g} CPUs free, and training wants {_DATA_CPUS + 0.1 * config.cluster.workers:g} at least: it "
+            f"Ray has {free:g} CPUs free, but training wants {_DATA_CPUS + 0.1 * config.cluster.workers:g} or more: it "
             "waits until another job ends (ray job list; ray job stop ID) or a service is stopped",
             flush=True,
         )

@@ -1,6 +1,6 @@
 """The model card of a bundle: the ``README.md`` that says what it is, how good it is, and what not to use it for.
 
-    text = card.render(manifest, config, evaluation=evaluation, dataset=dataset.info, licence=card.licence(folder))
+    text = card.render(manifest, config, evaluation=evaluation, dataset=dataset.info, licence=licence.read(folder))
 
 Its front matter is that of the Hugging Face hub (https://huggingface.co/docs/hub/model-cards), so that a bundle can be
 published there as it is.
@@ -11,26 +11,31 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mmagent import wording
 from mmagent.charts import percent
 from mmagent.config import Config
+from mmagent.evaluation import blocks
 from mmagent.examples import group_name
+from mmagent.targets import TaskInfo, kind
 
-_PIPELINES = {
+_PIPELINES = {  # of classify, by modalities
     ("text",): "text-classification",
     ("text", "image"): "visual-question-answering",
     ("text", "audio"): "audio-classification",
 }
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
-_LICENCES = (  # how the text of a well-known licence begins, and its SPDX-like name on the hub
-    (r"apache license\s+version 2\.0", "apache-2.0"),
-    (r"\bmit license\b", "mit"),
-    (r"bsd 3-clause", "bsd-3-clause"),
-)
+_TEXT_PIPELINES = {  # of the other kinds, where text is all that comes in
+    "multilabel": "text-classification",
+    "regress": "text-classification",
+    "relate": "text-classification",
+    "tag": "token-classification",
+    "extract": "question-answering",
+    "match": "text-ranking",
+}
+_HUB_METRICS = {"macro_f1": "f1", "micro_f1": "f1"}  # as the hub calls them
 _LABELS_SHOWN = 30
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # the hub refuses a base model that is a folder
 
@@ -39,6 +44,7 @@ def render(
     manifest: Mapping[str, Any],
     config: Config,
     *,
+    tasks: Mapping[str, TaskInfo],
     evaluation: Mapping[str, Any] | None = None,
     dataset: Mapping[str, Any] | None = None,
     licence: str | None = None,
@@ -48,44 +54,25 @@ def render(
 
     Args:
         manifest: of the bundle.
+        tasks: of the bundle.
         evaluation: as in ``evaluation.json``; without it the card says that nothing was measured.
         dataset: as in ``dataset.json`` of the training data.
-        licence: of the backbone, see `licence`.
+        licence: of the backbone, see `mmagent.licence`.
         where: what to write for the bundle in the commands, e.g. a run's name.
     """
     parts = [
         f"---\n{yaml.safe_dump(_front(manifest, config, evaluation, licence), sort_keys=False, allow_unicode=True)}---",
         f"# {manifest['name']}",
-        _intended(manifest),
+        _intended(manifest, tasks),
         _use(where),
         _results(evaluation),
         _calibration(evaluation),
         _data(manifest, dataset),
         _training(manifest, config),
-        _limits(manifest, evaluation),
+        _limits(manifest, tasks, evaluation),
         _licence_section(config, licence),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
-
-
-def licence(folder: Path) -> str | None:
-    """What a model folder says about its licence, in the front matter of its README.md or in its licence file; None
-    where it says nothing that is understood."""
-    readme = folder / "README.md"
-    if readme.is_file():
-        found = _FRONT_MATTER.match(readme.read_text(errors="replace"))
-        try:
-            front = yaml.safe_load(found[1]) if found else None
-        except yaml.YAMLError:
-            front = None  # a README that is no card says nothing
-        if isinstance(front, dict) and isinstance(front.get("license"), str):
-            return str(front["license"])
-    for file in sorted(folder.glob("LICENSE*")):
-        words = file.read_text(errors="replace")[:2000].lower()
-        for pattern, name in _LICENCES:
-            if re.search(pattern, words):
-                return name
-    return None
 
 
 def _front(
@@ -94,41 +81,62 @@ def _front(
     front: dict[str, Any] = {"library_name": "mmagent"}
     if licence:
         front["license"] = licence
-    pipeline = _PIPELINES.get(tuple(manifest["modalities"]), "any-to-any")
+    pipeline = _pipeline(manifest)
     front["pipeline_tag"] = pipeline
-    front["tags"] = ["mmagent", manifest["task"], *manifest["modalities"]]
+    front["tags"] = ["mmagent", *manifest["tasks"], *manifest["modalities"]]
     if _HUB_ID.fullmatch(config.model.backbone):
         front["base_model"] = config.model.backbone
     front["datasets"] = [manifest.get("data") or config.data.name]
     if evaluation:
-        front["metrics"] = ["accuracy", "f1"]
-        front["model-index"] = [{"name": manifest["name"], "results": [_index(evaluation, pipeline)]}]
+        measured = [_index(evaluation, block, pipeline) for block in blocks(evaluation).values()]
+        front["metrics"] = list(dict.fromkeys(number["type"] for each in measured for number in each["metrics"]))
+        front["model-index"] = [{"name": manifest["name"], "results": measured}]
     return front
 
 
-def _index(evaluation: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
-    values = evaluation["metrics"]
-    names = (("accuracy", "accuracy"), ("f1", "macro_f1"))
+def _pipeline(manifest: Mapping[str, Any]) -> str:
+    """The hub's name for what the default task does."""
+    found, modalities = kind(manifest["task"]), tuple(manifest["modalities"])
+    if found == "classify":
+        return _PIPELINES.get(modalities, "any-to-any")
+    return _TEXT_PIPELINES.get(found, "any-to-any") if modalities == ("text",) else "any-to-any"
+
+
+def _index(evaluation: Mapping[str, Any], block: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
+    values = block["metrics"]
+    names = (block["main"], *wording.beside(block))
     return {
-        "task": {"type": pipeline},
+        "task": {"type": pipeline, "name": block["task"]},
         "dataset": {"name": evaluation["data"], "type": evaluation["data"], "split": evaluation["split"]},
-        "metrics": [{"type": kind, "name": name, "value": round(values[name]["value"], 4)} for kind, name in names],
+        "metrics": [
+            {"type": _HUB_METRICS.get(name, name), "name": name, "value": round(values[name]["value"], 4)}
+            for name in names
+        ],
     }
 
 
-def _intended(manifest: Mapping[str, Any]) -> str:
-    labels = manifest["labels"]
-    shown = ", ".join(f"`{label}`" for label in labels[:_LABELS_SHOWN])
-    more = f" and {len(labels) - _LABELS_SHOWN} more (labels.json)" if len(labels) > _LABELS_SHOWN else ""
+def _intended(manifest: Mapping[str, Any], tasks: Mapping[str, TaskInfo]) -> str:
+    ordered = [manifest["task"], *(name for name in sorted(tasks) if name != manifest["task"])]
+    lines = "\n".join(_task_line(tasks[name]) for name in ordered)
+    default = f"\nA request that names no task means `{manifest['task']}`.\n" if len(ordered) > 1 else ""
     return f"""
-Answers a question or message ({_and(manifest["modalities"])}, in any mix) with one of {len(labels)} labels, a
-probability for each, and whether it would rather abstain.
+Answers a question or message ({_and(manifest["modalities"])}, in any mix), with how sure it is and whether it would
+rather abstain.
 
 ## Intended use
 
-Inputs like those of the data set `{manifest.get("data", "?")}`, where the answer is one of:
-{shown}{more}.
-"""
+Inputs like those of the data set `{manifest.get("data", "?")}`. The answer is:
+
+{lines}
+{default}"""
+
+
+def _task_line(info: TaskInfo) -> str:
+    shown = ", ".join(f"`{label}`" for label in info.labels[:_LABELS_SHOWN])
+    rest = len(info.labels) - _LABELS_SHOWN
+    more = f" and {rest} more (tasks.json)" if rest > 0 else ""
+    said = wording.answers(info.kind, len(info.labels))
+    return f"- `{info.task}`: {said}{': ' if shown else ''}{shown}{more}."
 
 
 def _use(where: str) -> str:
@@ -148,46 +156,54 @@ predictor = Predictor.load("{where}")
 def _results(evaluation: Mapping[str, Any] | None) -> str:
     if not evaluation:
         return "## Results\n\nNothing was measured yet: `python -m jobs.evaluate` does."
-    before = evaluation.get("before", {})
-    names = {"majority": "majority answer", "linear_probe": "linear probe"}
-    head = ["slice", "answers", "accuracy", "95 % interval", "macro F1", *(names.get(key, key) for key in before)]
-    rows = []
-    for name, part in {"all": evaluation, **evaluation["slices"]}.items():
-        accuracy = part["metrics"]["accuracy"]
-        cells = [group_name(name), f"{part['n']:,}", percent(accuracy["value"])]
-        cells += [f"{percent(accuracy['low'])} to {percent(accuracy['high'])}"]
-        cells += [percent(part["metrics"]["macro_f1"]["value"])]
-        for other in before.values():
-            there = other if name == "all" else other["slices"].get(name)
-            cells.append(percent(there["metrics"]["accuracy"]["value"]) if there else "")
-        rows.append(cells)
-    notes = "".join(f"- {names.get(key, key)}: {other['what']}.\n" for key, other in before.items())
+    tasks = blocks(evaluation)
+    parts = "\n\n".join(_measured(block, len(tasks) > 1) for block in tasks.values())
     return f"""
 ## Results
 
 On the split `{evaluation["split"]}` of `{evaluation["data"]}`. The last columns are what simpler answers reach.
 
-{_table(head, rows)}
+{parts}"""
 
-{notes}"""
+
+def _measured(block: Mapping[str, Any], named: bool) -> str:
+    before, main = block.get("before", {}), block["main"]
+    names, beside = wording.BEFORE, wording.beside(block)
+    shown = [wording.name(metric) for metric in beside]
+    head = ["slice", "answers", wording.name(main), "95 % interval", *shown, *(names.get(key, key) for key in before)]
+    rows = []
+    for name, part in {"all": block, **block["slices"]}.items():
+        found = part["metrics"][main]
+        ends = [wording.written(main, found[end]) for end in ("low", "high") if found[end] is not None]
+        cells = [group_name(name), f"{part['n']:,}", wording.value(part, main), " to ".join(ends)]
+        cells += [wording.value(part, metric) for metric in beside]
+        for other in before.values():
+            there = other if name == "all" else other["slices"].get(name)
+            cells.append(wording.value(there, main) if there else "")
+        rows.append(cells)
+    notes = "".join(f"- {names.get(key, key)}: {other['what']}.\n" for key, other in before.items())
+    title = f"### `{block['task']}`\n\n" if named else ""
+    return f"{title}{_table(head, rows)}\n\n{notes}"
 
 
 def _calibration(evaluation: Mapping[str, Any] | None) -> str:
-    if not evaluation:
-        return ""
-    values = evaluation["metrics"]
-    ece, sure, right = (percent(values[name]["value"]) for name in ("ece", "mean_confidence", "accuracy"))
-    lines = [
-        f"Expected calibration error {ece} (15 bins); mean confidence {sure}, accuracy {right}.",
-        f"{percent(evaluation['abstained'])} of the answers lie under the threshold for abstaining.",
-    ]
-    blind = evaluation.get("blind")
-    if blind and blind["n"]:
-        lines.append(
-            f"With the {blind['without']} taken away it is {percent(blind['mean_confidence'])} sure and "
-            f"{percent(blind['accuracy'])} right: a gap of {percent(blind['gap'])}."
-        )
-    return "## Confidence\n\n" + "\n".join(lines)
+    lines = []
+    for task, block in (blocks(evaluation) if evaluation else {}).items():
+        values = block["metrics"]
+        if "ece" in values:
+            ece, sure, best = (wording.value(block, name) for name in ("ece", "mean_confidence", block["main"]))
+            metric = wording.name(block["main"])
+            lines.append(
+                f"`{task}`: expected calibration error {ece} (15 bins); mean confidence {sure}, {metric} {best}."
+            )
+        lines.append(f"{percent(block['abstained'])} of the answers lie under the threshold for abstaining.")
+        blind = block.get("blind")
+        if blind and blind["n"]:
+            lines.append(
+                f"With the {blind['without']} taken away it is {percent(blind['mean_confidence'])} sure and "
+                f"{percent(blind['accuracy'])} right: a gap of {percent(blind['gap'])}."
+            )
+    return "## Confidence\n\n" + "\n".join(lines) if lines else ""
 
 
 def _data(manifest: Mapping[str, Any], dataset: Mapping[str, Any] | None) -> str:
@@ -225,25 +241,32 @@ Run `{manifest.get("run", "?")}`, exported on {_day(manifest["created_ms"])}.{st
 """
 
 
-def _limits(manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+def _limits(manifest: Mapping[str, Any], tasks: Mapping[str, TaskInfo], evaluation: Mapping[str, Any] | None) -> str:
     lines = [
-        "It always answers with one of its labels, also where none is right: look at the confidence.",
         "The numbers hold for data like the test split; other voices, cameras, languages or wordings may be worse.",
         "Decisions about people need more than this: no test for fairness among groups was made.",
     ]
-    if evaluation:
-        parts = {name: part for name, part in evaluation["slices"].items() if part["n"] >= 30}
-        if len(parts) > 1:
-            worst = min(parts, key=lambda name: parts[name]["metrics"]["accuracy"]["value"])
-            value = percent(parts[worst]["metrics"]["accuracy"]["value"])
-            lines.insert(0, f"Weakest slice of the test: {group_name(worst)}, {value}.")
-        weak = [label for label, row in evaluation["per_class"].items() if row["support"] and row["f1"] < 0.8]
-        if weak:
-            lines.insert(0, f"Labels with an F1 under 80 %: {', '.join(weak[:_LABELS_SHOWN])}.")
+    if any(info.kind in ("classify", "relate", "match") for info in tasks.values()):
+        lines.insert(0, "It always gives one of its answers, also where none is right: look at the confidence.")
+    for block in blocks(evaluation).values() if evaluation else ():
+        lines = [*_weak(block), *lines]
     missing = [name for name in ("text", "image", "audio") if name not in manifest["modalities"]]
     if missing:
         lines.append(f"It takes no {_and(missing)}.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _weak(block: Mapping[str, Any]) -> list[str]:
+    """Labels and slices where a task is at its worst."""
+    lines, main = [], block["main"]
+    weak = [label for label, row in block.get("per_class", {}).items() if row["support"] and row["f1"] < 0.8]
+    if weak:
+        lines.append(f"Labels with an F1 under 80 %: {', '.join(weak[:_LABELS_SHOWN])}.")
+    parts = {name: part for name, part in block["slices"].items() if part["n"] >= 30}
+    if len(parts) > 1:
+        worst = min(parts, key=lambda name: parts[name]["metrics"][main]["value"])
+        lines.append(f"Weakest slice of the test: {group_name(worst)}, {wording.value(parts[worst], main)}.")
+    return lines
 
 
 def _licence_section(config: Config, licence: str | None) -> str:

@@ -96,7 +96,7 @@ def lines(
     top = 1.0 if shares else max(high, y_ticks[-1])
     frame = Frame((min(xs), max(xs)), (min(low, y_ticks[0]), top))
     write, write_x = (percent_tick if flag else number for flag in (shares, x_shares))
-    body = [_grid(frame, ticks(*frame.x), y_ticks, write_x, write, x_label, y_label)]
+    body = [grid(frame, ticks(*frame.x), y_ticks, write_x, write, x_label, y_label)]
     for item in drawn:
         thin = _thin(item.points)
         path = "M" + "L".join(f"{frame.px(x)} {frame.py(y)}" for x, y in thin)
@@ -118,7 +118,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], title: str) -> Markup:
     Below it, how many answers fall into each bin."""
     frame = Frame((0, 1), (0, 1), height=330)
     low = Frame((0, 1), (0, max(item["n"] for item in bins)), height=84, bottom=6, top=4)
-    body = [_grid(frame, _FIFTHS, _FIFTHS, percent_tick, percent_tick, "confidence", "accuracy")]
+    body = [grid(frame, _FIFTHS, _FIFTHS, percent_tick, percent_tick, "confidence", "accuracy")]
     histogram = []
     for item in bins:
         if not item["n"]:
@@ -177,7 +177,7 @@ def dots(rows: Sequence[tuple[str, Sequence[Mark]]], *, title: str, x_label: str
     step, left = 38, 200
     height = len(rows) * step + 58
     frame = Frame((start, 1), (0, 1), width=1000, height=height, left=left, right=28, bottom=46, top=12)
-    body: list[Child] = [_grid(frame, ticks(start, 1), [], percent_tick, percent_tick, x_label, "")]
+    body: list[Child] = [grid(frame, ticks(start, 1), [], percent_tick, percent_tick, x_label, "")]
     for index, (name, marks) in enumerate(rows):
         y = frame.top + index * step + step / 2
         body.append(tag("path", d=f"M{frame.left} {y}H{frame.width - frame.right}", class_="rule"))
@@ -224,7 +224,7 @@ def _dot(frame: Frame, mark: Mark, y: float, row: str) -> Markup:
     return tag("g", tag("title", told), *parts)
 
 
-def _grid(
+def grid(
     frame: Frame,
     xs: Sequence[float],
     ys: Sequence[float],
@@ -233,6 +233,7 @@ def _grid(
     x_label: str,
     y_label: str,
 ) -> Markup:
+    """The rules, numbers and names of both axes."""
     foot = frame.height - frame.bottom
     middle = (frame.top + foot) / 2
     out: list[Child] = []

@@ -1,159 +1,221 @@
 """From a table of predictions to the numbers of ``evaluation.json``.
 
-Pure: it opens no bundle and no data set. The table (`schema`) has a row for each record asked; a row that could not be
-answered carries an `error` and counts in no metric, but is counted by reason. Every accuracy, share and probability in
-``evaluation.json`` is a fraction of one (the benchmark files alone speak percent), every loss is in nats::
+Pure: it opens no bundle and no data set. The table (`mmagent.predictions`) has a row for each record asked; a row that
+could not be answered carries an `error` and counts in no metric, but is counted by reason. Every accuracy, share and
+probability in ``evaluation.json`` is a fraction of one (the benchmark files alone speak percent), every loss is in
+nats::
 
-    {"format_version": 1, "bundle": str, "data": str, "split": str, "task": "classify", "n": int,
-     "metrics": {"accuracy": {"value", "low", "high"}, "macro_f1": ..., "mean_confidence": ..., "nll": ...,
-                 "brier": ..., "ece": {"value", "low": null, "high": null}},
+    {"format_version": 1, "bundle": str, "data": str, "split": str,
+     "task": "classify", "kind": "classify", "main": the metric to look at first, "n": int,
+     "metrics": {NAME: {"value", "low", "high"}}, low and high null where no interval is honest
      "abstained": float, "errors": {"n": int, "reasons": {REASON: int}}, "unknown_labels": [labels no answer can be],
      "per_class": {LABEL: {"precision", "recall", "f1", "support"}},
      "slices": {"COLUMN=VALUE": {"n": int, "metrics": {...}}},
      "calibration": {"ece", "bins": [{"low", "high", "n", "confidence", "accuracy"}]},
      "coverage": [{"coverage", "accuracy", "confidence"}],
      "confusion": {"labels": [...], "cells": [{"truth", "predicted", "count"}]},
+     "points": [[truth, answer]],
      "blind": {"without": "image", "n", "accuracy", "mean_confidence", "gap", "errors", "slices": {...}},
-     "before": {NAME: {"what", "n", "metrics": {"accuracy": ...}, "slices": {"COLUMN=VALUE": {"n", "metrics"}}}}}
+     "before": {NAME: {"what", "n", "metrics": {...}, "slices": {"COLUMN=VALUE": {"n", "metrics"}}}},
+     "tasks": {TASK: all from "task" on}, "unanswered": {TASK: {"n", "reasons"}}}
 
-`blind` (how honest the answers are where a modality was taken away: gap = |mean confidence - accuracy|) and `before`
-(simple answers to compare with) are there where they were asked for.
+The metrics are the task's own (classify: accuracy, macro_f1, mean_confidence, nll, brier, ece). `per_class` is there
+for tasks whose labels are counted (classify, relate, multilabel, tag), `confusion` for those that give one (classify,
+relate), `points` for regress. `calibration` and `coverage` ask whether an answer is right as a whole (`Task.right`),
+and are there for all but regress, whose confidence is one number for all answers. `blind` (how honest the answers are
+where a modality was taken away: gap = |mean confidence - accuracy|) and `before` (simple answers to compare with) are
+there where they were asked for. Several tasks stand under `tasks`, and the one that a request means which names none
+also at the top. `unanswered` are tasks of the data set of which no row was answered.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmagent import metrics
-from mmagent.metrics import Outcomes
+from mmagent import metrics, predictions
+from mmagent.comparison import one_seed, taken
+from mmagent.metrics import Number, Outcomes
+from mmagent.predictions import EvaluationError, slice_masks
+from mmagent.tasks import Outcome, Task
+from mmagent.tasks.classify import Classify
 
 FORMAT_VERSION = 1
-MAX_SLICES = 200  # of one column: more is an id, not a slice
 MAX_REASONS = 20  # for rows without an answer, most frequent first
-_SLICE = "slice."  # column prefix, so that a slice named "label" is no other column
-
-
-class EvaluationError(ValueError):
-    """Predictions that cannot be judged; the message says what is missing."""
-
-
-def schema(slices: Sequence[str]) -> pa.Schema:
-    """A row for each record asked; `slices` are keys of its meta, or ``modalities``."""
-    fields = [
-        ("id", pa.string()),
-        ("group", pa.string()),  # rows of one group are not independent: see metrics
-        ("without", pa.string()),  # the modality that was taken away; "" for none
-        ("label", pa.string()),
-        ("predicted", pa.string()),  # null where error is not
-        ("confidence", pa.float64()),
-        ("probabilities", pa.list_(pa.float32())),  # in the order of the bundle's labels
-        ("abstained", pa.bool_()),
-        ("error", pa.string()),
-    ]
-    return pa.schema([*fields, *((_SLICE + name, pa.string()) for name in slices)])
-
-
-def slice_column(name: str) -> str:
-    """The column of the predictions that holds the slice `name`."""
-    return _SLICE + name
+_POINTS = 400  # of a scatter: more cannot be told apart
 
 
 def evaluate(
     table: pa.Table,
-    labels: Sequence[str],
+    tasks: Mapping[str, Task],
+    task: str,
     *,
     bundle: str,
     data: str,
     split: str,
-    task: str = "classify",
-    before: Mapping[str, Any] | None = None,
+    before: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The numbers of ``evaluation.json``; `labels` are the bundle's, in the order of the probabilities.
+    """The numbers of ``evaluation.json``.
+
+    Args:
+        table: see `mmagent.predictions.schema`.
+        tasks, task: the bundle's, and the one that it means where a request names none.
+        before: by task, entries of `mmagent.comparison` by name.
 
     Raises:
-        EvaluationError: a task without metrics, or no row with an answer.
+        EvaluationError: no row with an answer, or a table that does not fit the tasks.
     """
-    if task != "classify":
-        raise EvaluationError(f"the task is {task!r}; metrics exist for classify")
     whole = table.filter(pc.equal(table["without"], ""))
-    answered, errors = _answered(whole)
-    if not answered.num_rows:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in errors["reasons"].items())
-        raise EvaluationError(f"no row of the split {split!r} of {data!r} has an answer: {reasons or 'it is empty'}")
-    outcomes = _outcomes(answered, labels)
+    blocks, unanswered = {}, {}
+    for name in sorted(set(whole["task"].to_pylist())):
+        mine = table.filter(pc.equal(table["task"], name))
+        answered, errors = _answered(mine.filter(pc.equal(mine["without"], "")))
+        if name in tasks and answered.num_rows:
+            blocks[name] = _block(mine, answered, errors, tasks[name], (before or {}).get(name), seed)
+        else:
+            unanswered[name] = errors
+    if not blocks:
+        reasons = Counter({r: n for errors in unanswered.values() for r, n in errors["reasons"].items()})
+        told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(MAX_REASONS))
+        raise EvaluationError(f"no row of the split {split!r} of {data!r} has an answer: {told or 'it is empty'}")
+    first = task if task in blocks else max(blocks, key=lambda name: (blocks[name]["n"], name))
+    return {
+        "format_version": FORMAT_VERSION, "bundle": bundle, "data": data, "split": split, **blocks[first],
+        **({"tasks": blocks} if len(blocks) > 1 else {}),
+        **({"unanswered": unanswered} if unanswered else {}),
+    }  # fmt: skip
+
+
+def blocks(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The part of each task, the bundle's own first."""
+    return {result["task"]: result} | {
+        name: part for name, part in result.get("tasks", {}).items() if name != result["task"]
+    }
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The answered rows of one task."""
+
+    task: Task
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def confidence(self) -> np.ndarray:
+        return self.table["confidence"].to_numpy()
+
+    @property
+    def correct(self) -> np.ndarray:
+        return self.table["right"].to_numpy(zero_copy_only=False).astype(bool)
+
+    @cached_property
+    def classes(self) -> Outcomes | None:
+        """The answers as classes, of tasks that give one label."""
+        return _classes(self.table, self.task.labels) if isinstance(self.task, Classify) else None
+
+    @cached_property
+    def outcomes(self) -> list[Outcome]:
+        return predictions.outcomes(self.table, self.task)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the confidence speaks of each answer."""
+        return self.task.kind != "regress"
+
+    def measure(self, mask: np.ndarray | None, seed: int | list[int]) -> dict[str, Number]:
+        """The task's metrics over the rows where `mask` (n,) holds, with mean_confidence and, where the confidence
+        speaks of each answer, ece."""
+        keep = np.ones(len(self), bool) if mask is None else mask
+        if isinstance(self.task, Classify) and self.classes is not None:
+            part = self.classes if mask is None else self.classes.take(mask)
+            return self.task.summary(part, seed=seed, resamples=metrics.RESAMPLES)
+        out = self.task.measure(taken(self.outcomes, keep), seed=one_seed(seed), resamples=metrics.RESAMPLES)
+        part = self.table.filter(pa.array(keep))
+        groups = np.unique(np.asarray(part["group"].to_pylist()), return_inverse=True)[1]
+        out["mean_confidence"] = metrics.share(part["confidence"].to_numpy(), groups, seed=seed)
+        if self.calibrated:
+            out["ece"] = metrics.point(metrics.calibration(Judged(self.task, part))["ece"])
+        return out
+
+    def per_class(self) -> dict[str, dict[str, float]]:
+        return self.task.per_class(self.outcomes) if self.classes is None else metrics.per_class(self.classes)
+
+    def unknown_labels(self) -> list[str]:
+        """Those of the right answers that no answer can name."""
+        named: set[str] = set()
+        if self.classes is not None:
+            named = set(self.table["label"].to_pylist())
+        elif self.task.kind == "multilabel":
+            named = {label for outcome in self.outcomes for label in outcome.gold}
+        elif self.task.kind == "tag":
+            named = {label for outcome in self.outcomes for _, _, label in outcome.gold}
+        return sorted(named - set(self.task.labels))
+
+
+def _block(
+    mine: pa.Table, answered: pa.Table, errors: dict[str, Any], task: Task, before: Mapping[str, Any] | None, seed: int
+) -> dict[str, Any]:
+    found = Judged(task, answered)
     out: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "bundle": bundle,
-        "data": data,
-        "split": split,
-        "task": task,
-        "n": len(outcomes),
-        "metrics": metrics.summary(outcomes, seed=seed),
+        "task": task.name,
+        "kind": task.kind,
+        "main": task.score,
+        "n": len(found),
+        "metrics": found.measure(None, seed),
         "abstained": float(np.mean(answered["abstained"].to_numpy(zero_copy_only=False))),
         "errors": errors,
-        "unknown_labels": sorted(set(answered["label"].to_pylist()) - set(labels)),
-        "per_class": metrics.per_class(outcomes),
+        "unknown_labels": found.unknown_labels(),
         "slices": {
-            name: {"n": len(part), "metrics": metrics.summary(part, seed=[seed, zlib.crc32(name.encode())])}
-            for name, part in _slices(answered, outcomes)
+            name: {"n": int(mask.sum()), "metrics": found.measure(mask, [seed, zlib.crc32(name.encode())])}
+            for name, mask in slice_masks(answered)
         },
-        "calibration": metrics.calibration(outcomes),
-        "coverage": metrics.coverage(outcomes),
-        "confusion": {"labels": list(outcomes.labels), "cells": metrics.confusion(outcomes)},
     }
-    for without in sorted(set(table["without"].to_pylist()) - {""}):
-        out["blind"] = _blind(table.filter(pc.equal(table["without"], without)), without, labels)
+    if classes := found.per_class():
+        out["per_class"] = classes
+    if found.calibrated:
+        judged = found if found.classes is None else found.classes
+        out |= {"calibration": metrics.calibration(judged), "coverage": metrics.coverage(judged)}
+    if found.classes is not None:
+        out["confusion"] = {"labels": list(found.classes.labels), "cells": metrics.confusion(found.classes)}
+    if task.kind == "regress":
+        out["points"] = _points(found.outcomes, seed)
+    for without in sorted(set(mine["without"].to_pylist()) - {""}):
+        if found.calibrated:
+            out["blind"] = _blind(mine.filter(pc.equal(mine["without"], without)), without, task)
     if before:
         out["before"] = dict(before)
     return out
 
 
-def compare(table: pa.Table, hits: Sequence[bool | None], what: str, *, seed: int = 0) -> dict[str, Any]:
-    """An entry of `before`: how often another way of answering was right.
-
-    Args:
-        table: predictions; their labels, groups and slices are used.
-        hits: for each row of the table whether the other answer is right; None where it was not asked.
-        what: how the other answers were made, in a sentence.
-
-    Raises:
-        EvaluationError: no row was asked.
-    """
-    asked = np.array([hit is not None for hit in hits], dtype=bool)
-    if not asked.any():
-        raise EvaluationError(f"no row was asked for the comparison: {what}")
-    table, right = table.filter(pa.array(asked)), np.array([bool(hit) for hit in hits])[asked]
-    groups = np.unique(np.asarray(table["group"].to_pylist()), return_inverse=True)[1]
-    parts = {}
-    for name, mask in _slice_masks(table):
-        keys = np.unique(groups[mask], return_inverse=True)[1]
-        number = metrics.share(right[mask], keys, seed=[seed, zlib.crc32(name.encode())])
-        parts[name] = {"n": int(mask.sum()), "metrics": {"accuracy": number}}
-    whole = {"accuracy": metrics.share(right, groups, seed=seed)}
-    return {"what": what, "n": len(right), "metrics": whole, "slices": parts}
+def _points(outcomes: Sequence[Outcome], seed: int) -> list[list[float]]:
+    drawn = np.random.default_rng(seed).permutation(len(outcomes))[:_POINTS]
+    return [[float(outcomes[index].gold), float(outcomes[index].decision.value or 0.0)] for index in sorted(drawn)]
 
 
-def _blind(table: pa.Table, without: str, labels: Sequence[str]) -> dict[str, Any]:
+def _blind(table: pa.Table, without: str, task: Task) -> dict[str, Any]:
     answered, errors = _answered(table)
     if not answered.num_rows:
         return {"without": without, "n": 0, "errors": errors, "slices": {}}
-    outcomes = _outcomes(answered, labels)
-    parts = {name: _honesty(part) for name, part in _slices(answered, outcomes)}
-    return {"without": without, **_honesty(outcomes), "errors": errors, "slices": parts}
+    found = Judged(task, answered)
+    parts = {name: _honesty(found.correct[mask], found.confidence[mask]) for name, mask in slice_masks(answered)}
+    return {"without": without, **_honesty(found.correct, found.confidence), "errors": errors, "slices": parts}
 
 
-def _honesty(outcomes: Outcomes) -> dict[str, Any]:
-    accuracy, confidence = float(outcomes.correct.mean()), float(outcomes.confidence.mean())
-    gap = abs(confidence - accuracy)
-    return {"n": len(outcomes), "accuracy": accuracy, "mean_confidence": confidence, "gap": gap}
+def _honesty(correct: np.ndarray, confidence: np.ndarray) -> dict[str, Any]:
+    accuracy, claimed = float(correct.mean()), float(confidence.mean())
+    return {"n": len(correct), "accuracy": accuracy, "mean_confidence": claimed, "gap": abs(claimed - accuracy)}
 
 
 def _answered(table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
@@ -163,7 +225,7 @@ def _answered(table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
     return table.filter(pc.is_null(table["error"])), errors
 
 
-def _outcomes(answered: pa.Table, labels: Sequence[str]) -> Outcomes:
+def _classes(answered: pa.Table, labels: Sequence[str]) -> Outcomes:
     flat = pc.list_flatten(answered["probabilities"]).to_numpy().astype(np.float64)
     if len(flat) != answered.num_rows * len(labels):
         raise EvaluationError(
@@ -177,25 +239,3 @@ def _outcomes(answered: pa.Table, labels: Sequence[str]) -> Outcomes:
         flat.reshape(-1, len(labels)),
         answered["group"].to_pylist(),
     )
-
-
-def _slices(answered: pa.Table, outcomes: Outcomes) -> Iterator[tuple[str, Outcomes]]:
-    for name, mask in _slice_masks(answered):
-        yield name, outcomes.take(mask)
-
-
-def _slice_masks(table: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
-    """``COLUMN=VALUE`` and its rows (n,), in the order of the columns; a row without the key is in no slice of it."""
-    for column in table.column_names:
-        if not column.startswith(_SLICE):
-            continue
-        name = column.removeprefix(_SLICE)
-        values = np.array(table[column].to_pylist(), dtype=object)
-        present = sorted({value for value in values if value is not None})
-        if len(present) > MAX_SLICES:
-            raise EvaluationError(
-                f"the slice column {name!r} has {len(present)} values, e.g. {present[0]!r}; {MAX_SLICES} at most are "
-                "wanted: name a column of fewer values in --slices"
-            )
-        for value in present:
-            yield f"{name}={value}", values == value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from scipy import sparse
@@ -20,6 +20,18 @@ BINS = 15
 _DRAWS_AT_ONCE = 4_000_000  # bounds the memory of the bootstrap, whatever the number of rows
 
 Number = dict[str, float | None]  # {"value", "low", "high"}: low and high are None where no interval is honest
+
+
+class Judged(Protocol):
+    """Answers that are right or wrong, each with a confidence."""
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """(n,) float: the probability each answer claims to be right with."""
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(n,) bool."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ def summary(outcomes: Outcomes, *, seed: int | Sequence[int] = 0, resamples: int
 
 
 def share(hits: np.ndarray, groups: np.ndarray | None = None, *, seed: int | Sequence[int] = 0) -> Number:
-    """The mean of `hits` (n,) with its interval: an accuracy where there are no probabilities."""
+    """The mean of `hits` (n,) with its interval: an accuracy where there are no probabilities, or of confidences."""
     keys = np.arange(len(hits)) if groups is None else groups
     statistics = np.stack([np.ones(len(hits)), hits], axis=1)
     drawn = [sums[:, 1] / sums[:, 0] for sums in _resampled(sparse.csr_array(statistics), keys, seed, RESAMPLES)]
@@ -166,7 +178,7 @@ def per_class(outcomes: Outcomes) -> dict[str, dict[str, float]]:
     }
 
 
-def calibration(outcomes: Outcomes, bins: int = BINS) -> dict[str, Any]:
+def calibration(outcomes: Judged, bins: int = BINS) -> dict[str, Any]:
     """Expected calibration error over equal-width bins (m-1)/M < confidence <= m/M: the mean over rows of
     |accuracy - confidence| of the row's bin (C. Guo et al. 2017, arXiv:1706.04599, equation 3), and the bins."""
     place = np.clip(np.ceil(outcomes.confidence * bins).astype(int) - 1, 0, bins - 1)
@@ -183,10 +195,10 @@ def calibration(outcomes: Outcomes, bins: int = BINS) -> dict[str, Any]:
         }
         for index in range(bins)
     ]
-    return {"ece": float(np.abs(hits - claimed).sum() / len(outcomes)), "bins": rows}
+    return {"ece": float(np.abs(hits - claimed).sum() / len(outcomes.correct)), "bins": rows}
 
 
-def coverage(outcomes: Outcomes, points: int = 100) -> list[dict[str, float]]:
+def coverage(outcomes: Judged, points: int = 100) -> list[dict[str, float]]:
     """Accuracy of the answers that are given where only those of at least some confidence are: (coverage, accuracy,
     confidence) with rising coverage (Y. Geifman, R. El-Yaniv 2017, arXiv:1705.08500). Rows of equal confidence are
     kept or refused together; of more than `points` thresholds, evenly spread ones are given."""

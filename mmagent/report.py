@@ -1,6 +1,6 @@
 """``report.html``: one evaluation as one page that stands alone: no script, no request, pictures and sound inside.
 
-html = report.render(evaluation, curves=rows_of_metrics_jsonl, examples=examples)
+html = report.render(evaluation, curves=rows_of_metrics_jsonl, examples={task: examples})
 """
 
 from __future__ import annotations
@@ -9,46 +9,50 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmagent import charts
+from mmagent import charts, example_cards, learning, wording
 from mmagent.charts import SPACE, Mark, Series, percent
+from mmagent.evaluation import blocks
 from mmagent.examples import Example, group_name
-from mmagent.examples import section as examples_section
 from mmagent.markup import Child, Markup, join, tag
 from mmagent.media import Limits
+from mmagent.panels import count, figure, key, panel, table, tile
 from mmagent.report_style import CSS
+from mmagent.scatter import scatter
+from mmagent.wording import heading, interval, value
 
 _MATRIX_LABELS = 40  # more are a table of the most frequent mistakes
 _MISTAKES = 30
-_TALL_ROWS = 15  # a longer table scrolls in its own window
 _PLOTTED = 16  # slices in the first chart
 # Nothing may be fetched and nothing run, whatever a data set says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
-_BEFORE_NAMES = {"majority": "majority answer", "linear_probe": "linear probe"}
+Section = tuple[str, str, Markup]  # anchor, title, body
 
 
 def render(
     evaluation: Mapping[str, Any],
     *,
     curves: Sequence[Mapping[str, Any]] = (),
-    examples: Sequence[Example] = (),
+    examples: Mapping[str, Sequence[Example]] | None = None,
     limits: Limits | None = None,
 ) -> str:
     """The page.
 
     Args:
         evaluation: as in ``evaluation.json``.
-        curves: the lines of ``metrics.jsonl``: {"step", "kind": "train" | "validation", "loss", "accuracy"}.
-        examples: answers to show, grouped by their heading in the order given.
+        curves: the lines of ``metrics.jsonl``: {"step", "kind": "train" | "validation", "loss", METRIC}.
+        examples: by task, answers to show, grouped by their heading in the order given.
         limits: of the media in the examples.
     """
-    sections = [
-        ("result", "Before and after", _results(evaluation)),
-        ("learning", "Learning", _learning(curves)),
-        ("confidence", "Confidence", _confidence(evaluation)),
-        ("classes", "Classes", _classes(evaluation)),
-        ("examples", "Examples", examples_section(examples, limits or Limits())),
-    ]
-    shown = [(key, name, body) for key, name, body in sections if body]
+    tasks = blocks(evaluation)
+    several = len(tasks) > 1
+    parts: list[tuple[Markup, list[Section]]] = []
+    for index, (task, block) in enumerate(tasks.items()):
+        found = _sections(block, (examples or {}).get(task, ()), limits or Limits())
+        if several:
+            found = [(f"{anchor}-{index}", f"{task}: {title}", body) for anchor, title, body in found]
+        if index == 0 and (learnt := learning.section(curves, tasks)):
+            found.insert(1, ("learning", "Learning", learnt))
+        parts.append((_headline(block), found))
     name = f"Evaluation of {evaluation['bundle']}"
     head = tag(
         "head",
@@ -58,122 +62,128 @@ def render(
         tag("title", name),
         tag("style", Markup(CSS)),
     )
-    links = [tag("a", title, href=f"#{key}") for key, title, _ in shown]
-    what = f"{_count(evaluation['n'])} answers on the split {evaluation['split']} of {evaluation['data']}"
+    links = [tag("a", title, href=f"#{anchor}") for _, found in parts for anchor, title, _ in found]
+    total = sum(block["n"] for block in tasks.values())
+    what = f"{count(total)} answers on the split {evaluation['split']} of {evaluation['data']}"
     top = tag("header", tag("h1", name), tag("p", what, class_="soft"), tag("nav", links, aria_label="Sections"))
-    body = [tag("section", tag("h2", title, id=key), part, aria_labelledby=key) for key, title, part in shown]
-    page = tag("body", top, tag("main", _headline(evaluation), body), _footer(evaluation))
+    main: list[Child] = []
+    for task, (headline, found) in zip(tasks, parts, strict=True):
+        main += [tag("p", "Task ", tag("b", task), class_="task") if several else None, headline]
+        main += [tag("section", tag("h2", title, id=key), part, aria_labelledby=key) for key, title, part in found]
+    page = tag("body", top, tag("main", main), _footer(evaluation, tasks))
     return "<!doctype html>\n" + tag("html", head, page, lang="en") + "\n"
 
 
-def _headline(evaluation: Mapping[str, Any]) -> Markup:
-    values = evaluation["metrics"]
-    accuracy = values["accuracy"]
-    tiles = [_tile("Accuracy", percent(accuracy["value"]), f"{_interval(accuracy)} (95{SPACE}% interval)", main=True)]
-    for key, before in evaluation.get("before", {}).items():
-        value = before["metrics"]["accuracy"]
-        name = _BEFORE_NAMES.get(key, key).capitalize()
-        tiles.append(_tile(name, percent(value["value"]), f"before fine-tuning: {_interval(value)}"))
-    tiles.append(_tile("Macro F1", percent(values["macro_f1"]["value"]), _interval(values["macro_f1"])))
-    tiles.append(_tile("Calibration error", percent(values["ece"]["value"]), "how far confidence is from accuracy"))
-    if blind := evaluation.get("blind"):
+def _sections(block: Mapping[str, Any], shown: Sequence[Example], limits: Limits) -> list[Section]:
+    """What fits the task."""
+    sections = [
+        ("result", "Before and after", _results(block)),
+        ("answers", "Answers", _points(block)),
+        ("confidence", "Confidence", _confidence(block) if "calibration" in block else None),
+        ("classes", "Classes" if "confusion" in block else "Labels", _classes(block) if "per_class" in block else None),
+        ("examples", "Examples", example_cards.section(shown, limits)),
+    ]
+    return [(anchor, title, body) for anchor, title, body in sections if body]
+
+
+def _headline(block: Mapping[str, Any]) -> Markup:
+    values, main = block["metrics"], block["main"]
+    tiles = [
+        tile(
+            heading(wording.name(main)), value(block, main), f"{interval(main, values[main])} (95{SPACE}% interval)",
+            main=True,
+        )
+    ]  # fmt: skip
+    for name, before in block.get("before", {}).items():
+        told = f"before fine-tuning: {interval(main, before['metrics'][main])}"
+        tiles.append(tile(heading(wording.BEFORE.get(name, name)), value(before, main), told))
+    for name in wording.beside(block):
+        shown = interval(name, values[name])
+        tiles.append(tile(heading(wording.name(name)), value(block, name), "" if shown == "–" else shown))
+    if "ece" in values:
+        tiles.append(tile("Calibration error", value(block, "ece"), "how far confidence is from accuracy"))
+    if blind := block.get("blind"):
         shown = blind["slices"].get("form=text", blind)
         if shown["n"]:
             note = f"confidence {percent(shown['mean_confidence'])}, right {percent(shown['accuracy'])}"
             note = f"without its {blind['without']}: {note}"
-            tiles.append(_tile("Honesty gap", percent(shown["gap"]), note))
-    if evaluation["errors"]["n"]:
-        tiles.append(_tile("Not answered", _count(evaluation["errors"]["n"]), "rows with an error: in no number here"))
+            tiles.append(tile("Honesty gap", percent(shown["gap"]), note))
+    if block["errors"]["n"]:
+        tiles.append(tile("Not answered", count(block["errors"]["n"]), "rows with an error: in no number here"))
     return tag("dl", tiles, class_="tiles")
 
 
-def _tile(name: str, value: str, note: str, *, main: bool = False) -> Markup:
-    shown = (tag("dt", name), tag("dd", value, class_="big"), tag("dd", note, class_="note"))
-    return tag("div", *shown, class_="tile main" if main else "tile")
+def _results(block: Mapping[str, Any]) -> Markup:
+    before, main = block.get("before", {}), block["main"]
+    rows = {"all": block, **block["slices"]}
+    notes = [
+        tag("p", tag("b", wording.BEFORE.get(name, name)), f": {item['what']}", class_="soft")
+        for name, item in before.items()
+    ]
+    chart = _dots(rows, before, main) if wording.is_share(main) else None
+    return join(chart, notes, panel(_slice_table(rows, before)))
 
 
-def _results(evaluation: Mapping[str, Any]) -> Markup:
-    before = evaluation.get("before", {})
-    rows = {"all": evaluation, **evaluation["slices"]}
+def _dots(rows: Mapping[str, Mapping[str, Any]], before: Mapping[str, Any], main: str) -> Markup:
     # One column of slices is a picture, all of them a table: the first that divides the rows is what the test is about.
-    columns = Counter(name.partition("=")[0] for name in evaluation["slices"])
+    columns = Counter(name.partition("=")[0] for name in rows if name != "all")
     first = next((column for column, values in columns.items() if 1 < values <= _PLOTTED), None)
     plotted = {name: part for name, part in rows.items() if name.partition("=")[0] in ("all", first)}
-    lines = [(group_name(name), _marks(name, part, before)) for name, part in plotted.items()]
-    names = ["this bundle", *(_BEFORE_NAMES.get(key, key) for key in before)]
-    chart = charts.dots(lines, title="Accuracy of this bundle and of simpler answers, by slice", x_label="accuracy")
-    what = "Accuracy with its 95 % interval, on one scale that ends at 100 %."
-    figure = _figure(None, tag("div", chart, class_="scroll"), what, _key(names, "dots"))
-    notes = [
-        tag("p", tag("b", _BEFORE_NAMES.get(key, key)), f": {item['what']}", class_="soft")
-        for key, item in before.items()
-    ]
-    return join(tag("div", figure, class_="panel"), notes, tag("div", _slice_table(rows, before), class_="panel"))
+    lines = [(group_name(name), _marks(name, part, before, main)) for name, part in plotted.items()]
+    names = ["this bundle", *(wording.BEFORE.get(name, name) for name in before)]
+    metric = wording.name(main)
+    title = f"{heading(metric)} of this bundle and of simpler answers, by slice"
+    chart = charts.dots(lines, title=title, x_label=metric)
+    what = f"{heading(metric)} with its 95 % interval, on one scale that ends at 100 %."
+    return panel(figure(None, tag("div", chart, class_="scroll"), what, key(names, "dots")))
 
 
-def _marks(name: str, part: Mapping[str, Any], before: Mapping[str, Any]) -> list[Mark]:
-    value = part["metrics"]["accuracy"]
+def _marks(name: str, part: Mapping[str, Any], before: Mapping[str, Any], main: str) -> list[Mark]:
+    found = part["metrics"][main]
     marks = []
-    for style, (key, item) in enumerate(before.items(), 2):
+    for style, (other_name, item) in enumerate(before.items(), 2):
         other = item if name == "all" else item["slices"].get(name)
         if other:
-            number = other["metrics"]["accuracy"]
-            marks.append(Mark(_BEFORE_NAMES.get(key, key), number["value"], number["low"], number["high"], style))
-    return [*marks, Mark("this bundle", value["value"], value["low"], value["high"])]
+            number = other["metrics"][main]
+            shown = wording.BEFORE.get(other_name, other_name)
+            marks.append(Mark(shown, number["value"], number["low"], number["high"], style))
+    return [*marks, Mark("this bundle", found["value"], found["low"], found["high"])]
 
 
 def _slice_table(rows: Mapping[str, Mapping[str, Any]], before: Mapping[str, Any]) -> Markup:
-    head = ["slice", "answers", "accuracy", "macro F1", "calibration error", "mean confidence"]
+    whole = rows["all"]
+    main, others = whole["main"], [*wording.beside(whole), *({"ece"} & set(whole["metrics"])), "mean_confidence"]
+    head = ["slice", "answers", *(wording.name(metric) for metric in (main, *others))]
     body: list[tuple[str, list[Child]]] = []
     for name, part in rows.items():
-        values = part["metrics"]
-        accuracy = join(percent(values["accuracy"]["value"]), " ", tag("small", _interval(values["accuracy"])))
-        cells: list[Child] = [_count(part["n"]), accuracy]
-        cells += [percent(values[key]["value"]) for key in ("macro_f1", "ece", "mean_confidence")]
+        first = join(value(part, main), " ", tag("small", interval(main, part["metrics"][main])))
+        cells: list[Child] = [count(part["n"]), first, *(value(part, metric) for metric in others)]
         for item in before.values():
             other = item if name == "all" else item["slices"].get(name)
-            cells.append(percent(other["metrics"]["accuracy"]["value"]) if other else "–")
+            cells.append(value(other, main) if other else "–")
         body.append((group_name(name), cells))
-    head += [f"before: {_BEFORE_NAMES.get(key, key)}" for key in before]
-    return _table(head, body, "Every slice of the test, with 95 % intervals, and what simpler answers reach on it.")
+    head += [f"before: {wording.BEFORE.get(name, name)}" for name in before]
+    return table(head, body, "Every slice of the test, with 95 % intervals, and what simpler answers reach on it.")
 
 
-def _learning(curves: Sequence[Mapping[str, Any]]) -> Markup | None:
-    def points(kind: str, key: str) -> list[tuple[float, float]]:
-        return [(row["step"], row[key]) for row in curves if row.get("kind") == kind and row.get(key) is not None]
-
-    figures: list[Child] = []
-    for name, shares in (("Loss", False), ("Accuracy", True)):
-        what = name.lower()
-        series = (
-            Series("training", points("train", what), 2),
-            Series("validation", points("validation", what), 1, True),
-        )
-        drawn = [item for item in series if item.points]
-        if not drawn:
-            continue
-        title, step = f"{name} by optimizer step", "optimizer step"
-        chart = charts.lines(drawn, title=title, x_label=step, y_label=what, shares=shares, floor=0)
-        last = "; ".join(f"{item.name} at the end {_written(item.points[-1][1], shares)}" for item in drawn)
-        key = tag("ul", [tag("li", item.name, class_=f"s{item.style}") for item in drawn], class_="key lines")
-        figures.append(tag("div", _figure(name, chart, f"{last}.", key), class_="panel"))
-    return tag("div", figures, class_="pair") if figures else None
+def _points(block: Mapping[str, Any]) -> Markup | None:
+    if not block.get("points"):
+        return None
+    chart = scatter(block["points"], title="Given by right value", x_label="right value", y_label="given value")
+    told = f"{count(len(block['points']))} answers; on the dashed line they are right."
+    return panel(figure("How far off is it?", chart, told))
 
 
-def _written(value: float, shares: bool) -> str:
-    return percent(value) if shares else charts.number(value)
-
-
-def _confidence(evaluation: Mapping[str, Any]) -> Markup:
-    bins = evaluation["calibration"]["bins"]
-    ece = percent(evaluation["calibration"]["ece"])
+def _confidence(block: Mapping[str, Any]) -> Markup:
+    bins = block["calibration"]["bins"]
+    ece = percent(block["calibration"]["ece"])
     told = (
         f"Of all answers given with some confidence, that share should be right: bars on the dashed line. Red is the "
         f"distance to the mean confidence of the bin; its mean over all answers is the calibration error, {ece}."
     )
     chart = charts.reliability(bins, f"Reliability diagram: accuracy by confidence; expected calibration error {ece}")
-    figures = [tag("div", _figure("Is it right as often as it says?", chart, told), class_="panel")]
-    points = [(row["coverage"], row["accuracy"]) for row in evaluation["coverage"]]
+    figures = [panel(figure("Is it right as often as it says?", chart, told))]
+    points = [(row["coverage"], row["accuracy"]) for row in block["coverage"]]
     floor = max(0.0, min(y for _, y in points) - 0.02)
     line = charts.lines(
         [Series("accuracy", points, 1)],
@@ -181,9 +191,9 @@ def _confidence(evaluation: Mapping[str, Any]) -> Markup:
         y_label="accuracy", shares=True, x_shares=True, floor=floor,
     )  # fmt: skip
     what = "The surest answers first: how accurate it is where the less sure ones are left to a person. "
-    what += " ".join(_at_coverage(evaluation["coverage"], wanted) for wanted in (0.5, 0.9, 0.95))
-    figures.append(tag("div", _figure("What does doubt buy?", line, what), class_="panel"))
-    return join(tag("div", figures, class_="pair"), _blind(evaluation.get("blind")))
+    what += " ".join(_at_coverage(block["coverage"], wanted) for wanted in (0.5, 0.9, 0.95))
+    figures.append(panel(figure("What does doubt buy?", line, what)))
+    return join(tag("div", figures, class_="pair"), _blind(block.get("blind")))
 
 
 def _at_coverage(points: Sequence[Mapping[str, float]], wanted: float) -> str:
@@ -198,7 +208,7 @@ def _blind(blind: Mapping[str, Any] | None) -> Markup | None:
     body = [
         (
             group_name(name),
-            [_count(part["n"]), *(percent(part[key]) for key in ("accuracy", "mean_confidence", "gap"))],
+            [count(part["n"]), *(percent(part[key]) for key in ("accuracy", "mean_confidence", "gap"))],
         )
         for name, part in rows.items()
     ]
@@ -206,72 +216,47 @@ def _blind(blind: Mapping[str, Any] | None) -> Markup | None:
         f"The same questions with the {blind['without']} taken away. An honest model then claims no more than it gets "
         "right: the gap is the distance between mean confidence and accuracy."
     )
-    table = _table(["slice", "answers", "accuracy", "mean confidence", "gap"], body, told)
-    return tag("div", tag("h3", f"Without its {blind['without']}"), table, class_="panel")
+    shown = table(["slice", "answers", "accuracy", "mean confidence", "gap"], body, told)
+    return panel(tag("h3", f"Without its {blind['without']}"), shown)
 
 
-def _classes(evaluation: Mapping[str, Any]) -> Markup:
-    head = ["class", "precision", "recall", "F1", "support"]
+def _classes(block: Mapping[str, Any]) -> Markup:
+    classes, confusion = block["per_class"], block.get("confusion")
+    head = ["class" if confusion else "label", "precision", "recall", "F1", "support"]
     body = [
-        (label, [*(percent(row[key]) for key in ("precision", "recall", "f1")), _count(row["support"])])
-        for label, row in evaluation["per_class"].items()
+        (label, [*(percent(row[name]) for name in ("precision", "recall", "f1")), count(row["support"])])
+        for label, row in classes.items()
     ]
-    table = tag("div", _table(head, body, "Precision, recall and F1 of each class."), class_="panel")
-    occurring = [label for label in evaluation["confusion"]["labels"] if label in evaluation["per_class"]]
-    cells = evaluation["confusion"]["cells"]
+    listed = panel(table(head, body, f"Precision, recall and F1 of each {head[0]}."))
+    return tag("div", panel(_confusion(confusion, classes)), listed, class_="pair") if confusion else listed
+
+
+def _confusion(confusion: Mapping[str, Any], classes: Mapping[str, Any]) -> Markup:
+    occurring = [label for label in confusion["labels"] if label in classes]
+    cells = confusion["cells"]
     if len(occurring) <= _MATRIX_LABELS:
         told = "Rows: the right answer; columns: the given one. Blue is right, red is wrong, darker is more of its row."
         chart = charts.confusion(occurring, cells, "Confusion matrix: right answer by given answer")
-        shown = _figure("Confusion matrix", chart, told)
-    else:
-        wrong = [cell for cell in cells if cell["truth"] != cell["predicted"]][:_MISTAKES]
-        mistakes = [(cell["truth"], [cell["predicted"], _count(cell["count"])]) for cell in wrong]
-        shown = _table(["right answer", "given answer", "times"], mistakes, "The most frequent mistakes.")
-    return tag("div", tag("div", shown, class_="panel"), table, class_="pair")
+        return figure("Confusion matrix", chart, told)
+    wrong = [cell for cell in cells if cell["truth"] != cell["predicted"]][:_MISTAKES]
+    mistakes = [(cell["truth"], [cell["predicted"], count(cell["count"])]) for cell in wrong]
+    return table(["right answer", "given answer", "times"], mistakes, "The most frequent mistakes.")
 
 
-def _footer(evaluation: Mapping[str, Any]) -> Markup:
+def _footer(evaluation: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Markup:
     notes = (
         "Intervals are 95 % percentile bootstraps of 1,000 resamples; rows of one group (the questions about one "
         "picture) are drawn together. Calibration error: 15 bins of equal width (Guo et al. 2017). "
         "Macro F1: the mean over the classes that occur. All numbers: evaluation.json, beside this page."
     )
     parts: list[Child] = [tag("p", notes)]
-    for reason, count in evaluation["errors"]["reasons"].items():
-        parts.append(tag("p", f"Not answered: {count} x {reason}"))
-    if evaluation["unknown_labels"]:
-        names = ", ".join(evaluation["unknown_labels"][:20])
-        parts.append(tag("p", f"Labels of the data that this bundle cannot answer (counted as wrong): {names}"))
+    for block in tasks.values():
+        for reason, rows in block["errors"]["reasons"].items():
+            parts.append(tag("p", f"Not answered: {rows} x {reason}"))
+        if block["unknown_labels"]:
+            names = ", ".join(block["unknown_labels"][:20])
+            parts.append(tag("p", f"Labels of the data that this bundle cannot answer (counted as wrong): {names}"))
+    for name, errors in evaluation.get("unanswered", {}).items():
+        told = "; ".join(f"{rows} x {reason}" for reason, rows in errors["reasons"].items())
+        parts.append(tag("p", f"Task {name}: not answered: {told}"))
     return tag("footer", parts)
-
-
-def _figure(name: str | None, chart: Markup, caption: str, key: Markup | None = None) -> Markup:
-    return tag("figure", tag("h3", name) if name else None, key, chart, tag("figcaption", caption))
-
-
-def _key(names: Sequence[str], kind: str) -> Markup:
-    return tag("ul", [tag("li", name, class_=f"s{index}") for index, name in enumerate(names, 1)], class_=f"key {kind}")
-
-
-def _table(
-    head: Sequence[str], body: Sequence[tuple[str, Sequence[Child]]], caption: str, *, tall: bool = False
-) -> Markup:
-    top = tag("thead", tag("tr", [tag("th", name, scope="col") for name in head]))
-    rows = [tag("tr", tag("th", name, scope="row"), [tag("td", cell) for cell in cells]) for name, cells in body]
-    tall = len(body) > _TALL_ROWS
-    table = tag("table", top, tag("tbody", rows), aria_label=caption)
-    # The region can be scrolled by keyboard where it is too small for the table.
-    region = tag(
-        "div", table, class_="scroll tall" if tall else "scroll", tabindex="0", role="region", aria_label=caption
-    )
-    return tag("figure", tag("figcaption", caption, class_="above"), region)
-
-
-def _interval(value: Mapping[str, float | None]) -> str:
-    if value["low"] is None or value["high"] is None:
-        return "–"
-    return f"{percent(value['low']).removesuffix(f'{SPACE}%')} – {percent(value['high'])}".replace(" ", SPACE)
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"

@@ -105,6 +105,20 @@ td small { color: var(--soft); }
 .bars dd { margin: 0; } .bars .track { background: var(--shade); border-radius: 4px; height: 9px; overflow: hidden; }
 .bars .fill { background: var(--mute); height: 100%; } .bars .is-truth .fill { background: var(--good); }
 .bars .is-said .fill { background: var(--bad); } .bars .value { color: var(--soft); text-align: right; }
+.passage { margin: 0 0 8px; font-weight: 500; overflow-wrap: anywhere; white-space: pre-line; }
+mark { background: none; color: inherit; border-bottom: 3px solid var(--s1); padding: 0 2px 1px; }
+mark small { color: var(--soft); margin-left: 5px; font-size: 0.72rem; }
+mark.ok { border-color: var(--good); } mark.no { border-color: var(--bad); }
+mark.missed { border-bottom: 3px dashed var(--good); }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 0 0 8px; padding: 0; font-size: 0.86rem; }
+.chips li { border: 1px solid var(--rule); border-radius: 99px; padding: 1px 11px; overflow-wrap: anywhere; }
+.chips .ok { border-color: var(--good); color: var(--good); }
+.chips .no { border-color: var(--bad); color: var(--bad); }
+.chips .missed { border: 1px dashed var(--good); }
+.ranking { margin: 0 0 8px; padding-left: 26px; font-size: 0.9rem; overflow-wrap: anywhere; }
+.ranking .ok { color: var(--good); font-weight: 600; } .ranking small { color: var(--soft); font-weight: 400; }
+.chart .faint { opacity: 0.55; }
+.task { margin: 44px 0 0; font-size: 1.05rem; }
 .about { font-size: 0.8rem; color: var(--soft); margin: 10px 0 0; overflow-wrap: anywhere; }
 footer { color: var(--soft); font-size: 0.88rem; padding-top: 28px; padding-bottom: 60px; }
 footer p { max-width: 90ch; }

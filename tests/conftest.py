@@ -236,21 +236,31 @@ def make_dataset() -> Callable[..., Dataset]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_backbone: Path, tiny_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle folder named ``tiny``: text, pictures (16 pixels wide) and sound in, `COLOURS` out, untrained."""
+def make_bundle(tiny_backbone: Path, tiny_recipe: dict[str, Any]) -> Callable[..., Path]:
+    """``make_bundle(folder, {task: TaskInfo}, task)``: a bundle named as its folder, untrained: text, pictures (16
+    pixels wide) and sound in."""
     from mmagent import bundle, text
     from mmagent.calibration import Calibration
     from mmagent.config import resolve
     from mmagent.model import MultimodalModel
 
-    config = resolve(tiny_recipe, {})
-    encoder, tokenizer = text.load_encoder(str(tiny_backbone)), text.load_tokenizer(str(tiny_backbone))
-    torch.manual_seed(0)
-    infos = {"classify": TaskInfo("classify", COLOURS)}
-    model = MultimodalModel(config.model, make_all(infos), encoder.width, None)
+    def make(folder: Path, infos: Mapping[str, TaskInfo], task: str) -> Path:
+        config = resolve(tiny_recipe, {})
+        encoder, tokenizer = text.load_encoder(str(tiny_backbone)), text.load_tokenizer(str(tiny_backbone))
+        torch.manual_seed(0)
+        model = MultimodalModel(config.model, make_all(infos), encoder.width, None)
+        bundle.save(
+            folder, name=folder.name, config=config, tasks=infos, task=task, state=model.state_dict(), backbone=encoder,
+            tokenizer=tokenizer, calibration={name: Calibration() for name in infos},
+            origin={"run": "tiny", "data": "tiny"},
+        )  # fmt: skip
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle folder named ``tiny`` with `COLOURS` as its answers."""
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    bundle.save(
-        folder, name="tiny", config=config, tasks=infos, task="classify", state=model.state_dict(), backbone=encoder,
-        tokenizer=tokenizer, calibration={"classify": Calibration()}, origin={"run": "tiny", "data": "tiny"},
-    )  # fmt: skip
-    return folder
+    return make_bundle(folder, {"classify": TaskInfo("classify", COLOURS)}, "classify")

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from mmagent import card
+from mmagent import card, licence
 from mmagent.config import Config, resolve
+from mmagent.targets import TaskInfo
 
 MANIFEST = {
     "name": "demo",
     "created_ms": 1_700_000_000_000,
     "task": "classify",
+    "tasks": ["classify"],
     "labels": ["no", "yes"],
     "modalities": ["text", "image", "audio"],
     "run": "demo",
@@ -29,6 +31,8 @@ DATASET = {
     "quarantine": {"rows": 3},
 }
 
+TASKS = {"classify": TaskInfo("classify", ("no", "yes"))}
+
 
 def number(value: float) -> dict[str, float]:
     return {"value": value, "low": value - 0.01, "high": value + 0.01}
@@ -42,6 +46,9 @@ def evaluation() -> dict[str, Any]:
     return {
         "data": "shop",
         "split": "test",
+        "task": "classify",
+        "kind": "classify",
+        "main": "accuracy",
         "n": 300,
         "metrics": values,
         "abstained": 0.02,
@@ -63,7 +70,7 @@ def front(text: str) -> dict[str, Any]:
 
 
 def test_the_front_matter_is_the_hubs(config: Config) -> None:
-    found = front(card.render(MANIFEST, config, evaluation=evaluation(), licence="apache-2.0"))
+    found = front(card.render(MANIFEST, config, tasks=TASKS, evaluation=evaluation(), licence="apache-2.0"))
     assert found["license"] == "apache-2.0"
     assert found["library_name"] == "mmagent"
     assert found["base_model"] == "org/some-model"
@@ -74,7 +81,9 @@ def test_the_front_matter_is_the_hubs(config: Config) -> None:
 
 
 def test_it_says_how_good_and_where_it_is_weak(config: Config) -> None:
-    text = card.render(MANIFEST, config, evaluation=evaluation(), dataset=DATASET, where="demo").replace("\u00a0", " ")
+    text = card.render(MANIFEST, config, tasks=TASKS, evaluation=evaluation(), dataset=DATASET, where="demo").replace(
+        "\u00a0", " "
+    )
     assert "| form: speech unseen | 100 | 90.5 % | 89.5 % to 91.5 % | 96.0 % |  |" in text
     assert "| all | 300 | 97.3 % | 96.3 % to 98.3 % | 96.0 % | 67.0 % |" in text
     assert "Weakest slice of the test: form: speech unseen, 90.5 %." in text
@@ -89,7 +98,7 @@ def test_it_says_how_good_and_where_it_is_weak(config: Config) -> None:
 
 
 def test_without_an_evaluation_it_promises_nothing(config: Config) -> None:
-    text = card.render(MANIFEST, config)
+    text = card.render(MANIFEST, config, tasks=TASKS)
     assert "Nothing was measured yet" in text
     assert "model-index" not in front(text)
     assert "license" not in front(text)
@@ -98,13 +107,36 @@ def test_without_an_evaluation_it_promises_nothing(config: Config) -> None:
 
 def test_a_backbone_that_is_a_folder_is_no_base_model_of_the_hub() -> None:
     config = resolve({"data": {"name": "shop"}, "model": {"backbone": "package:some_model/model"}}, {})
-    assert "base_model" not in front(card.render(MANIFEST, config))
+    assert "base_model" not in front(card.render(MANIFEST, config, tasks=TASKS))
 
 
 def test_a_label_cannot_break_a_table(config: Config) -> None:
     broken = evaluation()
     broken["slices"]["form=a|b\nc"] = broken["slices"]["form=text"]
-    assert "| form: a\\|b c |" in card.render(MANIFEST, config, evaluation=broken)
+    assert "| form: a\\|b c |" in card.render(MANIFEST, config, tasks=TASKS, evaluation=broken)
+
+
+def test_several_tasks_have_a_table_each(config: Config) -> None:
+    manifest = MANIFEST | {"task": "tag:people", "tasks": ["regress", "tag:people"], "modalities": ["text"]}
+    tasks = {
+        "tag:people": TaskInfo("tag:people", ("city", "name")),
+        "regress": TaskInfo("regress", mean=1.0, deviation=2.0),
+    }
+    about = {"n": 30, "abstained": 0.1, "slices": {}}
+    spans = {"micro_f1": number(0.9), "precision": number(0.8), "recall": number(0.95), "exact": number(0.7)}
+    error = {"r2": number(-0.25), "mae": number(1.5)}
+    tag = {"task": "tag:people", "kind": "tag", "main": "micro_f1", "metrics": spans, **about}
+    regress = {"task": "regress", "kind": "regress", "main": "r2", "metrics": error, **about}
+    result = {"data": "shop", "split": "test", **tag, "tasks": {"regress": regress, "tag:people": tag}}
+    text = card.render(manifest, config, tasks=tasks, evaluation=result).replace("\u00a0", " ")
+    assert "- `tag:people`: the spans of a text that are of 2 types: `city`, `name`." in text
+    assert "- `regress`: a number." in text
+    assert "A request that names no task means `tag:people`." in text
+    assert text.index("### `tag:people`") < text.index("### `regress`")
+    assert "| all | 30 | -0.25 | -0.26 to -0.24 | 1.5 |" in text
+    found = front(text)
+    assert found["pipeline_tag"] == "token-classification"
+    assert [each["metrics"][0]["type"] for each in found["model-index"][0]["results"]] == ["f1", "r2"]
 
 
 @pytest.mark.parametrize(
@@ -120,4 +152,4 @@ def test_a_label_cannot_break_a_table(config: Config) -> None:
 )
 def test_the_licence_is_what_the_folder_says(tmp_path: Path, name: str, content: str, said: str | None) -> None:
     (tmp_path / name).write_text(content)
-    assert card.licence(tmp_path) == said
+    assert licence.read(tmp_path) == said

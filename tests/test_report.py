@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from mmagent import charts, evaluation, examples, report
+from mmagent import charts, comparison, data_uri, evaluation, example_cards, examples, predictions, report
 from mmagent.examples import Example
 from mmagent.markup import Markup, join, tag
 from mmagent.media import Limits
 from mmagent.record import Media, Message, Record, Target, escape
+from mmagent.targets import TaskInfo
+from mmagent.tasks import Decision, make_all
 
 LABELS = ["<script>alert(1)</script>", "red"]
 BAD = LABELS[0]
@@ -49,7 +51,7 @@ class Reader(HTMLParser):
         return [attributes for found, attributes in self.elements if found == name]
 
 
-def predictions() -> pa.Table:
+def rows_of_a_test() -> pa.Table:
     rows = []
     for index in range(40):
         form = ("text", "speech")[index % 2]
@@ -58,9 +60,11 @@ def predictions() -> pa.Table:
             row = {
                 "id": f"q{index}",
                 "group": f"g{index // 4}",
+                "task": "classify",
                 "without": without,
                 "label": LABELS[index % 3 == 0],
                 "predicted": "red" if red > 0.5 else BAD,
+                "right": LABELS[index % 3 == 0] == ("red" if red > 0.5 else BAD),
                 "confidence": max(red, 1 - red),
                 "probabilities": [1 - red, red],
                 "abstained": False,
@@ -68,15 +72,22 @@ def predictions() -> pa.Table:
                 "slice.form": form,
             }
             rows.append(row)
-    rows.append({"id": "broken", "group": "x", "without": "", "label": "red", "error": f"images[0]: {BAD}"})
-    return pa.Table.from_pylist(rows, evaluation.schema(["form"]))
+    rows.append(
+        {"id": "broken", "group": "x", "task": "classify", "without": "", "label": "red", "error": f"images[0]: {BAD}"}
+    )
+    return pa.Table.from_pylist(rows, predictions.schema(["form"]))
 
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    table = predictions()
-    before = {"majority": evaluation.compare(table, [True, False] * 40 + [None], f"a guess {BAD}")}
-    return evaluation.evaluate(table, LABELS, bundle=f"demo{BAD}", data="shop", split="test", before=before)
+    table = rows_of_a_test()
+    before = {"majority": comparison.compare(table, [True, False] * 40 + [None], f"a guess {BAD}")}
+    return judge(table, LABELS, bundle=f"demo{BAD}", before={"classify": before})
+
+
+def judge(table: pa.Table, labels: Sequence[str], bundle: str = "demo", **more: Any) -> dict[str, Any]:
+    tasks = make_all({"classify": TaskInfo("classify", tuple(labels))})
+    return evaluation.evaluate(table, tasks, "classify", bundle=bundle, data="shop", split="test", **more)
 
 
 def example(image: bytes, sound: bytes | None = None, *, words: str = BAD, predicted: str = "red") -> Example:
@@ -89,13 +100,15 @@ def example(image: bytes, sound: bytes | None = None, *, words: str = BAD, predi
         target=Target(label="red"),
         meta={"transcript": words, "voice": "en+f1"},
     )
-    return Example(record, predicted, 0.9, {"red": 0.9, BAD: 0.1}, "form=text")
+    chances = {"red": 0.9, BAD: 0.1}
+    said = Decision(label=predicted, probabilities=chances, confidence=0.9)
+    return Example(record, "classify", said, "red", predicted == "red", chances, "form=text")
 
 
 def page_of(result: dict[str, Any], *shown: Example) -> str:
     curves = [{"kind": "train", "step": step, "loss": 2 / step} for step in range(1, 900)]
     curves += [{"kind": "validation", "step": step, "loss": 2 / step, "accuracy": step / 1000} for step in (100, 500)]
-    return report.render(result, curves=curves, examples=shown)
+    return report.render(result, curves=curves, examples={"classify": shown})
 
 
 def test_what_a_data_set_says_is_text_and_nothing_else(
@@ -147,10 +160,11 @@ def test_it_shows_the_numbers(result: dict[str, Any]) -> None:
 
 
 def test_a_page_of_the_least_is_a_page_too() -> None:
-    rows = [{"id": "1", "group": "1", "without": "", "label": "red", "predicted": "red", "confidence": 1.0,
+    rows = [{"id": "1", "group": "1", "task": "classify", "without": "", "label": "red", "predicted": "red",
+             "right": True, "confidence": 1.0,
              "probabilities": [0.0, 1.0], "abstained": False}]  # fmt: skip
-    table = pa.Table.from_pylist(rows, evaluation.schema([]))
-    result = evaluation.evaluate(table, LABELS, bundle="demo", data="shop", split="test")
+    table = pa.Table.from_pylist(rows, predictions.schema([]))
+    result = judge(table, LABELS)
     read = Reader(report.render(result))
     assert "100" + charts.SPACE + "%" in read.text
     assert not read.all("audio")
@@ -159,12 +173,13 @@ def test_a_page_of_the_least_is_a_page_too() -> None:
 def test_many_classes_become_a_list_of_mistakes() -> None:
     names = [f"c{index:03d}" for index in range(60)]
     rows = [
-        {"id": str(index), "group": str(index), "without": "", "label": names[index], "predicted": names[index // 2],
+        {"id": str(index), "group": str(index), "task": "classify", "without": "", "label": names[index],
+         "predicted": names[index // 2], "right": index == index // 2,
          "confidence": 0.5, "probabilities": [1 / 60] * 60, "abstained": False}
         for index in range(60)
     ]  # fmt: skip
-    table = pa.Table.from_pylist(rows, evaluation.schema([]))
-    result = evaluation.evaluate(table, names, bundle="demo", data="shop", split="test")
+    table = pa.Table.from_pylist(rows, predictions.schema([]))
+    result = judge(table, names)
     assert "most frequent mistakes" in Reader(report.render(result)).text
 
 
@@ -176,7 +191,7 @@ def test_media_that_cannot_be_shown_is_named(result: dict[str, Any]) -> None:
 def test_a_full_page_takes_no_more_media(
     result: dict[str, Any], make_png: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(examples, "MEDIA_BYTES", 300)
+    monkeypatch.setattr(example_cards, "MEDIA_BYTES", 300)
     read = Reader(page_of(result, *[example(make_png(), words=str(index)) for index in range(9)]))
     assert 1 <= len(read.all("img")) < 9
     assert "the page is full" in read.text
@@ -184,16 +199,16 @@ def test_a_full_page_takes_no_more_media(
 
 def test_large_media_get_smaller(make_png: Callable, make_wav: Callable) -> None:
     limits = Limits()
-    large = examples.image_uri(make_png("red", (2000, 2000), "BMP"), limits)
+    large = data_uri.image_uri(make_png("red", (2000, 2000), "BMP"), limits)
     assert large.startswith("data:image/webp;base64,")
     assert len(large) < 20_000
-    sound = examples.audio_uri(make_wav(440, 30.0), limits)
+    sound = data_uri.audio_uri(make_wav(440, 30.0), limits)
     assert sound.startswith("data:audio/ogg;base64,")
     assert len(sound) < 200_000
 
 
 def test_examples_are_right_and_wrong_ones_of_each_form_by_seed() -> None:
-    table = predictions()
+    table = rows_of_a_test()
     chosen = examples.choose(table, "form", each=2, seed=1)
     assert chosen == examples.choose(table, "form", each=2, seed=1)
     assert chosen != examples.choose(table, "form", each=2, seed=2)

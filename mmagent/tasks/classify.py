@@ -61,7 +61,17 @@ class Classify(Task):
         return calibrations.fit(np.stack(raws), labels, modalities)
 
     def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
-        return metrics.summary(self.outcomes(outcomes), seed=seed, resamples=resamples)
+        return self.summary(self.outcomes(outcomes), seed=seed, resamples=resamples)
+
+    def summary(self, outcomes: Outcomes, *, seed: int | Sequence[int] = 0, resamples: int = 0) -> dict[str, Number]:
+        """`measure` of what is in arrays already: many classes and many rows are too much for anything else."""
+        return metrics.summary(outcomes, seed=seed, resamples=resamples)
+
+    def right(self, outcome: Outcome) -> bool:
+        return bool(outcome.decision.label == outcome.gold)
+
+    def per_class(self, outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+        return metrics.per_class(self.outcomes(outcomes))
 
     def outcomes(self, outcomes: Sequence[Outcome]) -> Outcomes:
         """The same as arrays, for what is measured of classifiers alone: classes, calibration, confusion."""

@@ -105,6 +105,10 @@ class Extract(Task):
     def gold(self, record: Record) -> Any:
         return None if record.target.texts is None else list(record.target.texts)
 
+    def right(self, outcome: Outcome) -> bool:
+        said = outcome.decision.text or ""
+        return any(exact_match(said, gold) for gold in outcome.gold or [""])
+
     def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
         """Exact and f1 as SQuAD 2.0 defines them (arXiv:1606.05250, section 6.1): the best over the right answers; a
         question without an answer is right where none is given."""

@@ -102,6 +102,12 @@ class Match(Task):
         logits = np.stack([np.pad(raw, (0, width - len(raw)), constant_values=low) for raw, _ in rows])
         return Calibration(temperature=calibrations.temperature(logits, np.array([right for _, right in rows])))
 
+    def right(self, outcome: Outcome) -> bool:
+        chances = outcome.decision.probabilities
+        if len(chances) == 1:
+            return bool((chances["0"] >= 0.5) == ("0" in outcome.gold))
+        return outcome.decision.label in outcome.gold
+
     def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
         """Mrr (mean of 1 / rank of the first right candidate), recall_at_k (a right one among the first k), over the
         records with a right candidate; auc over all pairs of a record and a candidate."""

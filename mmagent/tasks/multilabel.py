@@ -85,8 +85,7 @@ class Multilabel(Task):
     def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
         """micro_f1 (all label decisions together), macro_f1 (mean over the labels that occur), subset_accuracy (all
         labels of a row right), map (mean over labels of the average precision)."""
-        truth = np.stack([self._row(o.gold) for o in outcomes]) > 0
-        said = np.stack([self._row(o.decision.labels or ()) for o in outcomes]) > 0
+        truth, said = self._truth_and_said(outcomes)
         sums = np.concatenate([truth & said, said, truth, (truth == said).all(1)[:, None]], axis=1).astype(float)
         out = metrics.of_sums(
             np.concatenate([np.ones((len(sums), 1)), sums], axis=1),
@@ -95,10 +94,29 @@ class Multilabel(Task):
             seed=seed,
             resamples=resamples,
         )
-        chances = np.array([[o.decision.probabilities.get(label, 0.0) for label in self.labels] for o in outcomes])
+        names = self.names(label for o in outcomes for label in o.gold)
+        chances = np.array([[o.decision.probabilities.get(label, 0.0) for label in names] for o in outcomes])
         there = np.flatnonzero(truth.any(0))
         each = [average_precision_score(truth[:, index], chances[:, index]) for index in there]
         return out | {"map": metrics.point(float(np.mean(each)) if each else 0.0)}
+
+    def right(self, outcome: Outcome) -> bool:
+        return set(outcome.decision.labels or ()) == set(outcome.gold)
+
+    def per_class(self, outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+        truth, said = self._truth_and_said(outcomes)
+        counts = zip((truth & said).sum(0).tolist(), said.sum(0).tolist(), truth.sum(0).tolist(), strict=True)
+        names = self.names(label for o in outcomes for label in o.gold)
+        return {name: metrics.precision_recall(*count) for name, count in zip(names, counts, strict=True) if any(count)}
+
+    def _truth_and_said(self, outcomes: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, names) bool each; see `names`."""
+        place = {name: index for index, name in enumerate(self.names(label for o in outcomes for label in o.gold))}
+        both = np.zeros((2, len(outcomes), len(place)), bool)
+        for row, outcome in enumerate(outcomes):
+            both[0, row, [place[label] for label in outcome.gold]] = True
+            both[1, row, [place[label] for label in outcome.decision.labels or ()]] = True
+        return both[0], both[1]
 
     def _from_sums(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         rows, exact = sums[:, 0], sums[:, -1]

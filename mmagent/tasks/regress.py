@@ -64,6 +64,10 @@ class Regress(Task):
         near = np.abs(np.array(raws) - np.array(golds)) < self.deviation / 2
         return Calibration(near_share=float((near.sum() + 1) / (len(near) + 2)))
 
+    def right(self, outcome: Outcome) -> bool:
+        """Less than half a standard deviation away: about right."""
+        return bool(abs(outcome.decision.value - outcome.gold) < self.deviation / 2)
+
     def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
         """mae, rmse (in the values' own unit), r2 (1 - squared error / squared deviation from the mean of these rows),
         spearman (rank correlation)."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mmagent import text
-from mmagent.metrics import Number
+from mmagent.metrics import Number, Outcomes
 from mmagent.reading import Reader, View
 from mmagent.record import Record
 from mmagent.targets import HEAD, TAIL, TargetError, spanned
 from mmagent.tasks.classify import Classify
-from mmagent.tasks.task import Fused, Outcome, padded
+from mmagent.tasks.task import Fused, padded
 
 MARKS = {HEAD: "@", TAIL: "#"}  # around the spans in the text: words that every vocabulary has (arXiv:2102.01373)
 
@@ -60,9 +60,9 @@ class Relate(Classify):
         masks = {self.key(name): padded(targets, name, tokens, 0.0, torch.float32) for name in MARKS}
         return super().collate(targets, tokens) | masks
 
-    def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
+    def summary(self, outcomes: Outcomes, *, seed: int | Sequence[int] = 0, resamples: int = 0) -> dict[str, Number]:
         """Those of classify, and micro_f1: with one label for each row it equals the accuracy."""
-        out = super().measure(outcomes, seed=seed, resamples=resamples)
+        out = super().summary(outcomes, seed=seed, resamples=resamples)
         return out | {"micro_f1": out["accuracy"]}
 
 

@@ -129,31 +129,36 @@ class Tag(Task):
     def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
         """Precision, recall and F1 over spans, right where both ends and the type are (CoNLL-2003's definition, that of
         seqeval in strict mode); macro_f1 is the mean over types."""
-        width = len(self.labels)
+        names = self.names(label for o in outcomes for _, _, label in o.gold)
+        place, width = {name: index for index, name in enumerate(names)}, len(names)
         columns = np.zeros((len(outcomes), 3 * width + 2))
         for row, outcome in zip(columns, outcomes, strict=True):
             truth = {tuple(span) for span in outcome.gold}
             said = {(span["start"], span["end"], span["label"]) for span in outcome.decision.spans or ()}
             for block, spans in enumerate((truth & said, said, truth)):
                 for span in spans:
-                    if span[2] in self.index:
-                        row[block * width + self.index[span[2]]] += 1
+                    row[block * width + place[span[2]]] += 1
             row[-2], row[-1] = 1, truth == said
         groups = [o.group for o in outcomes]
         return metrics.of_sums(columns, self._from_sums, groups=groups, seed=seed, resamples=resamples)
 
     def per_class(self, outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
-        """Precision, recall, F1 and support of each type."""
         out = {}
-        for label in self.labels:
+        for label in self.names(label for o in outcomes for _, _, label in o.gold):
             truth = [{tuple(span) for span in o.gold if span[2] == label} for o in outcomes]
             said = [
                 {(s["start"], s["end"], s["label"]) for s in o.decision.spans or () if s["label"] == label}
                 for o in outcomes
             ]
             both = sum(len(a & b) for a, b in zip(truth, said, strict=True))
-            out[label] = metrics.precision_recall(both, sum(map(len, said)), sum(map(len, truth)))
+            counts = sum(map(len, said)), sum(map(len, truth))
+            if any(counts):
+                out[label] = metrics.precision_recall(both, *counts)
         return out
+
+    def right(self, outcome: Outcome) -> bool:
+        said = {(span["start"], span["end"], span["label"]) for span in outcome.decision.spans or ()}
+        return said == {tuple(span) for span in outcome.gold}
 
     def _from_sums(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         both, said, truth = np.split(sums[:, :-2], 3, axis=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -125,6 +125,18 @@ class Task(ABC):
     @abstractmethod
     def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
         """The task's metrics, fractions of one where they are shares; with intervals where `resamples` is given."""
+
+    @abstractmethod
+    def right(self, outcome: Outcome) -> bool:
+        """Whether an answer is right as a whole: what its confidence speaks of."""
+
+    def per_class(self, outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+        """Precision, recall, F1 and support of each label that occurs; empty where a task has none."""
+        return {}
+
+    def names(self, labels: Iterable[str]) -> tuple[str, ...]:
+        """The task's labels, and after them those of `labels` that it does not know: they count as never found."""
+        return (*self.labels, *sorted(set(labels) - set(self.labels)))
 
     def calibrate(self, raws: Sequence[Any], golds: Sequence[Any], modalities: Sequence[str]) -> Calibration:
         """What makes the confidence mean what it says, from validation rows."""
