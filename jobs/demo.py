@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import client, cluster, interview, submission
-from jobs.arguments import Parser
 from jobs.findings import FindingsError, Times, findings
 from jobs.interview import InterviewError
 from mmagent import measurement, storage
+from mmagent.arguments import Parser
 from mmagent.shards import Dataset, DatasetError
 
 DATA = "easy_vqa"

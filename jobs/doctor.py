@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Literal
 
 from jobs import token
-from jobs.arguments import Parser
 from mmagent import storage
+from mmagent.arguments import Parser
 
 CHECKOUT = Path(__file__).parents[1]
 TESTED_PYTHON = (3, 11)

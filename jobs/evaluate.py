@@ -28,13 +28,13 @@ import pyarrow.parquet as pq
 
 from jobs import baselines, cluster
 from jobs.answers import MODALITIES, Answerer
-from jobs.arguments import Parser
 from jobs.cluster import ClusterError
 from jobs.progress import Progress
 from jobs.summary import some, table_of
 from mmagent import bundle as bundles
 from mmagent import card, evaluation, examples, predictions, report, storage, text
 from mmagent import licence as licences
+from mmagent.arguments import Parser
 from mmagent.bundle import Bundle, BundleError
 from mmagent.examples import Example
 from mmagent.predictions import EvaluationError

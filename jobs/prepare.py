@@ -33,7 +33,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.arguments import Parser
 from jobs.progress import Progress
 from jobs.sources import BadRow, Source, SourceError, tally
 from jobs.sources.choose import choose
@@ -42,6 +41,7 @@ from jobs.sources.quarantine import Quarantine
 from jobs.sources.spool import Spool
 from jobs.sources.tally import Tally
 from mmagent import shards, storage, targets
+from mmagent.arguments import Parser
 from mmagent.record import SCHEMA_VERSION
 
 _SHOWN = 10  # labels named in a note

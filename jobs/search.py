@@ -32,10 +32,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs import cluster
-from jobs.arguments import Parser
 from jobs.cluster import ClusterError
 from mmagent import config as configs
 from mmagent import storage
+from mmagent.arguments import Parser
 from mmagent.config import Config, ConfigError
 from mmagent.shards import Dataset, DatasetError
 from mmagent.text import BackboneError

@@ -23,10 +23,10 @@ from types import FrameType
 from typing import Any
 
 from jobs import cluster
-from jobs.arguments import Parser
 from jobs.cluster import ClusterError
 from mmagent import config as configs
 from mmagent import storage
+from mmagent.arguments import Parser
 from mmagent.bundle import BundleError
 from mmagent.config import Config, ConfigError
 from mmagent.predictions import EvaluationError

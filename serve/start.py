@@ -13,8 +13,6 @@ loopback only. Ray must be started with Serve's switches in its environment for 
 from __future__ import annotations
 
 import argparse
-import difflib
-import inspect
 import json
 import logging
 import os
@@ -25,11 +23,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import ValidationError
 
 from mmagent import storage
+from mmagent.arguments import Parser
 from serve.channels import bundle_of
 from serve.config import ServeConfig, is_loopback, key_hashes
 from serve.switches import LOCAL_ONLY
@@ -235,25 +234,8 @@ def _explain(item: Any) -> str:
     return reason if item["type"] == "value_error" else f"{flag} is {item['input']!r}: {reason}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        given = list(sys.argv[1:] if args is None else args)
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        for item in given:
-            flag = item.partition("=")[0]
-            if flag.startswith("--") and flag not in flags:
-                near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.0)[0]
-                self.error(f"unknown flag {flag}: did you mean {near}? --help lists all")
-        return super().parse_args(given, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def _parser() -> _Parser:
-    parser = _Parser("python -m serve.start", description=inspect.cleandoc(__doc__ or ""), allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def _parser() -> Parser:
+    parser = Parser("serve.start", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bundle", help="a bundle folder, or the name of a run")
     what.add_argument("--channel", help="a channel: its newest bundle is served")

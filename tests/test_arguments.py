@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.arguments import Parser
+from mmagent.arguments import Parser
 
 
 @pytest.mark.parametrize(
