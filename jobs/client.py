@@ -44,7 +44,7 @@ def question(record: Record, model: str) -> dict[str, Any]:
             content.append({"type": "input_audio", "input_audio": _audio(next(audios))})
         elif text.strip():
             content.append({"type": "text", "text": text.strip()})
-    return {"model": model, "messages": [{"role": "user", "content": content}]}
+    return {"model": model, "task": record.task, "messages": [{"role": "user", "content": content}]}
 
 
 def ask(address: str, body: Mapping[str, Any]) -> Reply:

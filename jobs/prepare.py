@@ -41,7 +41,7 @@ from jobs.sources.quarantine import Quarantine
 from jobs.sources.spool import Spool
 from jobs.sources.tally import Tally
 from mmagent import shards, storage, targets
-from mmagent.arguments import Parser
+from mmagent.arguments import Parser, mapping, positive
 from mmagent.record import SCHEMA_VERSION
 
 _SHOWN = 10  # labels named in a note
@@ -232,7 +232,7 @@ def _parser() -> Parser:
     parser = Parser("jobs.prepare", __doc__)
     parser.add_argument("--source", required=True, help="easy_vqa, or KIND:PLACE, see above")
     parser.add_argument("--name", required=True, help="the data set's name")
-    parser.add_argument("--map", type=_mapping, default={}, help="FIELD=COLUMN,...: which columns hold the fields")
+    parser.add_argument("--map", type=mapping, default={}, help="FIELD=COLUMN,...: which columns hold the fields")
     parser.add_argument(
         "--task",
         type=_task,
@@ -244,18 +244,9 @@ def _parser() -> Parser:
     parser.add_argument("--test-share", type=float, default=0.1, help="cut out of training (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the cut and of all that is drawn (default %(default)s)")
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="of rows set aside (default %(default)s)")
-    parser.add_argument("--workers", type=_positive, default=_cores(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=positive, default=_cores(), help="processes (default: all cores)")
     parser.add_argument("--replace", action="store_true", help="make the data set anew where it exists")
     return parser
-
-
-def _mapping(text: str) -> dict[str, str]:
-    pairs = [item.partition("=") for item in text.split(",") if item.strip()]
-    if not pairs or any(not field.strip() or not column.strip() for field, _, column in pairs):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no map: FIELD=COLUMN,... is wanted, e.g. text=question,label=answer"
-        )
-    return {field.strip(): column.strip() for field, _, column in pairs}
 
 
 def _task(text: str) -> str:
@@ -264,12 +255,6 @@ def _task(text: str) -> str:
     except targets.TargetError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes: 1 or more is wanted")
-    return int(text)
 
 
 def _cores() -> int:

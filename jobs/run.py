@@ -5,11 +5,8 @@ runs/NAME/{config.yaml, metrics.jsonl, tb/, checkpoints/step_N/, evaluation.json
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,29 +118,6 @@ def prepare(
         parts=parts,
     )
     return Run(folder, config, dataset, plan)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a run's name for this process; the lock ends with it, however it ends.
-
-    Raises:
-        RunError: another process has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise RunError(
-                f"{folder.name!r} is being worked on by process {file.read().strip() or '?'}: "
-                "wait for it, stop it, or give another --name"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def _checkpoints(folder: Path) -> Checkpoints:

@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs import cluster
 from jobs.cluster import ClusterError
+from jobs.lock import LockError, locked
 from mmagent import config as configs
 from mmagent import storage
 from mmagent.arguments import Parser
@@ -88,9 +89,9 @@ def search(recipe: Path, space_file: Path, name: str, overrides: Sequence[str]) 
 
     try:
         distributions = {key: trials.distribution(key, spec) for key, spec in space.space.items()}
-        with run.locked(folder):
+        with locked(folder):
             return _search(base, space, first, distributions, folder)
-    except (trials.SpaceError, run.RunError) as error:
+    except (trials.SpaceError, run.RunError, LockError) as error:
         raise ConfigError(str(error)) from error
 
 

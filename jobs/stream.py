@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +60,20 @@ class Layout:
 
 def order_of(dataset: Dataset, split: str, *, seed: int, window_rows: int, share: float = 1.0) -> Order:
     """The order of a split's samples, or of a share of its row groups, drawn by the seed."""
-    groups: list[tuple[str, int, int]] = []
-    for file in dataset.shard_files(split):
-        footer = pq.read_metadata(file)
-        groups += [(str(file), index, footer.row_group(index).num_rows) for index in range(footer.num_row_groups)]
+    groups = row_groups(dataset, split)
     if share < 1:
         drawn = np.random.default_rng([seed, 2]).permutation(len(groups))[: max(1, round(share * len(groups)))]
         groups = [groups[index] for index in sorted(drawn)]
     return Order(groups, seed=seed, window_rows=window_rows)
+
+
+def row_groups(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
+    """File, index and rows of every row group of a split, in order."""
+    groups: list[tuple[str, int, int]] = []
+    for file in dataset.shard_files(split):
+        footer = pq.read_metadata(file)
+        groups += [(str(file), index, footer.row_group(index).num_rows) for index in range(footer.num_row_groups)]
+    return groups
 
 
 def layout_of(config: Config) -> Layout:
@@ -139,16 +145,19 @@ def apply(
     workers: int,
     batch_rows: int,
     threads: int,
+    groups: Sequence[tuple[str, int]] | None = None,
 ) -> Iterator[pa.Table]:
     """Runs every row of a split through `worker(**kwargs)`, built once in each of `workers` actors and called with
-    tables of record rows; yields the tables it gives back, in the order of the rows."""
-    files = [str(file) for file in dataset.shard_files(split)]
+    tables of record rows; yields the tables it gives back, in the order of the rows.
+
+    Args:
+        groups: (file, row group) of those that are wanted; none: all.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan, its log files, its missing progress bars
-    pieces = [
-        (file, group) for file in files for group in range(pq.read_metadata(file).num_row_groups)
-    ]  # a row group is a task: small enough to spread, large enough to be worth it
+    # A row group is a task: small enough to spread, large enough to be worth it.
+    pieces = [(file, group) for file, group, _ in row_groups(dataset, split)] if groups is None else groups
     tasks = ray.data.from_items([{"file": f, "group": g} for f, g in pieces], override_num_blocks=len(pieces))
     tasks.context.execution_options.preserve_order = True
     tasks.context.custom_execution_callback_classes = [Pace]

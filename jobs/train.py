@@ -24,6 +24,7 @@ from typing import Any
 
 from jobs import cluster
 from jobs.cluster import ClusterError
+from jobs.lock import LockError, locked
 from mmagent import config as configs
 from mmagent import storage
 from mmagent.arguments import Parser
@@ -60,7 +61,7 @@ def train(args: argparse.Namespace) -> int:
     cluster.connect()
     from jobs import run
 
-    with run.locked(folder):
+    with locked(folder):
         work = run.prepare(config, folder)
         _tell(work, config)
         timing = _read_timing(folder)
@@ -226,7 +227,7 @@ def _all_keys() -> str:
 def _user_errors() -> tuple[type[BaseException], ...]:
     """What the user can mend: told in one message. Those of modules that load Ray are known once it is loaded."""
     known: list[type[BaseException]] = [
-        ConfigError, DatasetError, BackboneError, ClusterError, storage.StorageError,
+        ConfigError, DatasetError, BackboneError, ClusterError, LockError, storage.StorageError,
     ]  # fmt: skip
     if "jobs.run" in sys.modules:
         from jobs.run import RunError

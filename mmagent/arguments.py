@@ -45,3 +45,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def mapping(text: str) -> dict[str, str]:
+    """The value of a flag: ``FIELD=COLUMN,...``."""
+    pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+    if not pairs or any(not field.strip() or not column.strip() for field, _, column in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no map: FIELD=COLUMN,... is wanted, e.g. text=question,label=answer"
+        )
+    return {field.strip(): column.strip() for field, _, column in pairs}
+
+
+def positive(text: str) -> int:
+    """The value of a flag: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is given, but 1 or more is wanted")
+    return int(text)

@@ -22,8 +22,10 @@ from mmagent.config import DataConfig, ModelConfig
 from mmagent.media import MediaError, MediaTooLarge, check_audio, check_image
 from mmagent.reading import Reader, View
 from mmagent.record import Media, Record, RecordError
-from mmagent.targets import TargetError
+from mmagent.targets import TargetError, check_question
 from mmagent.tasks import Task
+
+_READ_BESIDES = {"match": "candidates", "relate": "spans"}  # the field that a kind of task reads besides messages
 
 
 class PartError(ValueError):
@@ -84,6 +86,7 @@ class Inputs:
         self.pictures = pictures.of(model.image) if model.image else None
         self.sounds = sounds.of(model.audio) if model.audio else None
         self._cache = _Cache(data.cache_mb << 20)
+        self._tokenizing = threading.Lock()  # a tokenizer keeps its truncation as state, which differs between tasks
 
     def check(self, record: Record) -> None:
         """Reads headers only.
@@ -129,9 +132,11 @@ class Inputs:
         if task.reads_whole and ids is not None:
             return (View(ids),)
         try:
-            return task.views(record, self.reader)
+            check_question(record)
+            with self._tokenizing:
+                return task.views(record, self.reader)
         except TargetError as error:
-            raise PartError(str(error), "target") from error
+            raise PartError(str(error), _READ_BESIDES.get(task.kind, "messages")) from error
 
     def _of_candidate(
         self, candidate: Mapping[str, Any], index: int
@@ -143,7 +148,13 @@ class Inputs:
         )
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return text.tokenize(self.tokenizer, texts, self.data.max_text_tokens)
+        with self._tokenizing:
+            return text.tokenize(self.tokenizer, texts, self.data.max_text_tokens)
+
+    def count(self, words: str) -> int:
+        """How many tokens some words are, signs of the tokenizer's own left out."""
+        with self._tokenizing:
+            return len(self.tokenizer.tokenize(words))
 
     def batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Stacks the views of samples. Keys and shapes (r rows, a row for each view; t tokens, n pictures and m sounds

@@ -183,6 +183,22 @@ class Predictor:
             out += self.answer(group)
         return out
 
+    def attempt(self, records: Sequence[Record], *, batch_size: int = 32) -> list[Answer | PartError]:
+        """Each record's answer, or why it has none: one that is damaged costs the others nothing."""
+        out: list[Answer | PartError] = []
+        for start in range(0, len(records), batch_size):
+            tried = [self._tried(record) for record in records[start : start + batch_size]]
+            samples = [each for each in tried if isinstance(each, Sample)]
+            answers = iter(self.answer(samples) if samples else ())
+            out += [next(answers) if isinstance(each, Sample) else each for each in tried]
+        return out
+
+    def _tried(self, record: Record) -> Sample | PartError:
+        try:
+            return self.prepare(record)
+        except PartError as error:
+            return error
+
     @torch.inference_mode()
     def raws(self, samples: Sequence[Sample]) -> list[Any]:
         """What each sample's task makes of the model's output (`Task.raw`), before calibration."""

@@ -164,6 +164,20 @@ def check(record: Record) -> None:
         _want(bool(target.text or any(target.texts or ())), "answer")
 
 
+def check_question(record: Record) -> None:
+    """Sees that a record brings what its task reads besides messages, be its answer known or not: candidates for match,
+    one head and one tail for relate.
+
+    Raises:
+        TargetError: what is missing, empty or outside the text.
+    """
+    found = kind(record.task)
+    if found == "match":
+        _check_offered(record)
+    elif found == "relate":
+        _check_ends(record)
+
+
 def _want(there: bool, name: str) -> None:
     if not there:
         raise TargetError(f"no {name}", f"the row has no {name}")
@@ -224,13 +238,17 @@ def _check_answers(record: Record) -> None:
             )
 
 
-def _check_candidates(record: Record) -> None:
-    count, labels = len(record.candidates), record.target.labels
-    if not count:
+def _check_offered(record: Record) -> None:
+    if not record.candidates:
         raise TargetError("no candidates", "the row has no candidates to choose from")
     for index, candidate in enumerate(record.candidates):
         if not any(candidate.get(part) for part in ("content", "image", "audio")):
             raise TargetError("empty candidate", f"candidates[{index}] has no text, image or audio")
+
+
+def _check_candidates(record: Record) -> None:
+    _check_offered(record)
+    count, labels = len(record.candidates), record.target.labels
     if not labels:
         raise TargetError("no right candidate", f"the row has {count} candidates, but says of none that it is right")
     for label in labels:

@@ -24,6 +24,7 @@ class ServeConfig(BaseModel):
     port: int = Field(8000, ge=1, le=65_535, description="port to listen on")
     max_body_bytes: int = Field(32 * 1024 * 1024, gt=0, description="size of a request's body")
     max_media: int = Field(16, gt=0, description="pictures and sounds of one request")
+    max_views: int = Field(64, gt=0, description="candidates of one request, or strides that its long text is read in")
     batch_size: int = Field(16, gt=0, description="requests of one forward pass")
     batch_wait_ms: float = Field(5.0, ge=0, le=1000, description="how long a batch waits for requests being decoded")
     max_waiting: int = Field(256, gt=0, description="requests in a replica; more get 503 and Retry-After")

@@ -128,7 +128,7 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 def place(loc: Sequence[int | str]) -> str | None:
     """``("body", "messages", 0, "content", "<parts>", 1)`` -> ``messages[0].content[1]``. Names in angle brackets are
-    the branches of unions in serve.messages, which the caller never wrote."""
+    the branches of unions in serve.questions, which the caller never wrote."""
     out = ""
     for part in loc[1:]:
         if isinstance(part, int):

@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mmagent.predictor import Answer, PartError, Predictor, Sample
-from mmagent.record import Message, Record
+from mmagent.record import Message, Record, Target
+from mmagent.targets import HEAD, TAIL, kind
 from serve.batcher import Batcher
 from serve.config import ServeConfig
 from serve.errors import ApiError
-from serve.messages import ChatMessage, Extension, PredictRequest
 from serve.parts import Draft
+from serve.questions import ChatRequest, PredictRequest
+from serve.replies import Extension
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _FAILURES = 3  # forward passes that fail in a row before the replica calls itself ill
+_NOTHING = {"extract": "no answer", "tag": "none", "multilabel": "none"}  # said where the answer is that there is none
 _T = TypeVar("_T")
 
 
@@ -28,7 +31,9 @@ class Answered:
     id: str
     created_s: int
     extension: Extension
+    words: str  # the answer as one would say it
     prompt_tokens: int
+    completion_tokens: int
 
 
 class Service:
@@ -78,9 +83,11 @@ class Service:
 
     async def warm_up(self) -> None:
         """The first passes of a process are slow: they are nobody's request. Raises what the bundle raises."""
-        record = Record("warm-up", (Message("user", "is it there?"),))
-        for size in (1, self.config.batch_size):
-            await asyncio.gather(*(self._batcher.submit(self.predictor.prepare(record)) for _ in range(size)))
+        samples = [self.predictor.prepare(_first_question(task)) for task in self.predictor.tasks]
+        for sample in samples:
+            await self._batcher.submit(sample)
+        full = [samples[index % len(samples)] for index in range(self.config.batch_size)]
+        await asyncio.gather(*map(self._batcher.submit, full))
         self.is_warm = True
 
     async def close(self) -> None:
@@ -97,33 +104,37 @@ class Service:
             message = f"the model {name!r:.100} is not here; these are: {here}"
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    async def chat(self, messages: Sequence[ChatMessage]) -> Answered:
+    def task_of(self, name: str | None) -> str:
+        """The task that a request names, or the bundle's own.
+
+        Raises:
+            ApiError: a task that the bundle has not.
+        """
+        if name is not None and name not in self.predictor.tasks:
+            here = ", ".join(repr(known) for known in self.predictor.tasks)
+            message = f"this bundle has no task {name!r:.100}; its tasks are: {here}"
+            raise ApiError(422, message, code="task_not_found", param="task")
+        return name or self.predictor.task
+
+    async def ask(self, question: ChatRequest | PredictRequest) -> Answered:
         """Raises:
         ApiError: what is wrong with the request, or the service is full.
         """
-        return await self._ask(lambda draft, id: draft.build(messages, id))
-
-    async def predict(self, request: PredictRequest) -> Answered:
-        """Raises:
-        ApiError: see `chat`.
-        """
-        messages = request.messages
-        if messages is not None:
-            return await self.chat(messages)
-        return await self._ask(lambda draft, id: draft.build_short(request, id))
-
-    async def _ask(self, build: Callable[[Draft, str], Record]) -> Answered:
+        task = self.task_of(question.task)
         if self.waiting >= self.config.max_waiting:
             message = f"{self.waiting} requests wait already; try again in a second"
             raise ApiError(503, message, code="overloaded", headers={"Retry-After": "1"})
         started, id = time.perf_counter(), new_id()
+        draft = Draft(self.config, self.predictor.limits)
         self.waiting += 1
         try:
-            sample = await self._sample(build, id)
+            sample = await self._sample(draft, lambda: draft.build(question, task, id))
             decoded = time.perf_counter()
             answer, queued_s = await self._batcher.submit(sample)
         finally:
             self.waiting -= 1
+        answer = draft.as_written(answer)
+        words = answer.words or _NOTHING.get(kind(task), "")
         timings = {
             "decode": _ms(decoded - started),
             "queue": _ms(queued_s),
@@ -131,28 +142,46 @@ class Service:
             "total": _ms(time.perf_counter() - started),
         }
         extension = Extension(**{**answer.to_dict(), "timings_ms": timings, "channel": self.channel})
-        return Answered(id, int(time.time()), extension, len(sample.ids))
+        read = sum(len(view.ids) for view in sample.views)
+        return Answered(id, int(time.time()), extension, words, read, self.predictor.inputs.count(words))
 
-    async def _sample(self, build: Callable[[Draft, str], Record], id: str) -> Sample:
-        draft = Draft(self.config, self.predictor.limits)
+    async def _sample(self, draft: Draft, build: Callable[[], Record]) -> Sample:
         if self.config.allow_media_hosts:  # slow hosts may hold their own threads, not the decoders
-            record = await self._in(self._fetchers, lambda: build(draft, id))
+            record = await self._in(self._fetchers, build)
             return await self._in(self._decoders, lambda: self._decode(draft, record))
-        return await self._in(self._decoders, lambda: self._decode(draft, build(draft, id)))
+        return await self._in(self._decoders, lambda: self._decode(draft, build()))
 
     def _decode(self, draft: Draft, record: Record) -> Sample:
         try:
             self.predictor.check(record)
-            return self.predictor.prepare(record)
+            sample = self.predictor.prepare(record)
         except PartError as error:
             place = draft.places.get(error.field, error.field)
             reason = str(error).removeprefix(f"{error.field}: ")
-            status, code = (413, "media_too_large") if error.too_large else (422, "invalid_media")
+            status, code = (413, "media_too_large") if error.too_large else (422, _code(error.field))
             raise ApiError(status, f"{place}: {reason}", code=code, param=place) from error
+        if len(sample.views) > self.config.max_views:
+            message = f"the text is read in {len(sample.views)} strides; the limit max_views is {self.config.max_views}"
+            raise ApiError(413, message, code="text_too_long")
+        return sample
 
     @staticmethod
     async def _in(pool: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _first_question(task: str) -> Record:
+    """A small one that every model can answer."""
+    ends = ({"start": 0, "end": 2, "label": HEAD}, {"start": 3, "end": 5, "label": TAIL})
+    more: dict[str, dict[str, Any]] = {
+        "match": {"candidates": ({"content": "yes"}, {"content": "no"})},
+        "relate": {"target": Target(spans=ends)},
+    }
+    return Record("warm-up", (Message("user", "is it there?"),), task=task, **more.get(kind(task), {}))
+
+
+def _code(field: str) -> str:
+    return "missing_field" if field in ("candidates", "spans") else "invalid_media"
 
 
 def new_id() -> str:

@@ -118,7 +118,8 @@ def test_features_of_each_part_stand_side_by_side(predictor: Predictor, make_png
 
 
 def test_before_training_it_answers_too(predictor: Predictor, make_records: Callable[..., list[Record]]) -> None:
-    fresh, again = (Predictor.untrained(predictor.config, predictor.labels, device="cpu") for _ in range(2))
+    infos = {name: task.info for name, task in predictor.tasks.items()}
+    fresh, again = (Predictor.untrained(predictor.config, infos, predictor.task, device="cpu") for _ in range(2))
     records = make_records(8)
     assert [a.probabilities for a in fresh.predict(records)] == [a.probabilities for a in again.predict(records)]
     assert (predictor.task, predictor.modalities) == ("classify", ("text", "image", "audio"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -109,39 +107,6 @@ def test_a_run_at_its_end_has_no_step_left(prepare: Prepare) -> None:
     begun(prepared)
     assert prepared.at_its_end().plan.total_steps == 3
     assert prepared.plan.total_steps == 14
-
-
-def test_a_name_is_one_processes_at_a_time(storage: Path) -> None:
-    folder = storages.folder("runs", "r")
-    code = """
-import sys; from pathlib import Path; from jobs import run
-with run.locked(Path(sys.argv[1])): print("held", flush=True); input()
-"""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)],
-        cwd=CHECKOUT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdin is not None
-    assert holder.stdout is not None
-    try:
-        assert holder.stdout.readline().strip() == "held"
-        words = f"'r' is being worked on by process {holder.pid}: wait for it"
-        with pytest.raises(run.RunError, match=words), run.locked(folder):
-            pass
-        with run.locked(storages.folder("runs", "other")):  # another name is free
-            pass
-    finally:
-        holder.kill()  # the lock ends with its process, however it ends
-        holder.wait()
-        holder.stdin.close()
-        holder.stdout.close()
-    with run.locked(folder):
-        pass
-    with run.locked(folder):
-        pass
 
 
 # ---------------------------------------------------------------------------------------------- bad input

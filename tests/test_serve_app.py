@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -176,14 +177,25 @@ def test_models_health_and_documentation(client: TestClient) -> None:
     health = client.get("/healthz").json()
     assert (health["status"], health["reason"], health["bundle"]) == ("ready", None, "tiny")
     assert health["modalities"] == ["text", "image", "audio"]
-    assert client.get("/docs").status_code == 200
+    assert (health["task"], health["tasks"], listed["data"][0]["tasks"]) == ("classify", ["classify"], ["classify"])
     schema = client.get("/openapi.json").json()
     assert set(schema["paths"]) == {
         "/v1/chat/completions", "/v1/predict", "/v1/models", "/v1/models/{name}", "/healthz",
     }  # fmt: skip
     assert schema["components"]["schemas"]["ChatRequest"]["examples"]
-    [example, _] = schema["components"]["schemas"]["PredictRequest"]["examples"]
+    example, *_ = schema["components"]["schemas"]["PredictRequest"]["examples"]
     assert client.post("/v1/predict", json=example).status_code == 200
+
+
+def test_documentation_loads_nothing_from_elsewhere(client: TestClient) -> None:
+    for path in ("/docs", "/redoc"):
+        page = client.get(path)
+        assert page.status_code == 200
+        loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"([^\"]+)\"", page.text)
+        assert len(loaded) > 1
+        for address in loaded:
+            assert address.startswith("/")
+            assert client.get(address).status_code == 200
 
 
 def test_health_says_why_it_is_not_ready(predictor: Predictor) -> None:
@@ -336,7 +348,7 @@ def test_an_unexpected_error_tells_nothing(predictor: Predictor) -> None:
             self.__dict__.update(like.__dict__)
 
         def answer(self, samples: Any) -> Any:
-            if any(len(sample.ids) > 12 for sample in samples):
+            if any(len(sample.views[0].ids) > 12 for sample in samples):
                 raise ZeroDivisionError("secret")
             return super().answer(samples)
 

@@ -95,6 +95,11 @@ def test_openais_client_works_unchanged(served: Served, make_png: Any, make_wav:
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert said == answer.choices[0].message.content
     assert chunks[-1].usage == answer.usage
+    named = client.chat.completions.create(model="tiny", messages=messages, extra_body={"task": "classify"})
+    assert named.choices[0].message.content == answer.choices[0].message.content
+    with pytest.raises(openai.UnprocessableEntityError, match="its tasks are: 'classify'") as unknown:
+        client.chat.completions.create(model="tiny", messages=messages, extra_body={"task": "tag"})
+    assert unknown.value.param == "task"
 
 
 def test_openais_client_raises_its_own_errors(served: Served, make_png: Any) -> None:

@@ -30,9 +30,13 @@ def choose(
     columns: Mapping[str, str] | None = None,
     group_by: str | None = None,
     task: str | None = None,
+    asked: str | None = None,
     test: str | None = None,
 ) -> Source:
     """
+    Args:
+        task, asked: see `jobs.sources.table.Table`.
+
     Raises:
         SourceError: an unknown kind, nothing at the place, or an option that the kind has not.
     """
@@ -56,7 +60,7 @@ def choose(
     main = _reader(kind, place, seed, "")
     # Ids that rows get of their file's name differ also where both files have one name.
     second = _reader(kind, test.removeprefix(f"{kind}:"), seed, "test-") if test else None
-    return Table(main, second, columns=columns, group_by=group_by, task=task)
+    return Table(main, second, columns=columns, group_by=group_by, task=task, asked=asked)
 
 
 def _reader(kind: str, place: str, seed: int, prefix: str) -> Reader:

@@ -35,12 +35,14 @@ class Table:
         columns: Mapping[str, str] | None = None,
         group_by: str | None = None,
         task: str | None = None,
+        asked: str | None = None,
         limits: media.Limits | None = None,
     ) -> None:
         """
         Args:
             columns: field -> the column that holds it.
             task: of every row; none: each row's own, else what the answers of the first rows are of.
+            asked: rows need no right answer; those that name no task are of this one.
 
         Raises:
             SourceError: a column that is not there, two rows with one id, no rows, or two test splits.
@@ -48,6 +50,7 @@ class Table:
         self._columns = dict(columns or {})
         _check_fields(self._columns)
         self._main, self._test, self._group_by = main, test, group_by
+        self._answered = asked is None
         self._ids: dict[str, tuple[str, int]] = {}
         self._total = 0
         named = self._survey(main)
@@ -57,8 +60,10 @@ class Table:
             self._survey(test)
         self._ids.clear()
         self.splits = frozenset(named | ({"test"} if test is not None else set()))
-        guessed = self._guess() if task is None else None
-        self._shape = Shape(self._columns, group_by, task, guessed, bool(named), limits or media.Limits())
+        guessed = asked or (self._guess() if task is None else None)
+        self._shape = Shape(
+            self._columns, group_by, task, guessed, bool(named), limits or media.Limits(), self._answered
+        )
 
     @property
     def total(self) -> int:
@@ -120,7 +125,7 @@ class Table:
         if self._group_by is not None and self._group_by not in present:
             raise SourceError(_no_column(file, self._group_by, present, "--group-by"))
         fields = list(renamed(dict.fromkeys(present), self._columns))
-        if not set(_ANSWERS) & set(fields):
+        if self._answered and not set(_ANSWERS) & set(fields):
             what = _no_column(file, "label", present, "the right answer: one of " + ", ".join(_ANSWERS))
             raise SourceError(f"{what}; name it with --map label=COLUMN, or labels, value, spans, answer")
         if not set(rows.INPUTS) & set(fields):

@@ -16,7 +16,7 @@ from mmagent import metrics, text
 from mmagent.calibration import Calibration
 from mmagent.metrics import Number
 from mmagent.reading import Reader, View
-from mmagent.record import Record
+from mmagent.record import Record, segments
 from mmagent.targets import TargetError
 from mmagent.tasks.task import AnswerHead, Decision, Outcome, Task
 
@@ -33,8 +33,7 @@ class Match(Task):
             raise TargetError("no candidates", "the row has no candidates to choose from: give `candidates`, a list")
         words = text.words(record)
         return tuple(
-            reader.beside(words, candidate.get("content") or "", index)
-            for index, candidate in enumerate(record.candidates)
+            reader.beside(words, _content(record, index) or "", index) for index in range(len(record.candidates))
         )
 
     def head(self, width: int) -> nn.Module:
@@ -138,4 +137,6 @@ def _from_sums(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _content(record: Record, index: int) -> str | None:
-    return record.candidates[index].get("content") or None
+    """The words of a candidate; the places of its pictures and sounds are left out."""
+    parts = segments(record.candidates[index].get("content") or "")
+    return "".join(words for part, words in parts if part == "text").strip() or None

@@ -1,4 +1,4 @@
-"""What is asked and answered over HTTP: OpenAI's chat completion with an extension, and the typed prediction.
+"""What is asked over HTTP: OpenAI's chat completion, and the typed prediction. `serve.replies` is what comes back.
 
 Names in angle brackets are branches of unions; `serve.errors.place` leaves them out of the place it reports.
 """
@@ -96,7 +96,49 @@ class StreamOptions(_Asked):
     include_usage: bool | None = None
 
 
-class ChatRequest(_Asked):
+class Candidate(BaseModel):
+    """What `match` may choose: a text, a picture, a sound, or several of them together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None = None
+    image: str | None = Field(None, description="base64 or a data URI")
+    audio: str | None = Field(None, description="base64 or a data URI; wav, flac, mp3 or ogg")
+
+
+class End(BaseModel):
+    """One of the two spans that `relate` asks about: characters from start up to, not with, end."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: int = Field(ge=0)
+    end: int = Field(gt=0)
+    label: Literal["head", "tail"]
+
+
+def _candidate_branch(candidate: Any) -> str:
+    return "<text>" if isinstance(candidate, str) else "<object>"
+
+
+class _OfTasks(BaseModel):
+    """What tasks want to know besides the conversation. Spans, in a question and in an answer, count characters of the
+    context where there is one, else of the last user message: its texts with a space between them, as they were sent.
+    """
+
+    task: str | None = Field(None, description="one of the bundle's tasks (see /v1/models); none: its default")
+    context: str | None = Field(None, description="a text that the question is about, as `extract` reads it")
+    candidates: (
+        list[
+            Annotated[
+                Annotated[str, Tag("<text>")] | Annotated[Candidate, Tag("<object>")], Discriminator(_candidate_branch)
+            ]
+        ]
+        | None
+    ) = Field(None, description="what `match` chooses from", min_length=1)
+    spans: list[End] | None = Field(None, description="the head and the tail that `relate` asks about")
+
+
+class ChatRequest(_OfTasks, _Asked):
     """OpenAI's request. What would change the answer and cannot be done is refused; the rest (temperature, seed,
     max_tokens, stop, user ...) shapes generated text, and is ignored."""
 
@@ -149,7 +191,7 @@ class ChatRequest(_Asked):
         return None
 
 
-class PredictRequest(BaseModel):
+class PredictRequest(_OfTasks):
     """The long form has `messages`; the short one has one text, picture or sound, or several of them together."""
 
     model_config = ConfigDict(
@@ -158,6 +200,13 @@ class PredictRequest(BaseModel):
             "examples": [
                 {"text": "what color is the shape?", "image": _PIXEL},
                 {"messages": [{"role": "user", "content": "what color is the shape?"}]},
+                {"task": "extract", "context": "The shape is a red circle.", "text": "what color is the shape?"},
+                {"task": "match", "text": "what color is the shape?", "candidates": ["red", "round"]},
+                {
+                    "task": "relate",
+                    "text": "Ann works for Acme.",
+                    "spans": [{"start": 0, "end": 3, "label": "head"}, {"start": 14, "end": 18, "label": "tail"}],
+                },
             ]
         },
     )
@@ -183,79 +232,3 @@ class PredictRequest(BaseModel):
         if short == (self.messages is not None):
             raise ValueError("either messages is wanted, or text, image and audio (one or more of them)")
         return self
-
-
-class Extension(BaseModel):
-    """What this service says beyond OpenAI's answer."""
-
-    task: str = Field(examples=["classify"])
-    label: str = Field(examples=["red"])
-    probabilities: dict[str, float] = Field(description="of every label, likeliest first", examples=[{"red": 0.98}])
-    confidence: float = Field(description="calibrated probability that the label is right", examples=[0.98])
-    abstained: bool = Field(description="less sure than the bundle asks for: better ask a person")
-    bundle: str = Field(examples=["demo"])
-    channel: str | None = Field(description="the channel this service follows", examples=["production"])
-    timings_ms: dict[str, float] = Field(
-        description="decode, queue (waiting for the batch), forward, total", examples=[{"forward": 9.1, "total": 12.5}]
-    )
-
-
-class Prediction(BaseModel):
-    id: str = Field(examples=["ans_01JDX3YQ2M8T5W6V7R9K0N1P4S"])
-    object: Literal["prediction"] = "prediction"
-    created: int = Field(description="Unix time in seconds")
-    model: str
-    mmagent: Extension
-
-
-class Said(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class Choice(BaseModel):
-    index: int = 0
-    message: Said
-    logprobs: None = None
-    finish_reason: Literal["stop"] = "stop"
-
-
-class Usage(BaseModel):
-    """Text tokens only; the answer is one label."""
-
-    prompt_tokens: int
-    completion_tokens: int = 1
-    total_tokens: int
-
-
-class ChatCompletion(BaseModel):
-    id: str = Field(examples=["ans_01JDX3YQ2M8T5W6V7R9K0N1P4S"])
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage
-    mmagent: Extension
-
-
-class Model(BaseModel):
-    id: str = Field(examples=["demo"])
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["mmagent"] = "mmagent"
-
-
-class Models(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class Health(BaseModel):
-    status: Literal["ready", "not ready"]
-    reason: str | None = Field(description="why it is not ready")
-    bundle: str
-    channel: str | None
-    task: str
-    modalities: list[str]
-    waiting: int = Field(description="requests in this replica")
