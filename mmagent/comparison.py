@@ -76,7 +76,7 @@ def _entry(
 
 def taken(outcomes: Sequence[Outcome], mask: np.ndarray) -> list[Outcome]:
     """Those where `mask` (n,) holds."""
-    return [outcomes[index] for index in np.flatnonzero(mask)]
+    return [outcome for outcome, there in zip(outcomes, mask, strict=True) if there]
 
 
 def one_seed(seed: Seed) -> int:

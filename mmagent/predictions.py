@@ -77,7 +77,9 @@ def judged(task: Task, gold: Any, answer: Answer) -> dict[str, Any]:
     """The columns of an answer."""
     chances = answer.probabilities
     listed = bool(task.labels) and bool(chances)
-    said = {key: value for key, value in (("label", answer.label), ("value", answer.value)) if value is not None}
+    said: dict[str, Any] = {
+        key: value for key, value in (("label", answer.label), ("value", answer.value)) if value is not None
+    }
     if answer.text is not None:
         said["text"] = answer.text
     if answer.labels is not None:

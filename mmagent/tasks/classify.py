@@ -28,7 +28,7 @@ class Classify(Task):
 
     def target(self, record: Record, view: View) -> dict[str, np.ndarray] | None:
         label = record.target.label
-        return None if label is None else {"label": np.int64(self.index.get(label, IGNORED))}
+        return None if label is None else {"label": np.array(self.index.get(label, IGNORED))}
 
     def collate(self, targets: Sequence[Mapping[str, np.ndarray] | None], tokens: int) -> dict[str, Tensor]:
         return {self.key("label"): indexes(targets, "label")}

@@ -51,7 +51,7 @@ class Extract(Task):
                 if whole:
                     start, end = 1 + int(found[0]), 1 + int(found[-1])
                     break
-        return {"start": np.int64(start), "end": np.int64(end), "inside": inside}
+        return {"start": np.array(start), "end": np.array(end), "inside": inside}
 
     def collate(self, targets: Sequence[Mapping[str, np.ndarray] | None], tokens: int) -> dict[str, Tensor]:
         inside = torch.zeros(len(targets), tokens, dtype=torch.bool)

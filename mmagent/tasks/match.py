@@ -42,7 +42,7 @@ class Match(Task):
     def target(self, record: Record, view: View) -> dict[str, np.ndarray] | None:
         if record.target.labels is None:
             return None
-        return {"right": np.float32(str(view.index) in record.target.labels)}
+        return {"right": np.array(float(str(view.index) in record.target.labels))}
 
     def collate(self, targets: Sequence[Mapping[str, np.ndarray] | None], tokens: int) -> dict[str, Tensor]:
         right = [0.0 if target is None else float(target["right"]) for target in targets]

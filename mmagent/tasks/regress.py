@@ -33,7 +33,7 @@ class Regress(Task):
 
     def target(self, record: Record, view: View) -> dict[str, np.ndarray] | None:
         value = record.target.value
-        return None if value is None else {"value": np.float32((value - self.mean) / self.deviation)}
+        return None if value is None else {"value": np.array((value - self.mean) / self.deviation)}
 
     def collate(self, targets: Sequence[Mapping[str, np.ndarray] | None], tokens: int) -> dict[str, Tensor]:
         values = [0.0 if target is None else float(target["value"]) for target in targets]

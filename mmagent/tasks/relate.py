@@ -16,7 +16,7 @@ from mmagent.reading import Reader, View
 from mmagent.record import Record
 from mmagent.targets import HEAD, TAIL, TargetError, spanned
 from mmagent.tasks.classify import Classify
-from mmagent.tasks.task import Fused, padded
+from mmagent.tasks.task import IGNORED, Fused, padded
 
 MARKS = {HEAD: "@", TAIL: "#"}  # around the spans in the text: words that every vocabulary has (arXiv:2102.01373)
 
@@ -50,7 +50,7 @@ class Relate(Classify):
     def target(self, record: Record, view: View) -> dict[str, np.ndarray]:
         """The two spans' tokens are wanted for an answer too; the label may be missing."""
         assert view.offsets is not None
-        found = super().target(record, view) or {"label": np.int64(-100)}
+        found = super().target(record, view) or {"label": np.array(IGNORED)}
         starts, ends = view.offsets.T
         for name, (start, end) in pair(record).items():
             found[name] = ((starts < end) & (ends > start) & (starts >= 0)).astype(np.float32)

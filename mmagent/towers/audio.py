@@ -203,7 +203,7 @@ def _grid(states: Tensor, frames: int, channels: int, config: Any) -> tuple[int,
     """(pitches, times) of a model that cuts a spectrogram into patches, as its config says; none: positions in time."""
     high, wide = getattr(config, "frequency_stride", None), getattr(config, "time_stride", None)
     patch = getattr(config, "patch_size", None)
-    if states.ndim == 3 and all(isinstance(value, int) for value in (high, wide, patch)):
+    if states.ndim == 3 and isinstance(high, int) and isinstance(wide, int) and isinstance(patch, int):
         grid = ((channels - patch) // high + 1, (frames - patch) // wide + 1)
         if 0 <= states.shape[1] - math.prod(grid) <= _MOST_EXTRA:
             return grid
