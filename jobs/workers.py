@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from mmagent.config import Config
 
 __all__ = ["Group", "WorkersFailed", "room", "run"]
 
+_RELEASE_TIMEOUT_S = 30.0
 _DATA_CPUS = 1.6  # left for the tasks of a stream: reading asks for 0.5, cutting into blocks for 1
 
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
@@ -166,11 +168,14 @@ def room(config: Config) -> int:
 def _cpus_of_a_worker(config: Config) -> float:
     """What a worker asks of Ray: its threads, or less where the machine is small or a service runs beside, so that
     the tasks which read the data have theirs; on a full machine they would wait for ever."""
-    free = _free_cpus()
-    if free < _DATA_CPUS + 0.1 * config.cluster.workers:
+    wanted = _DATA_CPUS + 0.1 * config.cluster.workers
+    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+    while (free := _free_cpus()) < wanted and time.monotonic() < deadline:
+        time.sleep(0.5)  # what ended a moment ago may still hold its CPUs
+    if free < wanted:
         print(
-            f"Ray has {free:g} CPUs free, but training wants {_DATA_CPUS + 0.1 * config.cluster.workers:g} or more: it "
-            "waits until another job ends (ray job list; ray job stop ID) or a service is stopped",
+            f"Ray has {free:g} CPUs free, and training wants {wanted:g} or more: it may wait until another job ends "
+            "(ray job list; ray job stop ID) or a service is stopped",
             flush=True,
         )
     share = (free - _DATA_CPUS) / config.cluster.workers
