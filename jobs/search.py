@@ -121,6 +121,7 @@ def _search(base: Config, space: Space, first: dict[str, Any], distributions: di
         folder=folder,
         tell=lambda line: print(f"[{_clock(time.time() - began)}] {line}", flush=True),
     )
+    workers.release()
     storage.publish_json(folder / "trials.json", [_as_json(trial) for trial in done])
     print(_table(done))
     scored = [trial for trial in done if trial.score is not None]
@@ -134,6 +135,7 @@ def _search(base: Config, space: Space, first: dict[str, Any], distributions: di
     storage.publish_json(folder / "winner.json", note)
     print(f"winner  {winner.id}: accuracy {winner.score:.2%} on validation, {trials.short(winner.sample)}")
     print(f"bundle  {folder / 'bundle'}")
+    workers.release()
     return _count_left(ray, before)
 
 

@@ -23,7 +23,7 @@ from ray.util.state import list_jobs, list_placement_groups
 from jobs import stream
 from mmagent.config import Config
 
-__all__ = ["Group", "WorkersFailed", "room", "run"]
+__all__ = ["Group", "WorkersFailed", "release", "room", "run"]
 
 _RELEASE_TIMEOUT_S = 30.0
 _DATA_CPUS = 1.6  # left for the tasks of a stream: reading asks for 0.5, cutting into blocks for 1
@@ -150,13 +150,25 @@ def _entry(spec: dict[str, Any]) -> None:
     )
 
 
+def release() -> None:
+    """Ends what this job's groups still hold: a search calls it when all trials are over. A controller that is stopped
+    from outside may wait for minutes before it lets go of its workers (Ray 2.60)."""
+    mine = ray.get_runtime_context().get_job_id()
+    _remove_groups(lambda job: job == mine)
+
+
 def _release_orphans() -> None:
     """Gives back what jobs that are over still hold. A job that is stopped while its controller asks for workers may
     leave their placement group behind (Ray 2.60), and nobody else would ever get those CPUs."""
     running = {job.job_id for job in list_jobs(limit=10_000) if job.status in ("RUNNING", "PENDING")}
+    _remove_groups(lambda job: job not in running)
+
+
+def _remove_groups(of_job: Callable[[str], bool]) -> None:
+    """Removes placement groups, and with them the processes inside, but those that shall outlive their job."""
     for group in list_placement_groups(detail=True, limit=10_000):
         held = group.state in ("CREATED", "PENDING", "RESCHEDULING")
-        if held and not group.is_detached and group.creator_job_id not in running:
+        if held and not group.is_detached and of_job(group.creator_job_id):
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
 
 
