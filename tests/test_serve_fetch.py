@@ -14,7 +14,7 @@ from mmagent.media import Limits
 from serve.config import ServeConfig
 from serve.errors import ApiError
 from serve.fetch import FetchError, check, fetch
-from serve.messages import ChatMessage
+from serve.questions import ChatMessage
 from serve.parts import Draft
 
 
