@@ -52,18 +52,13 @@ class Answerer:
     def _rows(self, records: Sequence[Record], asked: Sequence[Record], taken: str) -> list[dict[str, Any]]:
         """A row for each record; `asked` is what the model gets of it, `taken` the modality it lacks."""
         faults = [self._fault(record) for record in records]
-        keys = [_digest(record) for record in asked]
-        self._answer(
-            {
-                key: record
-                for key, record, fault in zip(keys, asked, faults, strict=True)
-                if fault is None and key not in self._known
-            }
-        )
-        return [
-            self._row(record, taken, fault, key if _asks(rest) else None)
-            for record, fault, rest, key in zip(records, faults, asked, keys, strict=True)
-        ]
+        keys = [_digest(record) if _asks(record) else None for record in asked]
+        fresh = {}
+        for key, record, fault in zip(keys, asked, faults, strict=True):
+            if key is not None and fault is None and key not in self._known:
+                fresh[key] = record
+        self._answer(fresh)
+        return [self._row(*row) for row in zip(records, [taken] * len(records), faults, keys, strict=True)]
 
     def _fault(self, record: Record) -> str | None:
         """Why a record cannot be judged, whatever is answered; the same words for all that fail alike."""

@@ -75,22 +75,23 @@ def evaluate(
         EvaluationError: no row with an answer, or a table that does not fit the tasks.
     """
     whole = table.filter(pc.equal(table["without"], ""))
-    blocks, unanswered = {}, {}
+    found: dict[str, dict[str, Any]] = {}
+    unanswered: dict[str, dict[str, Any]] = {}
     for name in sorted(set(whole["task"].to_pylist())):
         mine = table.filter(pc.equal(table["task"], name))
         answered, errors = _answered(mine.filter(pc.equal(mine["without"], "")))
         if name in tasks and answered.num_rows:
-            blocks[name] = _block(mine, answered, errors, tasks[name], (before or {}).get(name), seed)
+            found[name] = _block(mine, answered, errors, tasks[name], (before or {}).get(name), seed)
         else:
             unanswered[name] = errors
-    if not blocks:
-        reasons = Counter({r: n for errors in unanswered.values() for r, n in errors["reasons"].items()})
+    if not found:
+        reasons = sum((Counter(errors["reasons"]) for errors in unanswered.values()), Counter[str]())
         told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(MAX_REASONS))
         raise EvaluationError(f"no row of the split {split!r} of {data!r} has an answer: {told or 'it is empty'}")
-    first = task if task in blocks else max(blocks, key=lambda name: (blocks[name]["n"], name))
+    first = task if task in found else max(found, key=lambda name: (found[name]["n"], name))
     return {
-        "format_version": FORMAT_VERSION, "bundle": bundle, "data": data, "split": split, **blocks[first],
-        **({"tasks": blocks} if len(blocks) > 1 else {}),
+        "format_version": FORMAT_VERSION, "bundle": bundle, "data": data, "split": split, **found[first],
+        **({"tasks": found} if len(found) > 1 else {}),
         **({"unanswered": unanswered} if unanswered else {}),
     }  # fmt: skip
 
@@ -185,7 +186,7 @@ def _block(
     if classes := found.per_class():
         out["per_class"] = classes
     if found.calibrated:
-        judged = found if found.classes is None else found.classes
+        judged: metrics.Judged = found if found.classes is None else found.classes
         out |= {"calibration": metrics.calibration(judged), "coverage": metrics.coverage(judged)}
     if found.classes is not None:
         out["confusion"] = {"labels": list(found.classes.labels), "cells": metrics.confusion(found.classes)}
