@@ -15,7 +15,7 @@ from mmagent.pretrained import BackboneError
 from mmagent.sounds import ExtractedSounds
 from mmagent.towers.projector import Projector
 
-Conv = tuple[int, int, int, int]  # kernel, stride, padding, dilation along time
+Conv = tuple[int, int, int]  # along time: how far the kernel reaches, stride, padding of both sides together
 _MOST_EXTRA = 16  # states before the grid's: a class token, a distillation token
 
 
@@ -167,8 +167,7 @@ def _trace(outline: nn.Module, heard: ExtractedSounds, frames: int, name: str) -
     hooks = []
     for place, module in outline.named_modules():
         if isinstance(module, nn.Conv1d):
-            shape = (module.kernel_size[0], module.stride[0], int(module.padding[0]), module.dilation[0])
-            hooks.append(module.register_forward_pre_hook(lambda *_, shape=shape: path.append(shape)))
+            hooks.append(module.register_forward_pre_hook(lambda conv, _: path.append(_shape(conv))))
         elif isinstance(module, nn.GroupNorm):
             hooks.append(module.register_forward_pre_hook(lambda *_, place=place: convs.update({place: list(path)})))
     x = _arranged(torch.empty(1, frames, heard.channels, device="meta"), heard)
@@ -222,6 +221,12 @@ def _flat(states: Tensor) -> Tensor:
     return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
 
 
+def _shape(conv: nn.Conv1d) -> Conv:
+    reach, padding = conv.dilation[0] * (conv.kernel_size[0] - 1), conv.padding
+    both = {"same": reach, "valid": 0}[padding] if isinstance(padding, str) else 2 * int(padding[0])
+    return reach, conv.stride[0], both
+
+
 def _after(lengths: Tensor, conv: Conv) -> Tensor:
-    kernel, stride, padding, dilation = conv
-    return torch.div(lengths + 2 * padding - dilation * (kernel - 1) - 1, stride, rounding_mode="floor") + 1
+    reach, stride, padding = conv
+    return torch.div(lengths + padding - reach - 1, stride, rounding_mode="floor") + 1
