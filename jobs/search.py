@@ -201,10 +201,9 @@ def _living(ray: Any) -> set[str]:
     """The actors of this job that live."""
     from ray.util.state import list_actors
 
-    job = ray.get_runtime_context().get_job_id()
-    return {
-        actor.actor_id for actor in list_actors(filters=[("state", "=", "ALIVE"), ("job_id", "=", job)], limit=1000)
-    }
+    context = ray.get_runtime_context()
+    mine = [("state", "=", "ALIVE"), ("job_id", "=", context.get_job_id())]
+    return {actor.actor_id for actor in list_actors(context.gcs_address, filters=mine, limit=1000)}
 
 
 def _count_left(ray: Any, before: set[str]) -> int:

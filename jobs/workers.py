@@ -160,16 +160,22 @@ def release() -> None:
 def _release_orphans() -> None:
     """Gives back what jobs that are over still hold. A job that is stopped while its controller asks for workers may
     leave their placement group behind (Ray 2.60), and nobody else would ever get those CPUs."""
-    running = {job.job_id for job in list_jobs(limit=10_000) if job.status in ("RUNNING", "PENDING")}
+    jobs = list_jobs(_address(), limit=10_000)
+    running = {job.job_id for job in jobs if job.status in ("RUNNING", "PENDING")}
     _remove_groups(lambda job: job not in running)
 
 
 def _remove_groups(of_job: Callable[[str], bool]) -> None:
     """Removes placement groups, and with them the processes inside, but those that shall outlive their job."""
-    for group in list_placement_groups(detail=True, limit=10_000):
+    for group in list_placement_groups(_address(), detail=True, limit=10_000):
         held = group.state in ("CREATED", "PENDING", "RESCHEDULING")
         if held and not group.is_detached and of_job(group.creator_job_id):
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
+
+
+def _address() -> str:
+    """Of the cluster that this process is in; on a machine with two, Ray's state functions would have to guess."""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def room(config: Config) -> int:
