@@ -14,8 +14,8 @@ from mmagent.media import Limits
 from serve.config import ServeConfig
 from serve.errors import ApiError
 from serve.fetch import FetchError, check, fetch
-from serve.questions import ChatMessage
 from serve.parts import Draft
+from serve.questions import ChatMessage
 
 
 class Pages(BaseHTTPRequestHandler):
