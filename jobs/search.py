@@ -101,7 +101,7 @@ def _search(base: Config, space: Space, first: dict[str, Any], distributions: di
     from jobs import run, trials, workers
 
     began = time.time()
-    before = _living(ray)
+    before = _living(ray)  # the export below has its own, which end with this process
     plan = run.prepare(base, folder / "trials" / "check").plan  # what is wrong with the recipe, said once
     print(f"search {folder.name}: {space.trials} trials of up to {plan.total_steps} steps", flush=True)
 
@@ -122,6 +122,7 @@ def _search(base: Config, space: Space, first: dict[str, Any], distributions: di
         tell=lambda line: print(f"[{_clock(time.time() - began)}] {line}", flush=True),
     )
     workers.release()
+    status = _count_left(ray, before)
     storage.publish_json(folder / "trials.json", [_as_json(trial) for trial in done])
     print(_table(done))
     scored = [trial for trial in done if trial.score is not None]
@@ -135,8 +136,7 @@ def _search(base: Config, space: Space, first: dict[str, Any], distributions: di
     storage.publish_json(folder / "winner.json", note)
     print(f"winner  {winner.id}: accuracy {winner.score:.2%} on validation, {trials.short(winner.sample)}")
     print(f"bundle  {folder / 'bundle'}")
-    workers.release()
-    return _count_left(ray, before)
+    return status
 
 
 def load_space(file: Path) -> Space:
