@@ -45,6 +45,7 @@ def add(model: nn.Module, part: str, rank: int, config: FreezeConfig) -> None:
         lora_alpha=config.lora_scale * rank,  # type: ignore[arg-type]  # peft divides; a fraction is as good
         lora_dropout=config.lora_dropout,
         target_modules=linear,
+        fan_in_fan_out=any(not isinstance(found[0].get_submodule(name), nn.Linear) for name in linear),
     )
     inject_adapter_in_model(settings, found[0])
 
