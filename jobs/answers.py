@@ -8,18 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
 from mmagent import predictions, targets
-from mmagent.predictor import Answer, PartError, Predictor, Sample
+from mmagent.predictor import Answer, PartError, Predictor
 from mmagent.record import Record, escape, segments
 from mmagent.targets import TargetError
 
-_FORWARD_ROWS = 32  # of one forward pass; a record that is read in several views has as many rows
 _REMEMBERED = 2_000_000  # probabilities: bounds the memory of answers already given
 MODALITIES = ("text", "image", "audio")
 _SIGN = re.compile(r"(\\*)(<(?:image|audio)>)")  # escaped by an odd number of backslashes
@@ -71,14 +70,9 @@ class Answerer:
         return None
 
     def _answer(self, asked: dict[bytes, Record]) -> None:
-        samples = {}
-        for key, record in asked.items():
-            try:
-                samples[key] = self._predictor.prepare(record)
-            except PartError as error:
-                self._known[key] = str(error)
-        for part in _passes(samples):
-            self._known.update(zip(part, self._predictor.answer([samples[key] for key in part]), strict=True))
+        given = self._predictor.attempt(list(asked.values()))
+        for key, answer in zip(asked, given, strict=True):
+            self._known[key] = str(answer) if isinstance(answer, PartError) else answer
 
     def _row(self, record: Record, taken: str, fault: str | None, key: bytes | None) -> dict[str, Any]:
         """`fault`: why it cannot be judged; `key`: of its answer, None where nothing was left to ask."""
@@ -98,20 +92,6 @@ class Answerer:
         if isinstance(answer, str):
             return row | {"error": answer}
         return row | predictions.judged(task, gold, answer)
-
-
-def _passes(samples: Mapping[bytes, Sample]) -> Iterator[list[bytes]]:
-    """The samples in parts of `_FORWARD_ROWS` views; one of more views is a part by itself."""
-    part: list[bytes] = []
-    rows = 0
-    for key, sample in samples.items():
-        if part and rows + len(sample.views) > _FORWARD_ROWS:
-            yield part
-            part, rows = [], 0
-        part.append(key)
-        rows += len(sample.views)
-    if part:
-        yield part
 
 
 def without(record: Record, modality: str) -> Record:

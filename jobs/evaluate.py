@@ -14,7 +14,6 @@ set is a folder or a name under data/.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -32,9 +31,9 @@ from jobs.cluster import ClusterError
 from jobs.progress import Progress
 from jobs.summary import some, table_of
 from mmagent import bundle as bundles
-from mmagent import card, evaluation, examples, predictions, report, storage, text
+from mmagent import card, evaluation, examples, predictions, report, shards, storage, text
 from mmagent import licence as licences
-from mmagent.arguments import Parser
+from mmagent.arguments import Parser, positive
 from mmagent.bundle import Bundle, BundleError
 from mmagent.examples import Example
 from mmagent.predictions import EvaluationError
@@ -126,7 +125,7 @@ def read_curves(file: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        dataset = Dataset.open(_data(options.data))
+        dataset = Dataset.open(shards.find(options.data))
         _check(bundles.load(options.bundle), dataset, options.split)  # before Ray is looked for: that takes a while
         cluster.connect()
         out = storage.resolve(options.out)
@@ -145,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser("jobs.evaluate", __doc__)
     parser.add_argument("--bundle", required=True, metavar="B", help="a bundle folder, or the name of a run")
     parser.add_argument("--data", required=True, metavar="D", help="a data set: a name under data/, or a folder")
@@ -157,25 +156,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--before", action="store_true", help="compare with a majority answer and a linear probe")
     parser.add_argument("--without", choices=MODALITIES, help="also ask everything with this modality taken away")
-    parser.add_argument("--workers", type=_positive, default=2, help="processes that answer (default: 2)")
-    parser.add_argument("--threads", type=_positive, default=1, help="CPU threads of each (default: 1)")
+    parser.add_argument("--workers", type=positive, default=2, help="processes that answer (default: 2)")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of intervals, comparisons and examples (default: 0)")
     return parser
 
 
 def _names(value: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
-
-
-def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{value} is given, but 1 or more is wanted")
-    return number
-
-
-def _data(name: str) -> Path:
-    return storage.resolve(name) if "/" in name else storage.folder("data", name)
 
 
 def _check(found: Bundle, dataset: Dataset, split: str) -> None:

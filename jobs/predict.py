@@ -110,7 +110,7 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if options.task is not None and options.task not in found.tasks:
         raise PredictError(f"the bundle {found.name!r} has no task {options.task!r}; it has {', '.join(found.tasks)}")
     source = _source(options, found)
-    dataset = None if source is not None else Dataset.open(_data(options.data))
+    dataset = None if source is not None else Dataset.open(shards.find(options.data))
     # Asked for before a name is held: what cannot be done leaves nothing behind that refuses the right command.
     splits = [ALL] if dataset is None else _splits(dataset, options.split)
     if dataset is not None:
@@ -225,10 +225,6 @@ def _parser() -> Parser:
     parser.add_argument("--workers", type=positive, default=2, help="processes that answer (default: 2)")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each (default: 1)")
     return parser
-
-
-def _data(name: str) -> Path:
-    return storage.resolve(name) if "/" in name else storage.folder("data", name)
 
 
 def _sha256(file: Path) -> str:

@@ -9,7 +9,7 @@ print(answer.label, answer.confidence)
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,8 @@ from mmagent.tasks import Task, make_all
 from mmagent.text import FrozenStates, TextEncoder
 
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
+
+_PASS_VIEWS = 32  # of one forward pass; a record that is read in several views has as many rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +185,11 @@ class Predictor:
             out += self.answer(group)
         return out
 
-    def attempt(self, records: Sequence[Record], *, batch_size: int = 32) -> list[Answer | PartError]:
+    def attempt(self, records: Sequence[Record]) -> list[Answer | PartError]:
         """Each record's answer, or why it has none: one that is damaged costs the others nothing."""
-        out: list[Answer | PartError] = []
-        for start in range(0, len(records), batch_size):
-            tried = [self._tried(record) for record in records[start : start + batch_size]]
-            samples = [each for each in tried if isinstance(each, Sample)]
-            answers = iter(self.answer(samples) if samples else ())
-            out += [next(answers) if isinstance(each, Sample) else each for each in tried]
-        return out
+        tried = [self._tried(record) for record in records]
+        answers = iter([each for part in _passes(tried) for each in self.answer(part)])
+        return [next(answers) if isinstance(each, Sample) else each for each in tried]
 
     def _tried(self, record: Record) -> Sample | PartError:
         try:
@@ -261,6 +259,22 @@ class Predictor:
             probabilities=said.probabilities,
             timings_ms=timings_ms,
         )
+
+
+def _passes(tried: Iterable[Sample | PartError]) -> Iterator[list[Sample]]:
+    """The samples in parts of `_PASS_VIEWS` views; one of more views is a part by itself."""
+    part: list[Sample] = []
+    views = 0
+    for sample in tried:
+        if isinstance(sample, PartError):
+            continue
+        if part and views + len(sample.views) > _PASS_VIEWS:
+            yield part
+            part, views = [], 0
+        part.append(sample)
+        views += len(sample.views)
+    if part:
+        yield part
 
 
 def modalities_of(sample: Sample) -> str:

@@ -21,6 +21,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmagent import storage
 from mmagent.record import SCHEMA, SCHEMA_VERSION, Record
 from mmagent.targets import TaskInfo
 
@@ -128,6 +129,15 @@ class Dataset:
         if found is None:
             raise DatasetError(f"the data set {self.path} has no split {split!r}; it has {', '.join(self.splits)}")
         return found
+
+
+def find(name: str) -> Path:
+    """The folder that a command means by a data set: a path, or a name under ``ROOT/data``. It need not exist.
+
+    Raises:
+        StorageError: neither.
+    """
+    return storage.resolve(name) if "/" in name else storage.folder("data", name)
 
 
 class ShardWriter:

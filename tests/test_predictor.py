@@ -69,7 +69,7 @@ def test_batches_change_no_answer(predictor: Predictor, make_records: Callable[.
         ({"text": "hm?", "image": "data:image/png;base64,@@@"}, RecordError, "image", "not valid base64"),
         ({"text": "hm?", "image": {"bytes": "@@@"}}, RecordError, "image", "row 1: image is not valid base64"),
         ({"text": "hm?", "image": "nowhere.png"}, RecordError, "image", "row 1: image: cannot read the file nowhere"),
-        ({"label": "red"}, RecordError, None, "row 1: the row has the columns ['label']"),
+        ({"label": "red"}, RecordError, None, "row 1: the row has the columns ['label'"),
         ({"text": "hm?", "image": "HUGE"}, PartError, "images[0]", "max_image_pixels"),
         ({"audio": "LONG"}, PartError, "audios[0]", "max_audio_s"),
     ],

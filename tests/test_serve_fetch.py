@@ -15,7 +15,7 @@ from serve.config import ServeConfig
 from serve.errors import ApiError
 from serve.fetch import FetchError, check, fetch
 from serve.parts import Draft
-from serve.questions import ChatMessage
+from serve.questions import ChatRequest
 
 
 class Pages(BaseHTTPRequestHandler):
@@ -143,8 +143,9 @@ def test_patterns() -> None:
 def test_in_a_request(host: str) -> None:
     def build(url: str, *allowed: str) -> Any:
         part = {"type": "image_url", "image_url": {"url": url}}
-        message = ChatMessage.model_validate({"role": "user", "content": [part]})
-        return Draft(ServeConfig(allow_media_hosts=allowed), Limits(max_media_bytes=10_000)).build([message], "id")
+        request = ChatRequest.model_validate({"messages": [{"role": "user", "content": [part]}]})
+        draft = Draft(ServeConfig(allow_media_hosts=allowed), Limits(max_media_bytes=10_000))
+        return draft.build(request, "classify", "id")
 
     record = build(f"http://{host}/picture", host)
     assert record.images[0].read().startswith(b"the host was")
