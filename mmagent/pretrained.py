@@ -246,8 +246,8 @@ def _settle(config: Any, dropout: float | None) -> int:
             count += _settle(value, dropout)
         elif field.endswith("layerdrop"):
             setattr(config, field, 0.0)
-        elif field == "apply_spec_augment":
-            setattr(config, field, False)
+        elif field in ("apply_spec_augment", "mask_time_prob"):  # some that mask do not name the first: it holds then
+            config.apply_spec_augment = False
         elif _DROPOUT.search(field) and type(value) in (int, float):
             count += 1
             if dropout is not None:
