@@ -137,6 +137,17 @@ def assert_same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], at
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-4, msg=f"{name}: {{}}".format)
 
 
+def without_key_biases(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A bias that all keys of an attention share moves no answer: its gradient is rounding and nothing else, and Adam,
+    which divides by the gradient's size, makes whole steps of it."""
+    out = {name: value for name, value in state.items() if not name.endswith("key.bias")}
+    for name, value in out.items():
+        if name.endswith("qkv.bias"):
+            query, _, values = value.chunk(3)
+            out[name] = torch.cat([query, values])
+    return out
+
+
 @pytest.mark.parametrize(("micro", "accumulation"), [(8, 2), (4, 4)])
 def test_small_batches_accumulated_are_one_big_batch(
     make: Make, batches: Callable[[int], list[Batch]], micro: int, accumulation: int
@@ -150,10 +161,8 @@ def test_small_batches_accumulated_are_one_big_batch(
     assert_same(parts.state(), first)  # nothing moves before the accumulation is full
     train(parts, many, small[-1:])
     train(whole, one, batches(16))
-    # Adam divides by the gradient's size: where that is next to nothing, rounding decides. Hence the tolerance; and a
-    # bias that all keys of an attention share moves no answer: its gradient is rounding and nothing else.
-    found, wanted = ({k: v for k, v in part.state().items() if not k.endswith("qkv.bias")} for part in (parts, whole))
-    assert_same(found, wanted, atol=2e-4)
+    # Adam divides by the gradient's size: where that is next to nothing, rounding decides. Hence the tolerance.
+    assert_same(without_key_biases(parts.state()), without_key_biases(whole.state()), atol=2e-4)
     assert any(not torch.equal(value, first[name]) for name, value in whole.state().items())
 
 
@@ -232,6 +241,11 @@ torch.save(found, out)
 """
 
 
+def copy_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """Its state as it is now: what an engine gives may be the weights themselves, which train and are loaded into."""
+    return {name: value.clone() for name, value in engine.state().items()}
+
+
 def run(
     raw: Mapping[str, Any],
     batches: list[Batch],
@@ -256,10 +270,10 @@ def run(
             out["losses"] += train(engine, config, [batch], stage=stage)
         if index + 2 == len(batches) // 2:
             engine.save(folder)
-            out["half"] = engine.state()
-    out["state"] = engine.state()
+            out["half"] = copy_of(engine)
+    out["state"] = copy_of(engine)
     engine.load(folder)
-    out["loaded"] = engine.state()
+    out["loaded"] = copy_of(engine)
     return out
 
 
@@ -289,7 +303,9 @@ def test_zero_computes_what_torch_computes(
         wanted, zero = run(raw, batches(8) * 4, settings, TorchEngine, folder), found[name]
         exact = settings.get("train.precision") != "bf16"
         assert zero["losses"] == pytest.approx(wanted["losses"], abs=2e-4 if exact else 0.02), name
-        assert_same(zero["state"], wanted["state"], atol=5e-4 if exact else 5e-3)
+        adam = settings.get("optim.name") != "sgd"
+        ours, theirs = (without_key_biases(each) if adam else each for each in (zero["state"], wanted["state"]))
+        assert_same(ours, theirs, atol=5e-4 if exact else 5e-3)
         assert_same(zero["loaded"], zero["half"], atol=0 if exact else 1e-6)
         assert_same(wanted["loaded"], wanted["half"], atol=0)
         assert any(not torch.equal(zero["state"][key], value) for key, value in zero["half"].items()), name
