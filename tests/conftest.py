@@ -171,6 +171,8 @@ def tiny_backbones(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory
     from transformers import GPT2Config, GPT2Model, Qwen2Config, Qwen2Model, T5Config, T5Model
 
     size = len(json.loads((tiny_backbone / "tokenizer.json").read_text())["model"]["vocab"])
+    t5 = T5Config(vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, pad_token_id=0)
+    t5.decoder_start_token_id = 0
     torch.manual_seed(0)
     models = {
         "decoder": Qwen2Model(
@@ -182,12 +184,7 @@ def tiny_backbones(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory
         "transposed": GPT2Model(
             GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3)
         ),
-        "encoder-decoder": T5Model(
-            T5Config(
-                vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, pad_token_id=0,
-                decoder_start_token_id=0,
-            )
-        ),
+        "encoder-decoder": T5Model(t5),
     }  # fmt: skip
     folders = {"encoder": tiny_backbone}
     for kind, model in models.items():

@@ -53,7 +53,7 @@ def record_of(task: str, index: int, split: str = "test") -> Record:
         "match": (Target(labels=("1",)), tuple({"content": word} for word in ("circle", colour, "image"))),
         "tag": (Target(spans=spans("colour", "shape")), ()),
         "relate": (Target(label=("has", "lacks")[index % 2], spans=spans("head", "tail")), ()),
-        "extract": (Target(texts=(colour,) if index % 4 else ()), ()),
+        "extract": (Target(texts=(colour,), spans=spans("answer")) if index % 4 else Target(texts=()), ()),
         "classify": (Target(label=("no", "yes")[index % 2]), ()),
     }[kind(task)]
     context = (Message("context", content), Message("user", "what color?"))

@@ -28,6 +28,7 @@ from mmagent.pretrained import BackboneError
 from mmagent.record import Record
 from mmagent.towers import PretrainedAudioTower, audio_tower
 from mmagent.towers.audio import TimeNorm, pool
+from tests.conftest import classify
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 WAVES = {**SMALL, "conv_dim": (16,) * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
@@ -158,10 +159,11 @@ def test_each_sound_is_heard_alone(checkpoint: Callable[[str], Path], family: st
 def test_every_parameter_that_trains_gets_a_gradient(checkpoint: Callable[[str], Path], family: str) -> None:
     config = config_of(checkpoint(family))
     tower = audio_tower(config).train()
+    assert isinstance(tower, PretrainedAudioTower)
     out = tower(*heard(config, wave(0.4), wave(1.1, 1)))
     (out * torch.randn_like(out)).sum().backward()
     assert [name for name, p in tower.named_parameters() if p.grad is None] == []
-    assert len([p for p in tower.model.parameters() if p.grad.any()]) > 10
+    assert len([p for p in tower.model.parameters() if p.grad is not None and p.grad.any()]) > 10
     assert "embed_positions.weight" not in dict(tower.model.named_parameters())  # Whisper's sinusoids stand still
 
 
@@ -243,20 +245,22 @@ def test_a_bundle_answers_as_before_without_the_checkpoint(
     config = resolve(tiny_recipe, {"model.audio.checkpoint": str(own)})
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
     torch.manual_seed(0)
-    model = MultimodalModel(config.model, 4, encoder.width, None)
+    tasks = classify(("a", "b", "c", "d"))
+    model = MultimodalModel(config.model, tasks, encoder.width, None)
     with torch.no_grad():
         for parameter in model.parameters():  # as if it had been trained
             parameter.add_(torch.randn_like(parameter) * 0.01)
-    parts: dict[str, Any] = {"name": "b", "config": config, "labels": ("a", "b", "c", "d"), "tokenizer": tokenizer}
+    parts: dict[str, Any] = {"name": "b", "config": config, "task": "classify", "tokenizer": tokenizer}
     bundle.save(
-        tmp_path / "b", state=model.state_dict(), backbone=encoder, calibration=Calibration(), origin={}, **parts
-    )
-    before = Predictor(**parts, model=model, encoder=encoder, device="cpu")
+        tmp_path / "b", tasks={name: task.info for name, task in tasks.items()}, state=model.state_dict(),
+        backbone=encoder, calibration={"classify": Calibration()}, origin={}, **parts,
+    )  # fmt: skip
+    before = Predictor(**parts, tasks=tasks, model=model, encoder=encoder, device="cpu")
     records = make_records(8)
-    wanted = before.logits([before.prepare(record) for record in records])
+    wanted = before.raws([before.prepare(record) for record in records])
     shutil.rmtree(own)
     after = Predictor.load((tmp_path / "b").rename(tmp_path / "elsewhere"), device="cpu")
-    np.testing.assert_array_equal(after.logits([after.prepare(record) for record in records]), wanted)
+    np.testing.assert_array_equal(after.raws([after.prepare(record) for record in records]), wanted)
 
 
 # ------------------------------------------------------------------------------------------------------- errors
@@ -271,7 +275,10 @@ def write(folder: Path, **document: Any) -> None:
     [
         (lambda own: (own / "preprocessor_config.json").unlink(), "has no feature extractor: preprocessor_config.json"),
         (lambda own: (own / "model.safetensors").unlink(), "has no weights: *.safetensors"),
-        (lambda own: write(own, image_processor_type="ViTImageProcessor"), "cannot be loaded (model.audio.checkpoint)"),
+        (
+            lambda own: write(own, feature_extractor_type="NoSuchFeatureExtractor"),
+            "cannot be loaded (model.audio.checkpoint)",
+        ),
         (
             lambda own: write(own, feature_extractor_type="WhisperFeatureExtractor", feature_size=16),
             "makes input_features, which its model does not take",

@@ -153,7 +153,7 @@ def test_a_model_of_text_and_pictures_gives_its_text_part(tmp_path: Path) -> Non
 
 
 def test_a_model_of_pictures_is_no_language_model(tmp_path: Path) -> None:
-    settings = {**SIZES, "image_size": 16, "patch_size": 8}
+    settings: dict[str, Any] = {**SIZES, "image_size": 16, "patch_size": 8}
     transformers.ViTModel(transformers.ViTConfig(**settings)).save_pretrained(tmp_path)
     with pytest.raises(BackboneError, match="is no language model: ViTModel takes"):
         text.load_encoder(str(tmp_path))

@@ -27,6 +27,7 @@ from mmagent.predictor import Predictor
 from mmagent.pretrained import BackboneError
 from mmagent.record import Record
 from mmagent.towers import PretrainedImageTower, image_tower
+from tests.conftest import classify
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 PATCHES = {**SMALL, "image_size": 32, "patch_size": 8}
@@ -58,7 +59,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int, int]] =
     ),
     "swin": (
         "Swin", {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2],
-                 "window_size": 4}, "ViTImageProcessor", SQUARE, 0, 4,
+                 "window_size": 4, "drop_path_rate": 0.0}, "ViTImageProcessor", SQUARE, 0, 4,
     ),
 }  # fmt: skip
 
@@ -121,7 +122,8 @@ def test_a_picture_is_seen_as_by_the_checkpoints_own_processor_and_model(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_picture_is_seen_alone_in_training_too(checkpoint: Callable[[str], Path], family: str) -> None:
     """A batch norm that learned of its batch would let neighbours in."""
-    config = ImageTowerConfig(checkpoint=str(checkpoint(family)), width=32, tokens=4, dropout=0.0)
+    dropout = None if family in ("convnext", "resnet") else 0.0  # those have none to set
+    config = ImageTowerConfig(checkpoint=str(checkpoint(family)), width=32, tokens=4, dropout=dropout)
     tower, stack = image_tower(config).train(), seen(config, 1, 2, 3)
     with torch.no_grad():
         together = tower(stack)
@@ -130,7 +132,7 @@ def test_each_picture_is_seen_alone_in_training_too(checkpoint: Callable[[str], 
             torch.testing.assert_close(
                 tower(stack[index : index + 1]), together[index : index + 1], atol=1e-4, rtol=1e-3
             )
-        assert not torch.allclose(together[0], together[1], atol=1e-2)
+        assert not torch.allclose(together[0], together[1], atol=1e-3)  # ten times what alone and together may differ
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -170,6 +172,8 @@ def test_the_weights_are_the_checkpoints_unless_they_come_from_elsewhere(checkpo
     config = ImageTowerConfig(checkpoint=str(checkpoint("siglip")), width=32, tokens=4)
     saved = transformers.AutoModel.from_pretrained(checkpoint("siglip")).vision_model.state_dict()
     loaded, fresh = image_tower(config), image_tower(config, weights=False)
+    assert isinstance(loaded, PretrainedImageTower)
+    assert isinstance(fresh, PretrainedImageTower)
     assert loaded.model.state_dict().keys() == saved.keys()
     assert all(torch.equal(value, saved[key]) for key, value in loaded.model.state_dict().items())
     name = "encoder.layers.0.mlp.fc1.weight"
@@ -193,20 +197,22 @@ def test_a_bundle_answers_as_before_without_the_checkpoint(
     config = resolve(tiny_recipe, {"model.image.checkpoint": str(own), "model.audio": None})
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
     torch.manual_seed(0)
-    model = MultimodalModel(config.model, 4, encoder.width, None)
+    tasks = classify(("a", "b", "c", "d"))
+    model = MultimodalModel(config.model, tasks, encoder.width, None)
     with torch.no_grad():
         for parameter in model.parameters():  # as if it had been trained
             parameter.add_(torch.randn_like(parameter) * 0.01)
-    parts: dict[str, Any] = {"name": "b", "config": config, "labels": ("a", "b", "c", "d"), "tokenizer": tokenizer}
+    parts: dict[str, Any] = {"name": "b", "config": config, "task": "classify", "tokenizer": tokenizer}
     bundle.save(
-        tmp_path / "b", state=model.state_dict(), backbone=encoder, calibration=Calibration(), origin={}, **parts
-    )
+        tmp_path / "b", tasks={name: task.info for name, task in tasks.items()}, state=model.state_dict(),
+        backbone=encoder, calibration={"classify": Calibration()}, origin={}, **parts,
+    )  # fmt: skip
     records = [record for record in make_records(12) if not record.audios]
-    before = Predictor(**parts, model=model, encoder=encoder, device="cpu")
-    wanted = before.logits([before.prepare(record) for record in records])
+    before = Predictor(**parts, tasks=tasks, model=model, encoder=encoder, device="cpu")
+    wanted = before.raws([before.prepare(record) for record in records])
     shutil.rmtree(own)
     after = Predictor.load((tmp_path / "b").rename(tmp_path / "elsewhere"), device="cpu")
-    np.testing.assert_array_equal(after.logits([after.prepare(record) for record in records]), wanted)
+    np.testing.assert_array_equal(after.raws([after.prepare(record) for record in records]), wanted)
     assert {"config.json", "preprocessor_config.json"} <= {
         file.name for file in (tmp_path / "elsewhere" / "towers" / "image").iterdir()
     }

@@ -52,7 +52,7 @@ def begun(prepared: run.Run) -> None:
 def test_what_is_fixed_before_the_first_step(prepare: Prepare) -> None:
     prepared = prepare()
     assert (prepared.name, prepared.exported, prepared.resumed_step()) == ("r", False, 0)
-    assert prepared.plan.labels == ("black", "blue", "green", "red")
+    assert prepared.plan.tasks["classify"].labels == ("black", "blue", "green", "red")
     assert prepared.plan.total_steps == 14  # 50 rows in batches of 8, twice
     assert prepare({"train.max_steps": 5}, "s").plan.total_steps == 5
     config = yaml.safe_load((prepared.folder / "config.yaml").read_text())

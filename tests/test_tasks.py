@@ -120,9 +120,9 @@ def encoder_decoder(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactor
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=2,
-        decoder_start_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=2
+    )
+    config.decoder_start_token_id = 0
     T5Model(config).save_pretrained(folder)
     return folder
 
