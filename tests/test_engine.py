@@ -304,8 +304,8 @@ def test_zero_computes_what_torch_computes(
         exact = settings.get("train.precision") != "bf16"
         assert zero["losses"] == pytest.approx(wanted["losses"], abs=2e-4 if exact else 0.02), name
         adam = settings.get("optim.name") != "sgd"
-        ends = (without_key_biases(each) if adam else each for each in (zero["state"], wanted["state"]))
-        assert_same(*ends, atol=5e-4 if exact else 5e-3)
+        ours, theirs = (without_key_biases(each) if adam else each for each in (zero["state"], wanted["state"]))
+        assert_same(ours, theirs, atol=5e-4 if exact else 5e-3)
         assert_same(zero["loaded"], zero["half"], atol=0 if exact else 1e-6)
         assert_same(wanted["loaded"], wanted["half"], atol=0)
         assert any(not torch.equal(zero["state"][key], value) for key, value in zero["half"].items()), name

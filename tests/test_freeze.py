@@ -19,6 +19,7 @@ from mmagent.config import Config, ConfigError, resolve
 from mmagent.model import Batch, MultimodalModel
 from mmagent.record import Record
 from mmagent.text import TextEncoder
+from mmagent.towers import ImageTower
 from tests.conftest import classify
 
 LABELS = ("black", "blue", "green", "red")
@@ -161,7 +162,7 @@ def test_what_is_frozen_computes_as_in_evaluation(make: Make, batch: Batch) -> N
             assert module.training == any(learns)
     assert moving.backbone is not None
     embeddings = moving.backbone.model.embeddings
-    assert [module.training for module in embeddings.modules()] == [False] * len(list(embeddings.modules()))  # type: ignore[union-attr, operator]
+    assert [module.training for module in embeddings.modules()] == [False] * len(list(embeddings.modules()))  # type: ignore[union-attr]
     assert all(module.training for module in moving.backbone.blocks()[1].modules())
     assert config.freeze.strategy == "top:1"
 
@@ -170,7 +171,7 @@ def test_the_statistics_of_a_frozen_tower_stand_still(make: Make, batch: Batch) 
     for strategy, still in (("towers", True), ("connector", False)):
         model, config = make(strategy)
         assert model.image_tower is not None
-        model.image_tower.stem_norm = nn.BatchNorm2d(model.image_tower.stem.channels)  # type: ignore[assignment]
+        model.image_tower.stem_norm = nn.BatchNorm2d(model.image_tower.stem.channels)  # type: ignore[union-attr, arg-type]
         freeze.apply(model, config.freeze)
         before = state_of(model.image_tower)
         model(batch)
@@ -202,18 +203,18 @@ class Seeing(nn.Module):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_pretrained_tower_trains_where_it_is_named(make: Make, batch: Batch, strategy: str) -> None:
     model, config = make("head")
-    model.image_tower = Seeing()  # type: ignore[assignment]
+    model.image_tower = Seeing()
     config = resolve(config.model_dump(mode="json"), {"freeze.strategy": strategy})
     freeze.apply(model, config.freeze)
     engine = TorchEngine(model, freeze.groups(model, config), config)
-    before = state_of(model.image_tower)  # type: ignore[arg-type]
+    before = state_of(model.image_tower)
     step(engine, config, batch)
-    after = state_of(model.image_tower)  # type: ignore[arg-type]
+    after = state_of(model.image_tower)
     moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
     whole = {"image_tower", "all"}
     nothing = {"head", "towers"}
     assert moved == ({"model", "project"} if strategy in whole else set() if strategy in nothing else {"project"})
-    assert model.image_tower.model.training == (strategy in whole)  # type: ignore[union-attr]
+    assert model.image_tower.model.training == (strategy in whole)
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -333,7 +334,7 @@ def test_computing_again_changes_no_gradient(make: Make, batch: Batch, kind: str
     for again in (False, True):
         overrides = {"train.gradient_checkpointing": again, "model.dropout": 0.0, "model.audio.dropout": 0.0}
         model, config = make(strategy, {**overrides, "model.backbone_dropout": 0.0}, kind)
-        calls = []
+        calls: list[int] = []
         assert model.backbone is not None
         # The inner layers run a second time where states are computed again.
         last = model.backbone.blocks()[1]
@@ -363,8 +364,8 @@ def test_dropout_is_set_by_part(make: Make, kind: str) -> None:
     assert set(inside) <= {0.35}
     assert inside or kind == "decoder"  # Qwen's drops in the attention alone
     assert model.dropout.p == 0.25
-    assert model.image_tower is not None
-    assert model.image_tower.blocks[0].dropout == 0.15
+    assert isinstance(model.image_tower, ImageTower)
+    assert [block.dropout for block in model.image_tower.blocks] == [0.15]
 
 
 def test_a_backbone_without_dropout_says_so(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_each_picture_is_seen_alone_in_training_too(checkpoint: Callable[[str], 
             torch.testing.assert_close(
                 tower(stack[index : index + 1]), together[index : index + 1], atol=1e-4, rtol=1e-3
             )
-        assert not torch.allclose(together[0], together[1], atol=1e-2)
+        assert not torch.allclose(together[0], together[1], atol=1e-3)  # ten times what alone and together may differ
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -69,7 +69,7 @@ def test_batches_change_no_answer(predictor: Predictor, make_records: Callable[.
         ({"text": "hm?", "image": "data:image/png;base64,@@@"}, RecordError, "image", "not valid base64"),
         ({"text": "hm?", "image": {"bytes": "@@@"}}, RecordError, "image", "row 1: image is not valid base64"),
         ({"text": "hm?", "image": "nowhere.png"}, RecordError, "image", "row 1: image: cannot read the file nowhere"),
-        ({"label": "red"}, RecordError, None, "row 1: the row has the columns ['label'"),
+        ({"label": "red"}, RecordError, None, "row 1: the row has the columns ['label', 'task']"),
         ({"text": "hm?", "image": "HUGE"}, PartError, "images[0]", "max_image_pixels"),
         ({"audio": "LONG"}, PartError, "audios[0]", "max_audio_s"),
     ],
@@ -119,7 +119,7 @@ def test_features_of_each_part_stand_side_by_side(predictor: Predictor, make_png
 
 def test_before_training_it_answers_too(predictor: Predictor, make_records: Callable[..., list[Record]]) -> None:
     infos = {name: task.info for name, task in predictor.tasks.items()}
-    fresh, again = (Predictor.untrained(predictor.config, infos, predictor.task, device="cpu") for _ in range(2))
+    fresh, again = (Predictor.untrained(predictor.config, infos, "classify", device="cpu") for _ in range(2))
     records = make_records(8)
     assert [a.probabilities for a in fresh.predict(records)] == [a.probabilities for a in again.predict(records)]
     assert (predictor.task, predictor.modalities) == ("classify", ("text", "image", "audio"))
