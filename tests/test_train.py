@@ -105,8 +105,8 @@ def test_a_run_stopped_and_gone_on_is_the_run_that_was_not(
     assert (found.manifest["run"], found.manifest["data"]) == ("straight", "tiny")
     predictor = Predictor.load("straight", device="cpu")
     for row in found.golden():
-        [answer] = predictor.predict([{key: row[key] for key in ("messages", "images", "audios")}])
-        assert answer.probabilities == pytest.approx(row["probabilities"], abs=1e-4)
+        [answer] = predictor.predict([row["record"]])
+        assert answer.probabilities == pytest.approx(row["answer"]["probabilities"], abs=1e-4)
 
     # -- the same name again: done --------------------------------------------------------------------------
     bundled = (straight / "bundle" / "manifest.json").read_text()
