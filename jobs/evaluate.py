@@ -23,7 +23,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jobs import baselines, cluster
 from jobs.answers import MODALITIES, Answerer
@@ -78,7 +77,7 @@ def evaluate(
     started = time.monotonic()
     table = _predict(found, dataset, split, slices, without, workers, threads)
     predicted = time.monotonic()
-    storage.publish(out / "predictions.parquet", _parquet(table))
+    storage.publish_parquet(out / "predictions.parquet", table)
     column, tasks = _first_slice(table, slices), make_all(found.tasks)
     others = _before(found, dataset, split, table, column, seed) if before else None
     result = evaluation.evaluate(
@@ -239,12 +238,6 @@ def _examples(
         example = examples.shown(record, answers[record.id], tasks[record.task], chosen[record.id])
         out[record.task].append(example)
     return {name: sorted(shown, key=lambda each: (each.group, each.record.id)) for name, shown in out.items()}
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
 
 
 if __name__ == "__main__":

@@ -23,9 +23,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from jobs import cluster, predictions
 from jobs.cluster import ClusterError
 from jobs.lock import LockError, locked
@@ -82,7 +79,7 @@ def predict(
             )  # fmt: skip
             tables = predictions.cut(answers, [rows for _, _, rows, _ in each])
             for (_, _, rows, part), table in zip(each, tables, strict=True):
-                storage.publish(part, _parquet(table))
+                storage.publish_parquet(part, table)
                 progress.add(rows)
 
 
@@ -197,7 +194,7 @@ def _questions(source: Source, folder: Path, found: Bundle, options: argparse.Na
         files = writer.close()
     task = options.task or found.task
     if bad:
-        storage.publish(folder / ALL / UNREADABLE, _parquet(predictions.unreadable(bad, task, found.name)))
+        storage.publish_parquet(folder / ALL / UNREADABLE, predictions.unreadable(bad, task, found.name))
     info = {
         "format_version": shards.FORMAT_VERSION, "schema_version": SCHEMA_VERSION, "name": folder.name,
         "source": options.data, "task": task, "tasks": {},
@@ -229,12 +226,6 @@ def _parser() -> Parser:
 
 def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
 
 
 if __name__ == "__main__":

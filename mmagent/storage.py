@@ -12,6 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 ROOT_VARIABLE = "MMAGENT_STORAGE"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -79,3 +82,9 @@ def publish(path: Path, data: bytes | str) -> None:
 
 def publish_json(path: Path, value: Any) -> None:
     publish(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def publish_parquet(path: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    publish(path, bytes(sink.getvalue()))
