@@ -50,11 +50,10 @@ def _rows(block: Mapping[str, Any]) -> list[str]:
 def _notes(block: Mapping[str, Any]) -> list[str]:
     lines = []
     if blind := block.get("blind"):
-        part = blind["slices"].get("form=text", blind)
-        if part["n"]:
+        if blind["n"]:
             lines.append(
-                f"without {blind['without']}: confidence {percent(part['mean_confidence'])}, right "
-                f"{percent(part['accuracy'])}, gap {percent(part['gap'])} ({part['n']:,} questions)"
+                f"without {blind['without']}: confidence {percent(blind['mean_confidence'])}, right "
+                f"{percent(blind['accuracy'])}, gap {percent(blind['gap'])} ({blind['n']:,} questions)"
             )
     lines += [f"not answered: {count} x {reason}" for reason, count in block["errors"]["reasons"].items()]
     if block["unknown_labels"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from ray.tune import Callback, RunConfig, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator
+from ray.tune.search.sample import Categorical
 
 METRIC = "best_score"
 
@@ -102,7 +104,7 @@ def run(
             num_samples=trials,
             # Tune's own `max_concurrent_trials` is ignored beside a variant generator.
             search_alg=BasicVariantGenerator(
-                points_to_evaluate=[dict(first)], max_concurrent=concurrent, random_state=seed
+                points_to_evaluate=points(space, first, trials, seed), max_concurrent=concurrent, random_state=seed
             ),
             scheduler=ASHAScheduler(time_attr="step", max_t=max_steps, grace_period=grace_steps, reduction_factor=2),
             trial_name_creator=lambda trial: trial.trial_id,
@@ -123,6 +125,22 @@ def run(
         )
         for result in results
     ]
+
+
+def points(space: Mapping[str, Any], first: Mapping[str, Any], trials: int, seed: int) -> list[dict[str, Any]]:
+    """What is fixed of each trial: all of the first; of the others what they choose among, since a few independent
+    draws would leave some choices out. Each choice has its turn, in seeded order; the rest is drawn."""
+    fixed = [dict(first)]
+    turns: dict[str, list[Any]] = {}
+    for key, domain in space.items():
+        if isinstance(domain, Categorical):
+            # The first trial had the recipe's own value: it comes round last.
+            others = [value for value in domain.categories if value != first.get(key)]
+            random.Random(f"{seed}/{key}").shuffle(others)
+            turns[key] = others + [value for value in domain.categories if value == first.get(key)]
+    for index in range(trials - 1):
+        fixed.append({key: values[index % len(values)] for key, values in turns.items()})
+    return fixed
 
 
 class _Teller(Callback):

@@ -103,11 +103,10 @@ def _headline(block: Mapping[str, Any]) -> Markup:
     if "ece" in values:
         tiles.append(tile("Calibration error", value(block, "ece"), "how far confidence is from accuracy"))
     if blind := block.get("blind"):
-        shown = blind["slices"].get("form=text", blind)
-        if shown["n"]:
-            note = f"confidence {percent(shown['mean_confidence'])}, right {percent(shown['accuracy'])}"
+        if blind["n"]:
+            note = f"confidence {percent(blind['mean_confidence'])}, right {percent(blind['accuracy'])}"
             note = f"without its {blind['without']}: {note}"
-            tiles.append(tile("Honesty gap", percent(shown["gap"]), note))
+            tiles.append(tile("Honesty gap", percent(blind["gap"]), note))
     if block["errors"]["n"]:
         tiles.append(tile("Not answered", count(block["errors"]["n"]), "rows with an error: in no number here"))
     return tag("dl", tiles, class_="tiles")

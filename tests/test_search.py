@@ -85,6 +85,22 @@ def test_values_are_drawn_from_the_distribution(spec: Any, fits: Callable[[Any],
     assert len(set(drawn)) > 1
 
 
+def test_each_choice_has_its_turn() -> None:
+    strategies = ["connector", "top:2", "all"]
+    space = {
+        "freeze.strategy": trials.distribution("freeze.strategy", {"choice": strategies}),
+        "optim.lr": trials.distribution("optim.lr", {"loguniform": [1e-4, 1e-2]}),
+    }
+    first = {"freeze.strategy": "connector", "optim.lr": 0.001}
+    for seed in range(5):
+        points = trials.points(space, first, trials=7, seed=seed)
+        assert points[0] == first
+        tried = [point["freeze.strategy"] for point in points]
+        assert len(tried) == 7
+        assert set(tried[:3]) == set(tried[3:6]) | {"connector"} == set(strategies)
+        assert all(set(point) == {"freeze.strategy"} for point in points[1:])  # the rate is drawn
+
+
 @pytest.mark.slow
 def test_two_trials_and_a_winner(
     ray_cluster: cluster.Cluster, storage: Path, tiny_recipe: dict[str, Any], tmp_path: Path,
