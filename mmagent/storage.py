@@ -10,10 +10,10 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ROOT_VARIABLE = "MMAGENT_STORAGE"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -85,6 +85,10 @@ def publish_json(path: Path, value: Any) -> None:
 
 
 def publish_parquet(path: Path, table: pa.Table) -> None:
+    # Imported here: the doctor asks for the root where no package is there yet.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     publish(path, bytes(sink.getvalue()))
