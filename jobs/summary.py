@@ -49,12 +49,11 @@ def _rows(block: Mapping[str, Any]) -> list[str]:
 
 def _notes(block: Mapping[str, Any]) -> list[str]:
     lines = []
-    if blind := block.get("blind"):
-        if blind["n"]:
-            lines.append(
-                f"without {blind['without']}: confidence {percent(blind['mean_confidence'])}, right "
-                f"{percent(blind['accuracy'])}, gap {percent(blind['gap'])} ({blind['n']:,} questions)"
-            )
+    if (blind := block.get("blind")) and blind["n"]:
+        lines.append(
+            f"without {blind['without']}: confidence {percent(blind['mean_confidence'])}, right "
+            f"{percent(blind['accuracy'])}, gap {percent(blind['gap'])} ({blind['n']:,} questions)"
+        )
     lines += [f"not answered: {count} x {reason}" for reason, count in block["errors"]["reasons"].items()]
     if block["unknown_labels"]:
         lines.append(f"labels this bundle cannot answer, counted as wrong: {some(block['unknown_labels'])}")

@@ -102,11 +102,10 @@ def _headline(block: Mapping[str, Any]) -> Markup:
         tiles.append(tile(heading(wording.name(name)), value(block, name), "" if shown == "–" else shown))
     if "ece" in values:
         tiles.append(tile("Calibration error", value(block, "ece"), "how far confidence is from accuracy"))
-    if blind := block.get("blind"):
-        if blind["n"]:
-            note = f"confidence {percent(blind['mean_confidence'])}, right {percent(blind['accuracy'])}"
-            note = f"without its {blind['without']}: {note}"
-            tiles.append(tile("Honesty gap", percent(blind["gap"]), note))
+    if (blind := block.get("blind")) and blind["n"]:
+        note = f"confidence {percent(blind['mean_confidence'])}, right {percent(blind['accuracy'])}"
+        note = f"without its {blind['without']}: {note}"
+        tiles.append(tile("Honesty gap", percent(blind["gap"]), note))
     if block["errors"]["n"]:
         tiles.append(tile("Not answered", count(block["errors"]["n"]), "rows with an error: in no number here"))
     return tag("dl", tiles, class_="tiles")
