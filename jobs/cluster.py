@@ -257,6 +257,8 @@ def _run(command: list[str], env: Mapping[str, str], folder: str) -> tuple[str, 
 def _environment(cluster_id: str, temp_dir: str, added: Mapping[str, str]) -> dict[str, str]:
     env = {**_serve_switches(temp_dir), **os.environ, **added}
     env |= {MARK: cluster_id, "RAY_AUTH_MODE": "token", **LOOPBACK}
+    # Else a raylet of few cores warns of the processes that one service beside one training has.
+    env.setdefault("RAY_worker_maximum_startup_concurrency", "4")
     for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # of another Ray
         env.pop(variable, None)
     # Jobs are started as `python -m ...`: the python of this environment, even where it is not activated.

@@ -70,6 +70,7 @@ def predict(
     }
     kwargs = {"bundle": str(found.path), "task": task, "threads": threads}
     with Progress("predict", sum(rows for each in missing.values() for *_, rows, _ in each), "rows") as progress:
+        progress.begin()
         for split, each in missing.items():
             if not each:
                 continue

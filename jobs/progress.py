@@ -20,7 +20,7 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None and self._total:
             self._show(last=True)
         elif self._terminal:
             print(file=sys.stderr)

@@ -168,7 +168,7 @@ def apply(
         batch_size=batch_rows,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(workers, len(pieces)))),
         num_cpus=0.5,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )
