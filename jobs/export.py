@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from mmagent import bundle, text
+from mmagent import bundle
+from mmagent.assembly import load_language
 from mmagent.calibration import Calibration
 from mmagent.predictor import PartError, Predictor
 from mmagent.record import Record
@@ -45,7 +46,7 @@ def export(
     trained = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     if trained:
         # A new one: the trained one may hold adapters, or a rank's share of each weight.
-        encoder = text.load_encoder(plan.config.model.backbone, weights=False)
+        encoder = load_language(plan.config.model, plan.tasks, weights=False)
         encoder.load_state_dict(trained)
     parts = {part.name: {"trained": part.trained, "total": part.total} for part in plan.parts}
     origin = {"run": plan.folder.name, "data": plan.data, "checkpoint": chosen, "parts": parts}

@@ -26,11 +26,12 @@ from jobs.export import export
 from jobs.meter import Log, Meter
 from jobs.workers import Group
 from mmagent import freeze, lora, text
+from mmagent.assembly import Model, assemble, load_language
 from mmagent.augment import Words, augment
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.calibration import Calibration
 from mmagent.config import Config
-from mmagent.model import Batch, MultimodalModel, align_loss
+from mmagent.model import Batch, align_loss
 from mmagent.order import Order, Position, sample_rng
 from mmagent.predictor import modalities_of
 from mmagent.reading import View
@@ -91,10 +92,10 @@ def train(group: Group, plan: Plan) -> None:
     """
     # -- set up ------------------------------------------------------------------------------------------------
     config = plan.config
-    encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)
-    tokenizer = text.load_tokenizer(config.model.backbone)
     tasks = make_all(plan.tasks)
-    inputs = Inputs(config.model, config.data, tokenizer, tasks)
+    encoder = load_language(config.model, tasks, dropout=config.model.backbone_dropout)
+    tokenizer = text.load_tokenizer(config.model.backbone)
+    inputs = Inputs(config.model, config.data, tokenizer, tasks, encoder)
     model = build(config, tasks, encoder)
     engine = engines.make(model, freeze.groups(model, config), config)
     frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
@@ -183,15 +184,15 @@ def train(group: Group, plan: Plan) -> None:
     group.all(True)
 
 
-def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder, *, weights: bool = True) -> MultimodalModel:
+def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder, *, weights: bool = True) -> Model:
     """The module that trains; the language model is part of it unless its states may be kept in memory.
 
     Raises:
         ValueError: the config makes no model.
     """
     torch.manual_seed(config.seed)
-    inside = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
-    model = MultimodalModel(config.model, tasks, encoder.width, encoder if inside else None, weights=weights)
+    trained = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
+    model = assemble(config.model, tasks, encoder, trained=trained, weights=weights)
     freeze.apply(model, config.freeze)
     if config.train.gradient_checkpointing:
         freeze.compute_again(model)
@@ -369,7 +370,7 @@ def answers(
 
 def _answered(tasks: Mapping[str, Task], out: Batch, batch: Batch, samples: list[Sample]) -> list[Answered]:
     found = []
-    arrays = {name: out[name].float().cpu().numpy() for name in tasks}
+    arrays = {name: task.outputs(out[name], batch).float().cpu().numpy() for name, task in tasks.items()}
     rows = batch["sample_row"].cpu().numpy()
     for index, sample in enumerate(samples):
         if sample.task in tasks:

@@ -20,6 +20,7 @@ from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, build, train
 from mmagent import bundle as bundles
 from mmagent import freeze, storage, text, towers
+from mmagent.assembly import load_language
 from mmagent.config import Config, resolve
 from mmagent.order import Position
 from mmagent.shards import Dataset
@@ -175,7 +176,7 @@ def _check_model(config: Config, infos: Mapping[str, TaskInfo]) -> tuple[freeze.
     train is known then."""
     try:
         with torch.device("meta"):
-            encoder = text.load_encoder(config.model.backbone, weights=False, dropout=config.model.backbone_dropout)
+            encoder = load_language(config.model, infos, weights=False, dropout=config.model.backbone_dropout)
             return freeze.table(build(config, make_all(infos), encoder, weights=False), encoder)
     except ValueError as error:
         raise RunError(str(error)) from error

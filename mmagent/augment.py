@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmagent.batch import Sample
 from mmagent.config import AugmentConfig
-from mmagent.reading import View
+from mmagent.reading import View, without
 
 _MARKS = ("▁", "Ġ")  # how SentencePiece and byte-level vocabularies mark a token that begins a word
 _ONE_SIGN_WORDS = ("\u3040", "\u9fff")  # kana and Chinese characters: scripts without spaces
@@ -63,21 +63,29 @@ def augment(sample: Sample, config: AugmentConfig, words: Words, rng: np.random.
     audios = tuple(_sound(audio, config, rng) for audio in sample.audios)
     sample = replace(sample, audios=audios, images=_pictures(sample.images, config, rng))
     if sample.images and (sample.has_words or sample.audios) and rng.random() < config.image_drop:
-        sample = replace(sample, images=())
+        sample = replace(sample, images=(), views=tuple(without(view, "image") for view in sample.views))
     if sample.audios and (sample.has_words or sample.images) and rng.random() < config.audio_drop:
-        sample = replace(sample, audios=())
+        sample = replace(sample, audios=(), views=tuple(without(view, "audio") for view in sample.views))
     of_text = any(view.offsets is not None or sample.record.candidates for view in sample.views)  # it asks of its words
     if sample.has_words and not of_text and (sample.images or sample.audios) and rng.random() < config.text_drop:
-        sample = replace(sample, views=(View(words.blank),), has_words=False)
+        sample = replace(sample, views=tuple(_silent(view, words) for view in sample.views), has_words=False)
     if sample.has_words and config.word_drop:
         views = (replace(view, ids=drop_words(view.ids, config.word_drop, words, rng)) for view in sample.views)
         sample = replace(sample, views=tuple(views))
     return sample
 
 
+def _silent(view: View, words: Words) -> View:
+    """A view without its words; pictures and sounds that have a place among them keep it."""
+    media = view.ids < 0
+    if not media.any():
+        return replace(view, ids=words.blank)
+    return replace(view, ids=view.ids[media | words.special[view.ids]])
+
+
 def drop_words(ids: np.ndarray, share: float, words: Words, rng: np.random.Generator) -> np.ndarray:
     """Masks a share of a text's words, each with all its tokens; the others keep their places. ids: (tokens,)."""
-    text = ~words.special[ids]
+    text = (ids >= 0) & ~words.special[ids]  # what is below is the place of a picture or sound
     number = np.cumsum(words.starts[ids] & text)  # of the word each token belongs to; 0 before the first mark
     dropped = rng.random(int(number[-1]) + 1) < share
     return np.where(dropped[number] & text, words.hidden, ids)

@@ -20,10 +20,11 @@ from torch import Tensor
 from mmagent import pictures, sounds, text
 from mmagent.config import DataConfig, ModelConfig
 from mmagent.media import MediaError, MediaTooLarge, check_audio, check_image
-from mmagent.reading import Reader, View
+from mmagent.reading import Reader, TooLongError, View
 from mmagent.record import Media, Record, RecordError
 from mmagent.targets import TargetError, check_question
 from mmagent.tasks import Task
+from mmagent.text import TextEncoder
 
 _READ_BESIDES = {"match": "candidates", "relate": "spans"}  # the field that a kind of task reads besides messages
 
@@ -72,17 +73,21 @@ class Inputs:
         data: limits, text length, size of the cache of decoded media.
         tokenizer: of the model's backbone.
         tasks: what the model answers, by name.
+        encoder: the backbone, which says how long a text may be and whether it decodes, where the join is at its input.
 
     Raises:
         BackboneError: a pretrained tower's processor that is missing or cannot be used.
     """
 
-    def __init__(self, model: ModelConfig, data: DataConfig, tokenizer: Any, tasks: Mapping[str, Task]) -> None:
+    def __init__(
+        self, model: ModelConfig, data: DataConfig, tokenizer: Any, tasks: Mapping[str, Task],
+        encoder: TextEncoder | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
         self.data = data
         self.tokenizer = tokenizer
         self.tasks = tasks
-        self.reader = Reader(tokenizer, data.max_text_tokens)
+        self.reader = _reader(model, data, tokenizer, encoder)
         self.pictures = pictures.of(model.image) if model.image else None
         self.sounds = sounds.of(model.audio) if model.audio else None
         self._cache = _Cache(data.cache_mb << 20)
@@ -112,10 +117,11 @@ class Inputs:
                 lacks what its task reads.
         """
         words = text.words(record)
+        views = self._views(record, ids)
         transcript = record.meta.get("transcript") if record.audios and self._aligns else None
         return Sample(
             record=record,
-            views=self._views(record, ids),
+            views=views,
             has_words=bool(words) or bool(record.candidates),
             images=tuple(self._image(media, f"images[{i}]") for i, media in enumerate(record.images)),
             audios=tuple(self._audio(media, f"audios[{i}]") for i, media in enumerate(record.audios)),
@@ -129,14 +135,23 @@ class Inputs:
         if task is None:
             known = ", ".join(self.tasks)
             raise PartError(f"this model has no task {record.task!r}; it has {known}", "task")
-        if task.reads_whole and ids is not None:
+        soft = self.model.join == "input"
+        if task.reads_whole and ids is not None and not soft:
             return (View(ids),)
         try:
             check_question(record)
             with self._tokenizing:
-                return task.views(record, self.reader)
-        except TargetError as error:
+                views = task.views(record, self.reader)
+                if soft and not task.reads_whole:
+                    views = tuple(self._fronted(record, view) for view in views)
+                return views
+        except (TargetError, TooLongError) as error:
             raise PartError(str(error), _READ_BESIDES.get(task.kind, "messages")) from error
+
+    def _fronted(self, record: Record, view: View) -> View:
+        own = record.candidates[view.index] if record.candidates else {}
+        images, audios = len(record.images) + bool(own.get("image")), len(record.audios) + bool(own.get("audio"))
+        return self.reader.fronted(view, images if self.pictures else 0, audios if self.sounds else 0)
 
     def _of_candidate(
         self, candidate: Mapping[str, Any], index: int
@@ -193,7 +208,7 @@ class Inputs:
 
     @property
     def _aligns(self) -> bool:
-        return self.model.audio is not None and self.model.audio.align > 0
+        return self.model.join == "output" and self.model.audio is not None and self.model.audio.align > 0
 
     def _pad(self, rows: Sequence[np.ndarray | None]) -> tuple[Tensor, Tensor]:
         longest = max((len(row) for row in rows if row is not None), default=1)
@@ -219,6 +234,16 @@ class Inputs:
         with _named(place):
             data = media.read()
             return self._cache.get(data, lambda: made.frames(data, self.data.media))
+
+
+def _reader(model: ModelConfig, data: DataConfig, tokenizer: Any, encoder: TextEncoder | None) -> Reader:
+    if model.join == "output":
+        return Reader(tokenizer, data.max_text_tokens)
+    assert encoder is not None, "how long a text may be is the language model's to say"
+    soft = {"image": model.image.tokens if model.image else 0, "audio": model.audio.tokens if model.audio else 0}
+    return Reader(
+        tokenizer, data.max_text_tokens, data.max_answer_tokens, soft, encoder.max_tokens, encoder.decodes
+    )  # fmt: skip
 
 
 def _places(kind: str, counts: Sequence[int]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from mmagent import storage, text, towers
 from mmagent.calibration import Calibration
 from mmagent.config import Config, ConfigError, resolve
-from mmagent.model import MultimodalModel
+from mmagent.assembly import Model, assemble, load_language
 from mmagent.targets import TaskInfo
 from mmagent.tasks import make_all
 from mmagent.text import TextEncoder
@@ -182,17 +182,21 @@ def find(path: str | Path) -> Path:
     raise BundleError(f"there is no bundle {str(path)!r}: no manifest.json in {tried}")
 
 
-def load_model(bundle: Bundle) -> tuple[MultimodalModel, TextEncoder, Any]:
-    """The model (without its backbone inside), the backbone and the tokenizer of a bundle.
+def load_model(bundle: Bundle) -> tuple[Model, TextEncoder, Any]:
+    """The model (the backbone inside only where the join is at its input), the backbone and the tokenizer of a bundle.
 
     Raises:
         BundleError: the weights do not fit the config.
     """
-    encoder = text.load_encoder(str(bundle.path / "backbone"))
-    tokenizer = text.load_tokenizer(str(bundle.path / "backbone"))
-    model = MultimodalModel(bundle.config.model, make_all(bundle.tasks), encoder.width, None, weights=False)
+    place = str(bundle.path / "backbone")
+    encoder = load_language(bundle.config.model, bundle.tasks, place=place)
+    tokenizer = text.load_tokenizer(place)
+    model = assemble(bundle.config.model, make_all(bundle.tasks), encoder, weights=False)
+    state = load_file(bundle.path / "model.safetensors")
+    if model.backbone is not None:
+        state |= {f"backbone.{key}": value for key, value in encoder.state_dict().items()}
     try:
-        model.load_state_dict(load_file(bundle.path / "model.safetensors"))
+        model.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         raise BundleError(f"the weights of the bundle {bundle.path} do not fit its config: {error}") from error
     return model, encoder, tokenizer

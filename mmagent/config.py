@@ -32,6 +32,7 @@ class DataConfig(_Section):
     name: str = Field(description="the data set: a folder of this name under data/ in the storage root")
     share: float = Field(1.0, gt=0, le=1, description="share of the training split that is used, by whole row groups")
     max_text_tokens: int = Field(128, gt=0, description="tokens kept of a record's text; the newest are kept")
+    max_answer_tokens: int = Field(64, gt=0, description="generate: tokens of an answer; a longer one is cut there")
     window_rows: int = Field(4096, gt=0, description="rows shuffled together; a window is what one read task holds")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of rows that may be set aside before a stop")
     media: Limits = Field(default_factory=lambda: Limits(), description="limits of one picture or sound")
@@ -133,7 +134,20 @@ class AudioTowerConfig(TowerConfig):
 
 class ModelConfig(_Section):
     backbone: str = Field(description="folder, hub id, or package:NAME/FOLDER of a Transformers language model")
-    join: Literal["output"] = Field("output", description="where modality tokens meet the language model")
+    join: Literal["output", "input"] = Field(
+        "output",
+        description="where pictures and sounds meet the language model: at its output, in fusion layers over its "
+        "states (best where it is frozen), or at its input, as tokens among the words (what generate needs; the "
+        "fusion layers' keys, image.alone and audio.align say nothing then)",
+    )
+    pooling: Literal["auto", "mean", "first", "last"] = Field(
+        "auto",
+        description="join at the input: which states of the language model answer; auto: the last of a decoder, the "
+        "mean of others",
+    )
+    projector: Literal["linear", "mlp"] = Field(
+        "mlp", description="join at the input: what makes the language model's tokens of a tower's"
+    )
     width: int = Field(256, gt=0, description="channels of the fusion layers")
     layers: int = Field(2, ge=1, description="fusion layers")
     heads: int = Field(4, ge=1, description="attention heads of a fusion layer")

@@ -172,7 +172,7 @@ def _block(
     out: dict[str, Any] = {
         "task": task.name,
         "kind": task.kind,
-        "main": task.score,
+        "main": task.main or task.score,
         "n": len(found),
         "metrics": found.measure(None, seed),
         "abstained": float(np.mean(answered["abstained"].to_numpy(zero_copy_only=False))),

@@ -16,7 +16,7 @@ from torch import nn
 
 from mmagent import lora
 from mmagent.config import Config, FreezeConfig
-from mmagent.model import MultimodalModel
+from mmagent.assembly import Model
 from mmagent.text import TextEncoder
 
 HEADS = ("heads", "image_heads")
@@ -37,7 +37,7 @@ def needs_backbone(strategy: str) -> bool:
     return strategy not in ("head", "connector", *TOWERS)
 
 
-def apply(model: MultimodalModel, config: FreezeConfig) -> None:
+def apply(model: Model, config: FreezeConfig) -> None:
     """Sets `requires_grad` of every parameter that trains at some time of the run, and adds the products of `lora:R`.
 
     Raises:
@@ -60,6 +60,11 @@ def apply(model: MultimodalModel, config: FreezeConfig) -> None:
     if strategy == "lora":
         for name in config.lora_parts:
             lora.add(model, name, int(argument), config)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"freeze.strategy={config.strategy} leaves nothing of this model to train: what writes is the language model "
+            "itself; choose all, top:K or lora:R"
+        )
     set_modes(model)
 
 
@@ -99,7 +104,7 @@ def set_modes(model: nn.Module) -> None:
     walk(model, True)
 
 
-def compute_again(model: MultimodalModel) -> None:
+def compute_again(model: Model) -> None:
     """Has the trained layers of pretrained models compute their states again in the backward pass, in place of keeping
     them (gradient checkpointing, arXiv:1604.06174).
 
@@ -114,7 +119,7 @@ def compute_again(model: MultimodalModel) -> None:
                 pretrained.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
 
-def stage(model: MultimodalModel, config: FreezeConfig, step: int, total: int) -> int:
+def stage(model: Model, config: FreezeConfig, step: int, total: int) -> int:
     """How far a gradual run has opened the language model at a step: not at all (0), its last layer (1), and so on to
     everything (layers + 1), evenly over the first `gradual_share` of the run (ULMFiT, arXiv:1801.06146, opens one
     layer an epoch). 0 for every other strategy."""
@@ -124,7 +129,7 @@ def stage(model: MultimodalModel, config: FreezeConfig, step: int, total: int) -
     return min(stages, int(step / (config.gradual_share * total) * stages))
 
 
-def thaw(model: MultimodalModel, config: FreezeConfig, stage: int) -> None:
+def thaw(model: Model, config: FreezeConfig, stage: int) -> None:
     """Opens what a gradual run trains at a stage and closes the rest; any other strategy is as `apply` left it."""
     if config.strategy == "gradual" and model.backbone is not None:
         opens = _stages(model.backbone)
@@ -156,7 +161,7 @@ def _layers_above(backbone: TextEncoder) -> dict[int, int]:
     return out
 
 
-def table(model: MultimodalModel, encoder: TextEncoder | None = None) -> tuple[Part, ...]:
+def table(model: Model, encoder: TextEncoder | None = None) -> tuple[Part, ...]:
     """Trained and total parameters of each part, after `apply`.
 
     Args:
@@ -181,7 +186,7 @@ def show(parts: tuple[Part, ...]) -> str:
     return "\n".join(lines)
 
 
-def groups(model: MultimodalModel, config: Config) -> list[dict[str, Any]]:
+def groups(model: Model, config: Config) -> list[dict[str, Any]]:
     """The trained parameters as optimizer groups: for each part (backbone, towers, rest) its learning rate, lower by
     `optim.layer_decay` with each layer of the language model below the last, and weight decay on matrices only.
     Embeddings are matrices and decay, as in Transformers' Trainer.

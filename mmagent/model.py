@@ -97,11 +97,11 @@ class MultimodalModel(nn.Module):
         self.speech = nn.Linear(config.audio.width, text_width) if config.audio else None
         self.join = Join(config, text_width)
         self.dropout = nn.Dropout(config.dropout if config.head_dropout is None else config.head_dropout)
-        self.heads = nn.ModuleDict({_module_name(name): task.head(config.width) for name, task in tasks.items()})
+        self.heads = nn.ModuleDict({module_name(name): task.head(config.width) for name, task in tasks.items()})
         # What a picture says by itself: a second answer, which training alone reads (see `ImageTowerConfig.alone`).
         alone = config.image if config.image and config.image.alone else None
         self.image_heads = nn.ModuleDict(
-            {_module_name(name): task.head(alone.width) for name, task in tasks.items() if task.pooled and alone}
+            {module_name(name): task.head(alone.width) for name, task in tasks.items() if task.pooled and alone}
         )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -131,16 +131,27 @@ class MultimodalModel(nn.Module):
             assert join.film is not None
             seen = self.image_tower(batch["images"])
             for name in self.tasks:
-                if _module_name(name) in self.image_heads:
+                if module_name(name) in self.image_heads:
                     alone = Fused(seen.mean(1), None)
-                    out[f"image:{name}"] = self.image_heads[_module_name(name)](alone, batch)
+                    out[f"image:{name}"] = self.image_heads[module_name(name)](alone, batch)
             tokens = join.image(seen) + join.kinds[2]
             placed, keep = self._place(tokens, batch, "image", size)
             scale, shift = join.film(asked)[:, None].chunk(2, dim=-1)
             parts.append((placed * (1 + scale) + shift, keep))
         fused = join(parts, self._with_tokens)
         dropped = Fused(self.dropout(fused.answer), None if fused.tokens is None else self.dropout(fused.tokens))
-        return out | {name: self.heads[_module_name(name)](dropped, batch) for name in self.tasks}
+        return out | {name: self.heads[module_name(name)](dropped, batch) for name in self.tasks}
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """Mean text states, image tokens and audio tokens of each row, (rows, channels) each: what a linear probe
+        sees."""
+        mask, size = batch["mask"][..., None], len(batch["mask"])
+        parts = [(batch["text_states"] * mask).sum(1) / mask.sum(1)]
+        if self.image_tower is not None:
+            parts.append(_mean_by_row(self.image_tower(batch["images"]), batch, "image", size))
+        if self.audio_tower is not None:
+            parts.append(_mean_by_row(self.audio_tower(batch["audios"], batch["audio_frames"]), batch, "audio", size))
+        return parts
 
     def _place(self, tokens: Tensor, batch: Batch, kind: str, size: int) -> tuple[Tensor, Tensor]:
         """Tokens of packed media (media, n, width), put where their samples are: (batch, slots * n, width) and what
@@ -190,7 +201,7 @@ def _pack(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])), keep.gather(1, order), order
 
 
-def _module_name(task: str) -> str:
+def module_name(task: str) -> str:
     """A task's name as a module may have it."""
     return task.replace(".", "_")
 
@@ -199,3 +210,11 @@ def _mean(states: Tensor, keep: Tensor) -> Tensor:
     """(batch, tokens, width), (batch, tokens) -> (batch, width)."""
     weight = keep.to(states.dtype)[..., None]
     return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _mean_by_row(tokens: Tensor, batch: Batch, kind: str, size: int) -> Tensor:
+    """Tokens of packed media (media, n, width) -> their mean for each row (size, width), zero where it has none."""
+    row, real = batch[f"{kind}_row"], batch[f"{kind}_real"].to(tokens.dtype)[:, None]
+    total = tokens.new_zeros(size, tokens.shape[-1]).index_add(0, row, tokens.mean(1) * real)
+    count = tokens.new_zeros(size, 1).index_add(0, row, real)
+    return total / count.clamp(min=1)

@@ -82,6 +82,8 @@ def judged(task: Task, gold: Any, answer: Answer) -> dict[str, Any]:
     }
     if answer.text is not None:
         said["text"] = answer.text
+    if answer.likelihood is not None:
+        said["likelihood"] = list(answer.likelihood)
     if answer.labels is not None:
         said["labels"] = list(answer.labels)
     if answer.spans is not None:
@@ -112,7 +114,7 @@ def decision(
     said: Mapping[str, Any], confidence: float, chances: Sequence[float] | None, labels: Sequence[str]
 ) -> Decision:
     """What an answer was, from the columns of its row."""
-    labelled, spans = said.get("labels"), said.get("spans")
+    labelled, spans, weighed = said.get("labels"), said.get("spans"), said.get("likelihood")
     ranked = dict(zip(labels, chances, strict=True)) if chances is not None else said.get("probabilities", {})
     return Decision(
         label=said.get("label"),
@@ -122,6 +124,7 @@ def decision(
         spans=None if spans is None else tuple(spans),
         probabilities=ranked,
         confidence=confidence,
+        likelihood=None if weighed is None else (float(weighed[0]), int(weighed[1])),
     )
 
 
@@ -133,6 +136,8 @@ def right_words(record: Record, kind: str) -> str:
         return " | ".join(contents)
     if kind == "extract":
         return (target.texts or ("",))[0]
+    if kind == "generate":
+        return target.text or next(iter(target.texts or ()), "")
     if kind == "tag":
         text = focus(record) if target.spans else ""
         spans = tuple({**span, "text": words_of(text, span)} for span in target.spans or ())

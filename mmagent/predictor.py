@@ -21,15 +21,17 @@ import torch
 from mmagent import bundle as bundles
 from mmagent import record as records
 from mmagent import text
+from mmagent.assembly import Model, assemble, load_language
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.calibration import Calibration
 from mmagent.config import Config
 from mmagent.media import Limits
-from mmagent.model import MultimodalModel
 from mmagent.record import Record
 from mmagent.rows import parse
 from mmagent.targets import TaskInfo
+from mmagent.soft import SoftModel
 from mmagent.tasks import Task, make_all
+from mmagent.tasks.generate import Written
 from mmagent.text import FrozenStates, TextEncoder
 
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
@@ -51,6 +53,7 @@ class Answer:
     value: float | None = None
     text: str | None = None
     spans: tuple[Mapping[str, Any], ...] | None = None
+    likelihood: tuple[float, int] | None = None  # of the right answer, where the record brought it: see `Decision`
     probabilities: Mapping[str, float] = field(default_factory=dict)  # every label, likeliest first
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
@@ -80,7 +83,7 @@ class Predictor:
         config: Config,
         tasks: Mapping[str, Task],
         task: str,
-        model: MultimodalModel,
+        model: Model,
         encoder: TextEncoder,
         tokenizer: Any,
         calibration: Mapping[str, Calibration] | None = None,
@@ -93,9 +96,10 @@ class Predictor:
         self.manifest = dict(manifest or {})
         self.calibration = {name: (calibration or {}).get(name) or Calibration() for name in tasks}
         self.device = torch.device(place)
-        self.inputs = Inputs(config.model, config.data, tokenizer, self.tasks)
+        self.inputs = Inputs(config.model, config.data, tokenizer, self.tasks, encoder)
         self._model = model.eval().requires_grad_(False).to(self.device)
-        self._states = FrozenStates(encoder, device=self.device, max_mb=256)
+        outside = model.backbone is None
+        self._states = FrozenStates(encoder, device=self.device, max_mb=256) if outside else None
 
     @classmethod
     def load(cls, bundle: str | Path, *, device: str = "auto", threads: int | None = None) -> Predictor:
@@ -128,10 +132,10 @@ class Predictor:
     @classmethod
     def untrained(cls, config: Config, infos: Mapping[str, TaskInfo], task: str, *, device: str = "auto") -> Predictor:
         """The model before fine-tuning: the pretrained backbone, and towers, join and head as the seed made them."""
-        encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
-        torch.manual_seed(config.seed)
         tasks = make_all(infos)
-        model = MultimodalModel(config.model, tasks, encoder.width, None)
+        encoder, tokenizer = load_language(config.model, tasks), text.load_tokenizer(config.model.backbone)
+        torch.manual_seed(config.seed)
+        model = assemble(config.model, tasks, encoder)
         return cls(
             name="untrained", config=config, tasks=tasks, task=task, model=model, encoder=encoder, tokenizer=tokenizer,
             device=device,
@@ -200,33 +204,55 @@ class Predictor:
     @torch.inference_mode()
     def raws(self, samples: Sequence[Sample]) -> list[Any]:
         """What each sample's task makes of the model's output (`Task.raw`), before calibration."""
-        batch = self._batch(samples)
-        out = self._model(batch)
-        arrays = {name: out[name].float().cpu().numpy() for name in {sample.task for sample in samples}}
-        rows = batch["sample_row"].cpu().numpy()
+        written = [index for index, sample in enumerate(samples) if self.tasks[sample.task].generates]
+        found = dict(zip(written, self._written([samples[index] for index in written]), strict=True))
+        if others := [index for index in range(len(samples)) if index not in found]:
+            batch = self._batch([samples[index] for index in others])
+            out = self._model(batch)
+            rows = batch["sample_row"].cpu().numpy()
+            for place, index in enumerate(others):
+                sample = samples[index]
+                array = self.tasks[sample.task].outputs(out[sample.task], batch).float().cpu().numpy()
+                found[index] = self.tasks[sample.task].raw(array[rows == place], sample.views)
+        return [found[index] for index in range(len(samples))]
+
+    def _written(self, samples: Sequence[Sample]) -> list[Written]:
+        """What is written for each sample; with how likely the right answer was, for those that know it."""
+        if not samples:
+            return []
+        assert isinstance(self._model, SoftModel)
+        batch, tokenizer = self._batch(samples), self.inputs.tokenizer
+        stops = text.stop_ids(tokenizer, self._model.backbone.model)
+        said = self._model.write(
+            batch, max_tokens=self.config.data.max_answer_tokens, stops=stops, pad=tokenizer.pad_token_id
+        )
+        known: dict[int, Written] = {}
+        if any(sample.views[0].reply is not None for sample in samples):
+            out = self._model(batch)
+            for index, sample in enumerate(samples):
+                if sample.views[0].reply is not None:
+                    row = self.tasks[sample.task].outputs(out[sample.task][index : index + 1], {key: value[index : index + 1] for key, value in batch.items() if "/" in key})
+                    known[index] = self.tasks[sample.task].raw(row.float().cpu().numpy(), sample.views)
         return [
-            self.tasks[sample.task].raw(arrays[sample.task][rows == index], sample.views)
-            for index, sample in enumerate(samples)
+            Written(
+                text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                chance=chance,
+                likelihood=known[index].likelihood if index in known else None,
+            )
+            for index, (ids, chance) in enumerate(said)
         ]
 
     @torch.inference_mode()
     def features(self, samples: Sequence[Sample]) -> np.ndarray:
         """Mean text states, image tokens and audio tokens of each sample, side by side: (samples, channels). What a
         linear probe sees of a model."""
-        batch = self._batch(samples)
-        mask = batch["mask"][..., None]
-        parts = [(batch["text_states"] * mask).sum(1) / mask.sum(1)]
-        if self._model.image_tower is not None:
-            parts.append(_mean_by_row(self._model.image_tower(batch["images"]), batch, "image", len(samples)))
-        if self._model.audio_tower is not None:
-            tokens = self._model.audio_tower(batch["audios"], batch["audio_frames"])
-            parts.append(_mean_by_row(tokens, batch, "audio", len(samples)))
-        out: np.ndarray = torch.cat(parts, dim=1).float().cpu().numpy()
+        out: np.ndarray = torch.cat(self._model.features(self._batch(samples)), dim=1).float().cpu().numpy()
         return out
 
     def _batch(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         batch = self.inputs.batch(samples)
-        batch["text_states"] = self._states(batch["ids"], batch["mask"])
+        if self._states is not None:
+            batch["text_states"] = self._states(batch["ids"], batch["mask"])
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def parse(self, row: Mapping[str, Any], **options: Any) -> Record:
@@ -256,6 +282,7 @@ class Predictor:
             value=said.value,
             text=said.text,
             spans=said.spans,
+            likelihood=said.likelihood,
             probabilities=said.probabilities,
             timings_ms=timings_ms,
         )
@@ -281,11 +308,3 @@ def modalities_of(sample: Sample) -> str:
     """As `Record.modalities`, of a decoded record."""
     parts = (("text", sample.has_words), ("image", bool(sample.images)), ("audio", bool(sample.audios)))
     return "+".join(name for name, present in parts if present) or "empty"
-
-
-def _mean_by_row(tokens: torch.Tensor, batch: Mapping[str, torch.Tensor], kind: str, size: int) -> torch.Tensor:
-    """Tokens of packed media (media, n, width) -> their mean for each sample (size, width), zero where it has none."""
-    row, real = batch[f"{kind}_row"], batch[f"{kind}_real"].to(tokens.dtype)[:, None]
-    total = tokens.new_zeros(size, tokens.shape[-1]).index_add(0, row, tokens.mean(1) * real)
-    count = tokens.new_zeros(size, 1).index_add(0, row, real)
-    return total / count.clamp(min=1)

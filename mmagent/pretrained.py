@@ -127,6 +127,52 @@ def load(name: str, kind: Kind, *, key: str, weights: bool = True, dropout: floa
     return Part(whole.get_submodule(prefix), outline, config, prefix, missing, place)
 
 
+def load_writing(name: str, *, key: str, weights: bool = True, dropout: float | None = None) -> Part:
+    """The whole of a checkpoint that writes text, with its output layer; arguments as of `load`.
+
+    Raises:
+        BackboneError: see `load`; also where the checkpoint is an encoder, which does not write.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    place, config = locate(name), config_of(name, key)
+    if not (decodes(config) or writes_behind_encoder(config)):
+        raise BackboneError(
+            f"{name!r} ({config.model_type}) only reads: the task generate wants a decoder (as GPT-2, Llama and Qwen "
+            f"are) or an encoder-decoder (as T5 and BART are): give another {key}"
+        )
+    _settle(config, dropout)
+    auto: Any = AutoModelForCausalLM if decodes(config) else AutoModelForSeq2SeqLM
+    with refusing(name, place, key), quietly():
+        with torch.device("meta"):
+            outline = auto.from_config(copy.deepcopy(config))
+        if not weights:
+            return Part(type(outline)(outline.config), outline, config, "", frozenset(), place)
+        check_weights(name)
+        whole, report = auto.from_pretrained(
+            place, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True
+        )
+    return Part(whole, outline, config, "", frozenset(report["missing_keys"]), place)
+
+
+def decodes(config: Any) -> bool:
+    """Whether a checkpoint of this config is a decoder alone: Transformers knows it as a causal language model, and not
+    as one that fills masked words."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = type(config)
+    if config.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    return kind not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", False))
+
+
+def writes_behind_encoder(config: Any) -> bool:
+    """Whether a checkpoint of this config is an encoder with a decoder that writes."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    return bool(config.is_encoder_decoder) and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+
 def config_of(name: str, key: str) -> Any:
     """The config of a checkpoint, as Transformers reads it.
 

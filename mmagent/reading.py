@@ -1,19 +1,33 @@
-"""What a language model reads of a record: its words as token ids, whole, in strides, or beside a candidate."""
+"""What a language model reads of a record: its words as token ids, whole, in strides, or beside a candidate.
+
+Where pictures and sounds join at the language model's input, their places are among the ids: `PLACES` stands for a
+token that a tower will make. A text that is too long is cut on the left, its oldest words first; a picture or sound is
+never cut, and where several leave too little room for words the record is refused.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from mmagent import text
-from mmagent.record import Record
+from mmagent.record import Record, segments
 from mmagent.targets import spanned
 
 _PLACEHOLDER = re.compile(r"(\\*)(<(?:image|audio)>)")
 _OVERLAP = 4  # consecutive strides share this part of their length
+PLACES: Mapping[str, int] = {"image": -1, "audio": -2}  # instead of a token's id: a tower's token comes here
+_FEWEST = 8  # tokens of text that pictures and sounds leave room for
+_MARK = "\ufdd0{}\ufdd1"  # around the number of a message, while a chat template sets it: no text has these characters
+_MARKED = re.compile("\ufdd0(\\d+)\ufdd1")
+
+
+class TooLongError(ValueError):
+    """Pictures and sounds that leave no room for words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +38,8 @@ class View:
     ids: np.ndarray  # (tokens,) int64
     offsets: np.ndarray | None = None  # (tokens, 2) characters of the text that spans count in; -1 outside of it
     index: int = 0  # of the candidate, or of the stride
+    reply: np.ndarray | None = None  # (reply,) int64: what is to be written, where it is known
+    cut: int = 0  # tokens that were left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +48,127 @@ class Reader:
 
     Args:
         tokenizer: of the backbone.
-        max_tokens: of one view.
+        max_tokens: of one view's text.
+        max_reply: tokens of what is written.
+        soft: tokens that stand for one picture, or one sound, among the words; empty where they join elsewhere.
+        positions: of the language model, where they are limited.
+        decodes: the language model is a decoder alone: what it writes follows what it reads.
     """
 
     tokenizer: Any
     max_tokens: int
+    max_reply: int = 64
+    soft: Mapping[str, int] = field(default_factory=dict)
+    positions: int | None = None
+    decodes: bool = False
 
-    def whole(self, words: str) -> View:
-        """A text as it is, cut on the left."""
-        return View(text.tokenize(self.tokenizer, [words], self.max_tokens)[0])
+    def whole(self, record: Record) -> View:
+        """A record's words as they are, pictures and sounds at their places where they join at the input."""
+        if not self.soft:
+            return View(text.tokenize(self.tokenizer, [text.words(record)], self.max_tokens)[0])
+        opening, closing = self._frame()
+        ids, cut = self._fitted(self._pieces(text.parts(record)), len(opening) + len(closing))
+        return View(_some([*opening, *ids, *closing], self.tokenizer), cut=cut)
+
+    def prompt(self, record: Record) -> View:
+        """A record as what a reply follows: by the tokenizer's chat template where it has one, else its words, on a
+        line of their own for a decoder. Words of users are never read as the template's own signs."""
+        if getattr(self.tokenizer, "chat_template", None):
+            pieces, frame = self._chat(record), ((), ())
+        else:
+            opening, closing = self._frame()
+            pieces = self._pieces([*text.parts(record), *([("text", "\n")] if self.decodes else [])])
+            frame = (opening, () if self.decodes else closing)
+        room = sum(map(len, frame)) + (self.max_reply if self.decodes else 0)
+        ids, cut = self._fitted(pieces, sum(map(len, frame)), room)
+        return View(_some([*frame[0], *ids, *frame[1]], self.tokenizer), cut=cut)
+
+    def reply(self, words: str) -> tuple[np.ndarray, int]:
+        """What is to be written, ids with the stop at the end; and how many tokens are over `max_reply`."""
+        if self.decodes:
+            ids = self.tokenizer(words, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer(text_target=words)["input_ids"]
+        stop = text.stop_id(self.tokenizer)
+        ids = [*ids, *([] if ids and ids[-1] == stop else [stop])]
+        return np.asarray(ids[: self.max_reply], np.int64), max(0, len(ids) - self.max_reply)
+
+    def fronted(self, view: View, images: int, audios: int) -> View:
+        """A view with so many pictures and sounds before its words, behind what opens every text: how tasks on spans
+        and candidates read them."""
+        places = [PLACES["image"]] * (images * self.soft["image"]) if images else []
+        places += [PLACES["audio"]] * (audios * self.soft["audio"]) if audios else []
+        if not places:
+            return view
+        at = len(self._frame()[0])
+        self._check_room(len(places), len(view.ids))
+        ids = np.concatenate([view.ids[:at], np.asarray(places, np.int64), view.ids[at:]])
+        offsets = view.offsets
+        if offsets is not None:
+            offsets = np.concatenate([offsets[:at], np.full((len(places), 2), -1), offsets[at:]])
+        return replace(view, ids=ids, offsets=offsets)
+
+    def _pieces(self, parts: Sequence[tuple[str, str]]) -> list[tuple[bool, list[int]]]:
+        """(whether it is text, ids) of each part."""
+        return [(True, self._ids(words)) if kind == "text" else self._medium(kind) for kind, words in parts]
+
+    def _medium(self, kind: str) -> tuple[bool, list[int]]:
+        return False, [PLACES[kind]] * self.soft.get(kind, 0)
+
+    def _ids(self, words: str) -> list[int]:
+        """Of a user's words: the tokenizer's own signs in them are words too."""
+        return list(self.tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _chat(self, record: Record) -> list[tuple[bool, list[int]]]:
+        """The pieces of a chat template around each message's own."""
+        numbered = [{"role": m.role, "content": _MARK.format(i)} for i, m in enumerate(record.messages)]
+        roles = {"context": "system"}  # templates do not know the text that a question is about
+        numbered = [{**message, "role": roles.get(message["role"], message["role"])} for message in numbered]
+        page = self.tokenizer.apply_chat_template(numbered, tokenize=False, add_generation_prompt=True)
+        out: list[tuple[bool, list[int]]] = []
+        for index, part in enumerate(_MARKED.split(page)):
+            if index % 2:
+                out += self._pieces(list(segments(record.messages[int(part)].content)))
+            elif part:
+                out.append((False, list(self.tokenizer(part, add_special_tokens=False)["input_ids"])))
+        return out
+
+    def _fitted(self, pieces: Sequence[tuple[bool, list[int]]], frame: int, room: int = 0) -> tuple[list[int], int]:
+        """All ids in a row, the oldest words left out where they are too many; and how many were.
+
+        Args:
+            frame: ids of the tokenizer's own around them.
+            room: places of the language model that are taken besides.
+        """
+        fixed = sum(len(ids) for is_text, ids in pieces if not is_text)
+        words = sum(len(ids) for is_text, ids in pieces if is_text)
+        room = max(room, frame)
+        self._check_room(fixed, min(words, _FEWEST) + room)
+        allowed = self.max_tokens - frame
+        if self.positions is not None:
+            allowed = min(allowed, self.positions - fixed - room)
+        over = cut = max(0, words - allowed)
+        out: list[int] = []
+        for is_text, ids in pieces:
+            gone = min(over, len(ids)) if is_text else 0
+            over -= gone
+            out += ids[gone:]
+        return out, cut
+
+    def _check_room(self, media: int, words: int) -> None:
+        if self.positions is not None and media + words > self.positions:
+            raise TooLongError(
+                f"pictures and sounds take {media} tokens, which leaves too little of the {self.positions} that the "
+                "language model reads: send fewer, or train with fewer tokens for each (model.image.tokens, "
+                "model.audio.tokens)"
+            )
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and behind every text."""
+        bare = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        whole = list(self.tokenizer("a")["input_ids"])
+        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return whole[:at], whole[at + len(bare) :]
 
     def beside(self, words: str, candidate: str, index: int) -> View:
         """A text and one candidate, as a pair of sentences; the longer of the two is cut first."""
@@ -96,6 +224,14 @@ class Reader:
     def _stride(self, question: str) -> int:
         taken = len(self.tokenizer(question, "" if question else None)["input_ids"])
         return max(0, (self.max_tokens - taken) // _OVERLAP)
+
+
+def without(view: View, kind: str) -> View:
+    """A view without the places of its pictures, or of its sounds."""
+    kept = view.ids != PLACES[kind]
+    if kept.all():
+        return view
+    return replace(view, ids=view.ids[kept], offsets=None if view.offsets is None else view.offsets[kept])
 
 
 def _trimmed(offsets: np.ndarray, mine: list[bool], content: str, places: np.ndarray | None) -> np.ndarray:

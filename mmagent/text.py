@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from mmagent import pretrained
 from mmagent.pretrained import BackboneError, locate
-from mmagent.record import Record
+from mmagent.record import Record, segments
 
 __all__ = [
     "BackboneError", "FrozenStates", "TextEncoder", "check", "load_encoder", "load_tokenizer", "locate",
-    "shared_tokenizer", "tokenize", "words",
+    "parts", "shared_tokenizer", "stop_id", "stop_ids", "tokenize", "words",
 ]  # fmt: skip
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "tekken.json")
@@ -108,6 +108,11 @@ class TextEncoder(nn.Module):
         self._options = {"use_cache": False} if "use_cache" in pretrained.takes(model) else {}
 
     @property
+    def decodes(self) -> bool:
+        """Whether a token's state tells of the tokens before it alone."""
+        return pretrained.decodes(self.model.config)
+
+    @property
     def width(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
 
@@ -130,6 +135,19 @@ class TextEncoder(nn.Module):
         """
         self.check_length(ids.shape[1])
         return self.model(input_ids=ids, attention_mask=mask, **self._options).last_hidden_state
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids of any shape -> their embeddings (..., width)."""
+        return self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+
+    def read(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """embeds (batch, tokens, width), mask (batch, tokens) -> states (batch, tokens, width).
+
+        Raises:
+            BackboneError: more tokens than the model has positions for.
+        """
+        self.check_length(embeds.shape[1])
+        return self.model(inputs_embeds=embeds, attention_mask=mask, **self._options).last_hidden_state
 
     def blocks(self) -> list[nn.Module]:
         """The layers, first to last (see `blocks`)."""
@@ -168,6 +186,36 @@ def words(record: Record) -> str:
     if len(lines) == 1:
         return lines[0][1]
     return "\n".join(f"{role}: {text}" for role, text in lines)
+
+
+def parts(record: Record) -> list[tuple[str, str]]:
+    """A record as (``text``, words), (``image``, "") and (``audio``, "") in their order; several messages as lines with
+    their role."""
+    out: list[tuple[str, str]] = []
+    for number, message in enumerate(record.messages):
+        if len(record.messages) > 1:
+            out.append(("text", ("\n" if number else "") + f"{message.role}: "))
+        out += segments(message.content)
+    return out
+
+
+def stop_id(tokenizer: Any) -> int:
+    """The id that ends a text.
+
+    Raises:
+        BackboneError: the tokenizer has none.
+    """
+    for found in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if found is not None:
+            return int(found)
+    raise BackboneError(f"{type(tokenizer).__name__} has no end token, which generate wants: set eos_token")
+
+
+def stop_ids(tokenizer: Any, model: Any) -> list[int]:
+    """All ids that end a text: the tokenizer's, and those that the checkpoint's own settings name besides."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = named if isinstance(named, list) else [named]
+    return sorted({stop_id(tokenizer), *(int(each) for each in more if each is not None)})
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:

@@ -21,8 +21,13 @@ _NAMES = {
     "spearman": "rank correlation",
     "mrr": "mean reciprocal rank",
     "auc": "AUC",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge_l": "ROUGE-L",
+    "wer": "word error rate",
+    "cer": "character error rate",
 }
-_NO_SHARES = {"mae", "rmse", "r2", "spearman", "nll", "brier"}  # in another unit, or below zero
+_NO_SHARES = {"mae", "rmse", "r2", "spearman", "nll", "brier", "perplexity"}  # in another unit, or below zero
 _BESIDE = {  # what is shown beside the main metric, by kind of task
     "classify": ("macro_f1",),
     "relate": ("macro_f1",),
@@ -31,6 +36,7 @@ _BESIDE = {  # what is shown beside the main metric, by kind of task
     "match": ("recall_at_1", "recall_at_5", "auc"),
     "tag": ("precision", "recall", "exact"),
     "extract": ("exact",),
+    "generate": ("exact", "bleu", "rouge_l", "perplexity", "wer", "cer"),
 }
 _ANSWERS = {  # what an answer of a task is, on the card
     "classify": "one of {count} labels",
@@ -40,6 +46,7 @@ _ANSWERS = {  # what an answer of a task is, on the card
     "tag": "the spans of a text that are of {count} types",
     "relate": "how two marked spans of a text stand to each other: one of {count} relations",
     "extract": "the part of a text that answers a question, or that there is none",
+    "generate": "a text",
 }
 BEFORE = {"majority": "majority answer", "linear_probe": "linear probe", "constant": "constant answer"}
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from mmagent.targets import TaskInfo, kind
 from mmagent.tasks.classify import Classify
 from mmagent.tasks.extract import Extract
+from mmagent.tasks.generate import Generate
 from mmagent.tasks.match import Match
 from mmagent.tasks.multilabel import Multilabel
 from mmagent.tasks.regress import Regress
@@ -21,20 +22,13 @@ from mmagent.tasks.task import Decision, Fused, Outcome, Task
 __all__ = ["Decision", "Fused", "Outcome", "Task", "make", "make_all"]
 
 _KINDS: Mapping[str, type[Task]] = {
-    each.kind: each for each in (Classify, Multilabel, Regress, Match, Tag, Relate, Extract)
+    each.kind: each for each in (Classify, Multilabel, Regress, Match, Tag, Relate, Extract, Generate)
 }
 
 
 def make(info: TaskInfo) -> Task:
-    """The task of a data set's description.
-
-    Raises:
-        ValueError: a kind that cannot be trained.
-    """
-    made = _KINDS.get(kind(info.task))
-    if made is None:
-        raise ValueError(f"the task {info.task!r} cannot be trained yet: {', '.join(sorted(_KINDS))} can")
-    return made(info)
+    """The task of a data set's description."""
+    return _KINDS[kind(info.task)](info)
 
 
 def make_all(infos: Mapping[str, TaskInfo]) -> dict[str, Task]:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmagent import text
 from mmagent.calibration import Calibration
 from mmagent.metrics import Number
 from mmagent.reading import Reader, View
@@ -39,6 +38,7 @@ class Decision:
     spans: tuple[Mapping[str, Any], ...] | None = None
     probabilities: Mapping[str, float] = field(default_factory=dict)  # likeliest first
     confidence: float = 0.0
+    likelihood: tuple[float, int] | None = None  # of the right answer, where known: its logarithm, and of how many tokens
 
     @property
     def words(self) -> str:
@@ -72,8 +72,10 @@ class Task(ABC):
     kind: ClassVar[str]
     needs_tokens: ClassVar[bool] = False  # the head reads the states of the text's tokens
     pooled: ClassVar[bool] = False  # the head reads the answer token's state alone: a picture's mean state serves too
+    generates: ClassVar[bool] = False  # it writes with the language model's own output layer; `head` is not asked
     reads_whole: ClassVar[bool] = True  # there is one view: the text as it is
     score: ClassVar[str]  # the metric that chooses a checkpoint; higher is better
+    main: ClassVar[str] = ""  # the metric to look at first, where it is another
 
     def __init__(self, info: TaskInfo) -> None:
         self.info = info
@@ -87,7 +89,7 @@ class Task(ABC):
 
     def views(self, record: Record, reader: Reader) -> tuple[View, ...]:
         """What the model reads of a record: one view, or several whose outputs `raw` puts together."""
-        return (reader.whole(text.words(record)),)
+        return (reader.whole(record),)
 
     @abstractmethod
     def head(self, width: int) -> nn.Module:
@@ -105,6 +107,10 @@ class Task(ABC):
     def loss(self, output: Tensor, batch: Mapping[str, Tensor], size: int, smoothing: float) -> Tensor:
         """Summed over rows by weight and divided by `size`, the nominal number of samples of a micro-batch, so that
         any split of a batch over workers sums to the same gradient."""
+
+    def outputs(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """What of an output `raw` reads."""
+        return output
 
     @abstractmethod
     def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,160 @@
+"""A language model that writes: with its output layer, as a decoder or as an encoder with a decoder behind it.
+
+Rows of a batch differ in length. A decoder gets them aligned at their ends, so that what is written follows each row's
+own last token, and its places are counted from the row's first: the rows of a batch do not change each other's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmagent import pretrained
+from mmagent.text import TextEncoder, blocks
+
+IGNORED = -100  # a place of a reply that holds no token
+
+
+class Scored(NamedTuple):
+    """What a writer says of replies that are given."""
+
+    logits: Tensor  # (rows, reply, vocabulary): of the reply's tokens, aligned as they are
+    states: Tensor | None  # (rows, tokens, width): of what was read; of a decoder only where asked for
+
+
+class Writer(TextEncoder):
+    """
+    Args:
+        model: a causal language model, or an encoder-decoder.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._decoder = not model.config.is_encoder_decoder  # type: ignore[union-attr]
+        self._accepts = pretrained.takes(model)
+
+    def blocks(self) -> list[nn.Module]:
+        if self._decoder:
+            return super().blocks()
+        return [*blocks(self.model.get_encoder()), *blocks(self.model.get_decoder())]  # type: ignore[operator]
+
+    def read(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """embeds (rows, tokens, width), mask (rows, tokens) -> states (rows, tokens, width)."""
+        part = self.model.base_model if self._decoder else self.model.get_encoder()  # type: ignore[operator]
+        return part(inputs_embeds=embeds, attention_mask=mask).last_hidden_state  # type: ignore[operator]
+
+    def score(self, embeds: Tensor, mask: Tensor, reply: Tensor, *, states: bool) -> Scored:
+        """The logits of given replies, each token from what stands before it.
+
+        Args:
+            embeds: (rows, tokens, width) of what is read, padded behind; `mask` (rows, tokens) its places.
+            reply: (rows, reply) token ids, `IGNORED` in front of shorter ones.
+            states: whether those of what is read are wanted.
+        """
+        return self._continue(embeds, mask, reply, states) if self._decoder else self._translate(embeds, mask, reply)
+
+    def _continue(self, embeds: Tensor, mask: Tensor, reply: Tensor, states: bool) -> Scored:
+        said = reply != IGNORED
+        whole = torch.cat([embeds, self.embed(reply.clamp(min=0)).to(embeds.dtype)], dim=1)
+        aligned, keep, order = _to_the_end(whole, torch.cat([mask.bool(), said], dim=1))
+        kept = reply.shape[1] + 1
+        options: dict[str, Any] = {"logits_to_keep": kept} if "logits_to_keep" in self._accepts else {}
+        out = self.model(
+            inputs_embeds=aligned, attention_mask=keep.long(), output_hidden_states=states,
+            **self._places(keep), **options, **self._options,
+        )  # fmt: skip
+        logits = out.logits[:, -kept:-1]
+        if not states:
+            return Scored(logits, None)
+        last = out.hidden_states[-1]
+        back = torch.zeros_like(last).scatter(1, order[..., None].expand_as(last), last * keep[..., None])
+        return Scored(logits, back[:, : embeds.shape[1]])
+
+    def _translate(self, embeds: Tensor, mask: Tensor, reply: Tensor) -> Scored:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        states = self.read(embeds, mask)
+        # The decoder begins at its first place: replies are moved there, and their logits back.
+        order = (reply == IGNORED).to(torch.uint8).argsort(dim=1, stable=True)
+        labels = reply.gather(1, order)
+        out = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, labels=labels,
+            **self._options,
+        )  # fmt: skip
+        back = order.argsort(dim=1)
+        return Scored(out.logits.gather(1, back[..., None].expand_as(out.logits)), states)
+
+    @torch.no_grad()
+    def write(
+        self, embeds: Tensor, mask: Tensor, *, max_tokens: int, stops: Sequence[int], pad: int
+    ) -> list[tuple[list[int], float]]:
+        """The likeliest next tokens, one after the other (greedily): for each row the ids without the stop, and the
+        logarithm of the probability of all of them, the stop with them.
+
+        Args:
+            stops: ids that end a text.
+            pad: id that fills shorter rows.
+        """
+        from transformers import LogitsProcessorList
+        from transformers.modeling_outputs import BaseModelOutput
+
+        recorder = _Recorder()
+        if self._decoder:
+            embeds, keep, _ = _to_the_end(embeds, mask.bool())
+            given = {"inputs_embeds": embeds, "attention_mask": keep.long()}
+        else:
+            given = {
+                "encoder_outputs": BaseModelOutput(last_hidden_state=self.read(embeds, mask)), "attention_mask": mask,
+            }  # fmt: skip
+        with pretrained.quietly():
+            rows = self.model.generate(  # type: ignore[operator]
+                **given, max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=list(stops),
+                pad_token_id=pad, logits_processor=LogitsProcessorList([recorder]), use_cache=True,
+            )  # fmt: skip
+        written = rows[:, rows.shape[1] - len(recorder.chances) :].tolist()
+        chances = torch.stack(recorder.chances, dim=1).tolist()
+        return [_until(row, chance, stops) for row, chance in zip(written, chances, strict=True)]
+
+    def _places(self, keep: Tensor) -> dict[str, Tensor]:
+        """Places counted from each row's first token; without them a model counts the padding too."""
+        if "position_ids" not in self._accepts:
+            return {}
+        return {"position_ids": (keep.long().cumsum(1) - 1).clamp(min=0)}
+
+
+class _Recorder:
+    """Notes the probability of the token that greedy search takes at each step."""
+
+    def __init__(self) -> None:
+        self.chances: list[Tensor] = []
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self.chances.append(scores.float().log_softmax(-1).amax(-1))
+        return scores
+
+
+def _until(row: list[int], chances: list[float], stops: Sequence[int]) -> tuple[list[int], float]:
+    end = next((index for index, token in enumerate(row) if token in stops), len(row))
+    return row[:end], float(sum(chances[: end + 1]))
+
+
+def _to_the_end(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moves each row's kept places to its end, in their order. x (rows, n, width), keep (rows, n) -> both in the new
+    order, and the old place of each (rows, n)."""
+    order = keep.to(torch.uint8).argsort(dim=1, stable=True)
+    return x.gather(1, order[..., None].expand_as(x)), keep.gather(1, order), order
+
+
+def load_writer(name: str, *, weights: bool = True, dropout: float | None = None) -> Writer:
+    """A checkpoint's language model with its output layer.
+
+    Raises:
+        BackboneError: see `mmagent.pretrained.load_writing`: an encoder alone does not write.
+    """
+    part = pretrained.load_writing(name, key="model.backbone", weights=weights, dropout=dropout)
+    writer = Writer(part.model)
+    part.require(key.removeprefix("model.") for key, _ in writer.named_parameters())
+    return writer
