@@ -157,7 +157,8 @@ def train(group: Group, plan: Plan) -> None:
         if due:
             score, metrics = validate(engine, batches, validation_rows, group)
             note(state, score, config.train.min_gain)
-            log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **metrics})
+            told = {"main": batches.main, "score": score, **metrics}
+            log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **told})
         if due or stopping:
             # Only what was validated just now may be taken for the best.
             checkpoints.save(engine.save, state_dict(state if due else replace(state, score=UNSCORED)))
@@ -250,6 +251,8 @@ class Batches:
         self.words = Words.of(inputs.tokenizer)
         record = Record("", (Message("user", ""),), task="", weight=0.0)
         self.blank = Sample(record, (View(inputs.tokenize([""])[0]),), False, (), (), 0.0)
+        scores = {task.score for task in inputs.tasks.values()}
+        self.main = scores.pop() if len(inputs.tasks) == 1 else "score"  # how the score of a validation is called
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[tuple[list[Batch], int]]:
         """For each table of a stream its micro-batches, and how many rows could not be read."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from jobs import stream, workers
+from jobs import draw, stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, build, train
 from mmagent import bundle as bundles
@@ -95,13 +95,15 @@ def prepare(
     """
     dataset = Dataset.open(storage.folder("data", config.data.name))
     _check_splits(dataset)
+    if config.data.labels_per_class is not None:
+        dataset = _drawn(dataset, config, folder)
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
     parts = _check_model(config, dataset.tasks)
     _check_config(config, folder)
     window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share)
-    steps = order.steps(config.train.epochs, config.global_batch)
+    steps = max(order.steps(config.train.epochs, config.global_batch), config.train.min_steps)
     plan = Plan(
         config=config,
         tasks=dataset.tasks,
@@ -113,7 +115,7 @@ def prepare(
         data=config.data.name,
         order=order,
         total_steps=min(steps, config.train.max_steps or steps),
-        max_bad_rows=int(config.data.max_bad_share * order.rows * max(1.0, config.train.epochs)),
+        max_bad_rows=int(config.data.max_bad_share * max(steps * config.global_batch, order.rows)),
         golden_source=tuple(dataset.shard_files("validation")),
         parts=parts,
     )
@@ -147,6 +149,18 @@ def _validation(plan: Plan, dataset: Dataset) -> Any:
     order = stream.order_of(dataset, "validation", seed=plan.config.seed, window_rows=window)
     steps = -(-min(plan.config.train.eval_rows, order.rows) // layout.global_batch)
     return stream.training_stream(order, layout, Position(), steps)
+
+
+def _drawn(dataset: Dataset, config: Config, folder: Path) -> Dataset:
+    wanted = config.data.labels_per_class
+    if not isinstance(wanted, int):
+        raise RunError(
+            f"data.labels_per_class={list(wanted or ())} is a learning curve, which jobs.train makes: give one"
+        )
+    try:
+        return draw.drawn(dataset, wanted, config.seed, folder / "drawn")
+    except draw.DrawError as error:
+        raise RunError(str(error)) from error
 
 
 def _label_weights(info: TaskInfo, balance: float) -> dict[str, float]:
@@ -188,12 +202,17 @@ def _check_config(config: Config, folder: Path) -> None:
     if file.exists() and began:
         before = resolve(yaml.safe_load(file.read_text()), {})
         if before != config:
-            changed = _differences(before.model_dump(mode="json"), config.model_dump(mode="json"))
+            changed = differences(before, config)
             raise RunError(
                 f"the run {folder.name!r} began with another config ({', '.join(changed)}): give another --name, or "
                 f"the same config to go on"
             )
     storage.publish(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """The keys of which two configs say different things, and what they say."""
+    return _differences(before.model_dump(mode="json"), now.model_dump(mode="json"))
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:
