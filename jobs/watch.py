@@ -37,7 +37,7 @@ def complete(
 
     started = time.time()
     work = run.prepare(config, folder, name=name, bundle=bundle)
-    _tell(work, config)
+    tell(work)
     timing = _read_timing(folder)
     if not work.exported:
         timing = {"start_s": round(time.time() - started, 1)}
@@ -59,10 +59,11 @@ def complete(
     return True
 
 
-def _tell(work: Run, config: Config) -> None:
+def tell(work: Run) -> None:
+    """What is about to be trained: rows, steps, parts."""
     from mmagent import freeze
 
-    step, plan = work.resumed_step(), work.plan
+    step, plan, config = work.resumed_step(), work.plan, work.config
     print(
         f"run {work.name}: {work.dataset.rows('train')} rows of {work.dataset.name}, {plan.total_steps} steps of "
         f"{config.global_batch} samples ({config.cluster.workers} workers x {config.train.micro_batch} x "

@@ -109,6 +109,9 @@ class TowerConfig(_Section):
     checkpoint: str | None = Field(
         None, description="folder or hub id of a Transformers checkpoint; none: from scratch"
     )
+    start: str | None = Field(
+        None, description="folder that `jobs.pretrain` made of a tower (runs/NAME/towers/image): what it begins with"
+    )
     dropout: float | None = Field(
         None,
         ge=0,
@@ -164,6 +167,24 @@ class ModelConfig(_Section):
         if self.width % self.heads:
             raise ValueError(f"model.width={self.width} is not a multiple of model.heads={self.heads}")
         return self
+
+
+class PretrainConfig(_Section):
+    """What `jobs.pretrain` teaches without labels."""
+
+    objective: Literal["auto", "masked", "next", "align"] = Field(
+        "auto", description="masked: hidden words (arXiv:1810.04805). next: the next word. auto: masked for an "
+        "encoder, next for a decoder. align: towers to the language model, by pairs of a picture or sound and its "
+        "words (InfoNCE, arXiv:1807.03748, as in CLIP, arXiv:2103.00020)",
+    )  # fmt: skip
+    mask_share: float = Field(0.15, gt=0, lt=1, description="share of a text's tokens that are asked for (masked)")
+    validation_share: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="share of the texts or pairs set aside to measure by, where there is no such split",
+    )
+    temperature: float = Field(0.07, gt=0, description="of the contrast between pairs, as it begins (align)")
 
 
 class FreezeConfig(_Section):
@@ -256,6 +277,7 @@ class Config(_Section):
     data: DataConfig
     model: ModelConfig
     augment: AugmentConfig = AugmentConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     freeze: FreezeConfig = FreezeConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

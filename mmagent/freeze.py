@@ -37,7 +37,7 @@ def needs_backbone(strategy: str) -> bool:
     return strategy not in ("head", "connector", *TOWERS)
 
 
-def apply(model: MultimodalModel, config: FreezeConfig) -> None:
+def apply(model: Any, config: FreezeConfig) -> None:
     """Sets `requires_grad` of every parameter that trains at some time of the run, and adds the products of `lora:R`.
 
     Raises:
@@ -99,7 +99,7 @@ def set_modes(model: nn.Module) -> None:
     walk(model, True)
 
 
-def compute_again(model: MultimodalModel) -> None:
+def compute_again(model: Any) -> None:
     """Has the trained layers of pretrained models compute their states again in the backward pass, in place of keeping
     them (gradient checkpointing, arXiv:1604.06174).
 
@@ -114,7 +114,7 @@ def compute_again(model: MultimodalModel) -> None:
                 pretrained.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
 
-def stage(model: MultimodalModel, config: FreezeConfig, step: int, total: int) -> int:
+def stage(model: Any, config: FreezeConfig, step: int, total: int) -> int:
     """How far a gradual run has opened the language model at a step: not at all (0), its last layer (1), and so on to
     everything (layers + 1), evenly over the first `gradual_share` of the run (ULMFiT, arXiv:1801.06146, opens one
     layer an epoch). 0 for every other strategy."""
@@ -124,7 +124,7 @@ def stage(model: MultimodalModel, config: FreezeConfig, step: int, total: int) -
     return min(stages, int(step / (config.gradual_share * total) * stages))
 
 
-def thaw(model: MultimodalModel, config: FreezeConfig, stage: int) -> None:
+def thaw(model: Any, config: FreezeConfig, stage: int) -> None:
     """Opens what a gradual run trains at a stage and closes the rest; any other strategy is as `apply` left it."""
     if config.strategy == "gradual" and model.backbone is not None:
         opens = _stages(model.backbone)
@@ -156,7 +156,7 @@ def _layers_above(backbone: TextEncoder) -> dict[int, int]:
     return out
 
 
-def table(model: MultimodalModel, encoder: TextEncoder | None = None) -> tuple[Part, ...]:
+def table(model: Any, encoder: TextEncoder | None = None) -> tuple[Part, ...]:
     """Trained and total parameters of each part, after `apply`.
 
     Args:
@@ -181,7 +181,7 @@ def show(parts: tuple[Part, ...]) -> str:
     return "\n".join(lines)
 
 
-def groups(model: MultimodalModel, config: Config) -> list[dict[str, Any]]:
+def groups(model: Any, config: Config) -> list[dict[str, Any]]:
     """The trained parameters as optimizer groups: for each part (backbone, towers, rest) its learning rate, lower by
     `optim.layer_decay` with each layer of the language model below the last, and weight decay on matrices only.
     Embeddings are matrices and decay, as in Transformers' Trainer.
