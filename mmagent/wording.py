@@ -22,7 +22,7 @@ _NAMES = {
     "mrr": "mean reciprocal rank",
     "auc": "AUC",
 }
-_NO_SHARES = {"mae", "rmse", "r2", "spearman", "nll", "brier"}  # in another unit, or below zero
+_NO_SHARES = {"mae", "rmse", "r2", "spearman", "nll", "brier", "perplexity"}  # in another unit, or below zero
 _BESIDE = {  # what is shown beside the main metric, by kind of task
     "classify": ("macro_f1",),
     "relate": ("macro_f1",),
