@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,19 @@ class Answerer:
     The same question is asked once: without its picture, a test has few different ones.
     """
 
-    def __init__(self, bundle: str, slices: Sequence[str], without: str | None, threads: int) -> None:
+    def __init__(
+        self,
+        bundle: str,
+        slices: Sequence[str],
+        without: str | None,
+        threads: int,
+        tasks: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            tasks: the bundle's task for a task of the rows that is called otherwise.
+        """
+        self._tasks = dict(tasks or {})
         self._predictor = Predictor.load(bundle, threads=threads)
         self._slices = tuple(slices)
         self._without = without
@@ -43,6 +55,7 @@ class Answerer:
         if len(self._known) * self._width > _REMEMBERED:
             self._known.clear()
         records = [Record.from_row(row) for row in table.to_pylist()]
+        records = [replace(record, task=self._tasks.get(record.task, record.task)) for record in records]
         rows = self._rows(records, records, "")
         if self._without:
             rows += self._rows(records, [without(record, self._without) for record in records], self._without)

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,14 @@ def before(
     infos: Mapping[str, TaskInfo],
     task: str,
     *,
+    asked: str | None = None,
     column: str | None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """What simpler answers reach on one task, by name; empty where there is none to compare with.
 
     Args:
+        asked: how the data set calls the task, where by another name.
         table: predictions on `split`, of all tasks.
         config, infos: the bundle's.
         column: the slice whose values the probe is tested on alike.
@@ -62,23 +65,25 @@ def before(
     mine = mine.filter(pc.is_valid(mine["label"]))
     if not mine.num_rows:
         return {}
-    made = make(infos[task])
+    made, asked = make(infos[task]), asked or task
     if made.kind in ("multilabel", "regress"):
-        return {"constant": constant(dataset, mine, made, seed=seed)}
+        return {"constant": constant(dataset, mine, made, asked=asked, seed=seed)}
     if made.kind in ("classify", "relate"):
-        probe = linear_probe(dataset, split, mine, config, infos, task, column=column, seed=seed)
-        return {"majority": majority(dataset, split, mine, made, seed=seed), "linear_probe": probe}
+        probe = linear_probe(dataset, split, mine, config, infos, task, asked=asked, column=column, seed=seed)
+        return {"majority": majority(dataset, split, mine, made, asked=asked, seed=seed), "linear_probe": probe}
     return {}
 
 
-def constant(dataset: Dataset, table: pa.Table, task: Task, *, seed: int = 0) -> dict[str, Any]:
+def constant(
+    dataset: Dataset, table: pa.Table, task: Task, *, asked: str | None = None, seed: int = 0
+) -> dict[str, Any]:
     """The same answer to everything: the mean of the training values, or the set of labels with the best micro F1 on
     the training rows (the k most frequent ones, for the best k).
 
     Raises:
         EvaluationError: the data set has no such task in training.
     """
-    info = dataset.tasks.get(task.name)
+    info = dataset.tasks.get(asked or task.name)
     if info is None or not info.rows.get(TRAIN, 0):
         raise EvaluationError(f"the data set {dataset.name!r} has no training rows of the task {task.name!r}")
     if task.kind == "regress":
@@ -90,7 +95,9 @@ def constant(dataset: Dataset, table: pa.Table, task: Task, *, seed: int = 0) ->
     return comparison.compare_answers(table, task, [said] * table.num_rows, what, seed=seed)
 
 
-def majority(dataset: Dataset, split: str, table: pa.Table, task: Task, *, seed: int = 0) -> dict[str, Any]:
+def majority(
+    dataset: Dataset, split: str, table: pa.Table, task: Task, *, asked: str | None = None, seed: int = 0
+) -> dict[str, Any]:
     """The answer that the other splits give most often to a record's question (``meta.question`` where it is, e.g. the
     words of a spoken one, else its text); to a question never seen the most frequent answer of all.
 
@@ -99,14 +106,14 @@ def majority(dataset: Dataset, split: str, table: pa.Table, task: Task, *, seed:
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for other in (TRAIN, *({"validation"} & set(dataset.splits) - {split})):
-        for question, label in _questions(dataset, other, "target", task.name):
+        for question, label in _questions(dataset, other, "target", asked or task.name):
             if label is not None:
                 counts[question][label] += 1
     everywhere = sum(counts.values(), Counter())
     if not everywhere:
         raise EvaluationError(f"the data set {dataset.name!r} has no training rows of the task {task.name!r}")
     best = {question: _most(counter) for question, counter in counts.items()}
-    questions = _questions(dataset, split, "id", task.name)
+    questions = _questions(dataset, split, "id", asked or task.name)
     guess = {key: best.get(question) or _most(everywhere) for question, key in questions}
     rows = zip(table["id"].to_pylist(), table["label"].to_pylist(), strict=True)
     hits = [None if label is None else guess[key] == label for key, label in rows]
@@ -122,6 +129,7 @@ def linear_probe(
     infos: Mapping[str, TaskInfo],
     task: str,
     *,
+    asked: str | None = None,
     column: str | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -137,7 +145,7 @@ def linear_probe(
         key
         for part in dataset.read(TRAIN, columns=["id", "task"])
         for key, name in zip(part["id"].to_pylist(), part["task"].to_pylist(), strict=True)
-        if name == task
+        if name == (asked or task)
     ]
     wanted = _some(training, PROBE_TRAIN_ROWS, rng)
     tested = sorted({key for ids in _cells(table, column) for key in _some(ids, PROBE_TEST_ROWS, rng)})
@@ -230,7 +238,7 @@ def _features(
                 skipped += 1
                 continue
             try:
-                samples.append(predictor.prepare(record))
+                samples.append(predictor.prepare(replace(record, task=predictor.task)))
             except PartError:  # counted; the evaluation itself names the reasons
                 skipped += 1
                 continue

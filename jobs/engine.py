@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmagent.config import Config
-from mmagent.assembly import Model
 from mmagent.model import Batch
 
 
@@ -27,7 +26,7 @@ class Engine(Protocol):
     accumulation updates the parameters."""
 
     device: torch.device
-    model: Model
+    model: nn.Module
 
     def forward(self, batch: Batch) -> dict[str, Tensor]: ...
 
@@ -109,7 +108,7 @@ def _skip_closed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 class TorchEngine:
     """Plain PyTorch in one process: what ZeRO is measured against."""
 
-    def __init__(self, model: Model, groups: list[dict[str, Any]], config: Config) -> None:
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: Config) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
         self._accumulation, self._seen = config.train.accumulation, 0
@@ -153,7 +152,7 @@ class TorchEngine:
 class ZeroEngine:
     """DeepSpeed ZeRO over the process group that Ray Train made."""
 
-    def __init__(self, model: Model, groups: list[dict[str, Any]], config: Config) -> None:
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: Config) -> None:
         deepspeed = _import_deepspeed()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
@@ -199,7 +198,7 @@ class ZeroEngine:
         return out
 
 
-def make(model: Model, groups: list[dict[str, Any]], config: Config) -> Engine:
+def make(model: nn.Module, groups: list[dict[str, Any]], config: Config) -> Engine:
     return (
         ZeroEngine(model, groups, config) if config.zero.engine == "deepspeed" else TorchEngine(model, groups, config)
     )

@@ -4,7 +4,9 @@
     python -m jobs.evaluate --bundle /models/shop --data /data/shop --split test --slices form,channel --out eval/shop
     ray job submit -- python -m jobs.evaluate --bundle demo --data easy_vqa --split test --out runs/demo
 
-The data set may be another one than the bundle was trained on; tasks and labels that the bundle lacks are named.
+The data set may be another one than the bundle was trained on: then what it reaches on its own stands beside, tasks
+of other names are matched by kind and labels (or by --tasks THEIRS=OWN), and labels that the bundle does not know are
+counted, and count as wrong.
 
 Writes into --out: evaluation.json (format: see mmagent/evaluation.py), report.html, a page that stands alone, and
 predictions.parquet, a row for each question. Rows that cannot be answered are counted by reason and never end the run.
@@ -18,27 +20,27 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import baselines, cluster
+from jobs import baselines, cluster, transfer
 from jobs.answers import MODALITIES, Answerer
 from jobs.cluster import ClusterError
 from jobs.progress import Progress
-from jobs.summary import some, table_of
+from jobs.summary import table_of
 from mmagent import bundle as bundles
 from mmagent import card, evaluation, examples, predictions, report, shards, storage, text
 from mmagent import licence as licences
-from mmagent.arguments import Parser, positive
+from mmagent.arguments import Parser, mapping, positive
 from mmagent.bundle import Bundle, BundleError
 from mmagent.examples import Example
 from mmagent.predictions import EvaluationError
 from mmagent.shards import Dataset, DatasetError
-from mmagent.targets import TaskInfo
-from mmagent.tasks import Task, make_all
+from mmagent.tasks import make_all
 from mmagent.text import BackboneError
 
 SLICES = ("form", "voice", "family", "modalities")  # those that no row has make no slice
@@ -57,6 +59,7 @@ def evaluate(
     workers: int = 2,
     threads: int = 1,
     seed: int = 0,
+    tasks: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Evaluates on the connected Ray, writes the three files into `out`, and returns what evaluation.json holds.
 
@@ -66,30 +69,58 @@ def evaluate(
         before: also what a majority answer and a linear probe reach, both fitted on the training split.
         without: a modality; also asks every question with it taken away.
         workers: processes that answer, each with a copy of the model and `threads` CPU threads.
+        tasks: the bundle's task for a task of the data set, where the names do not say it (see `jobs.transfer`).
 
     Raises:
         BundleError, DatasetError, BackboneError: what is missing, and where.
         EvaluationError: there is nothing to measure.
     """
     found = bundles.load(bundle)
-    _check(found, dataset, split)
+    named = {each.asked: each.answered for each in _check(found, dataset, split, tasks)}
     bundles.load_model(found)  # weights that do not fit are told here, in one message, not by an actor that dies
     started = time.monotonic()
-    table = _predict(found, dataset, split, slices, without, workers, threads)
+    table = _predict(found, dataset, split, slices, without, workers, threads, named)
     predicted = time.monotonic()
     storage.publish_parquet(out / "predictions.parquet", table)
-    column, tasks = _first_slice(table, slices), make_all(found.tasks)
-    others = _before(found, dataset, split, table, column, seed) if before else None
+    column, made = _first_slice(table, slices), make_all(found.tasks)
+    others = _before(found, dataset, split, table, named, column, seed) if before else None
     result = evaluation.evaluate(
-        table, tasks, found.task, bundle=found.name, data=dataset.name, split=split, before=others, seed=seed
+        table, made, found.task, bundle=found.name, data=dataset.name, split=split, before=others, seed=seed
     )
     result["seconds"] = {"predict": round(predicted - started, 1), "before": round(time.monotonic() - predicted, 1)}
+    if renamed := {asked: answered for asked, answered in named.items() if asked != answered}:
+        result["matched"] = renamed
+    if dataset.name != found.manifest.get("data") and (own := _at_home(found, slices, workers, threads, seed)):
+        result["own"] = own
     storage.publish_json(out / "evaluation.json", result)
-    shown = _examples(table, dataset, split, tasks, column, seed)
     curves = read_curves(found.path.parent / "metrics.jsonl")
-    page = report.render(result, curves=curves, examples=shown, limits=found.config.data.media)
-    storage.publish(out / "report.html", page)
+    write_report(result, found, dataset, table, out, slices=slices, seed=seed, curves=curves)
     return result
+
+
+def write_report(
+    result: Mapping[str, Any],
+    found: Bundle,
+    dataset: Dataset,
+    table: pa.Table,
+    out: Path,
+    *,
+    slices: Sequence[str] = SLICES,
+    seed: int = 0,
+    curves: Sequence[Mapping[str, Any]] = (),
+    more: Sequence[report.Section] = (),
+) -> None:
+    """Writes report.html into `out`.
+
+    Args:
+        result, table: what evaluation.json and predictions.parquet hold.
+        curves: the lines of the run's ``metrics.jsonl``.
+        more: sections behind the first one.
+    """
+    named = result.get("matched", {})
+    shown = _examples(table, dataset, result["split"], found, named, _first_slice(table, slices), seed)
+    page = report.render(result, curves=curves, examples=shown, limits=found.config.data.media, more=more)
+    storage.publish(out / "report.html", page)
 
 
 def describe(bundle: str | Path, dataset: Dataset, result: Mapping[str, Any]) -> None:
@@ -125,12 +156,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         dataset = Dataset.open(shards.find(options.data))
-        _check(bundles.load(options.bundle), dataset, options.split)  # before Ray is looked for: that takes a while
+        found = bundles.load(options.bundle)
+        # Before Ray is looked for, which takes a while.
+        for each in _check(found, dataset, options.split, options.tasks):
+            if told := each.told(found.name, dataset.name):
+                print(told)
         cluster.connect()
         out = storage.resolve(options.out)
         result = evaluate(
             options.bundle, dataset, options.split, out=out, slices=options.slices, before=options.before,
             without=options.without, workers=options.workers, threads=options.threads, seed=options.seed,
+            tasks=options.tasks,
         )  # fmt: skip
     except (BundleError, DatasetError, BackboneError, EvaluationError, storage.StorageError, ClusterError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -155,6 +191,13 @@ def _parser() -> Parser:
     )
     parser.add_argument("--before", action="store_true", help="compare with a majority answer and a linear probe")
     parser.add_argument("--without", choices=MODALITIES, help="also ask everything with this modality taken away")
+    parser.add_argument(
+        "--tasks",
+        type=mapping,
+        default={},
+        metavar="THEIRS=OWN",
+        help="which task of the bundle answers one of the data",
+    )
     parser.add_argument("--workers", type=positive, default=2, help="processes that answer (default: 2)")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of intervals, comparisons and examples (default: 0)")
@@ -165,33 +208,45 @@ def _names(value: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
 
 
-def _check(found: Bundle, dataset: Dataset, split: str) -> None:
+def _check(
+    found: Bundle, dataset: Dataset, split: str, tasks: Mapping[str, str] | None = None
+) -> tuple[transfer.Match, ...]:
     if not dataset.rows(split):
         raise DatasetError(f"the split {split!r} of {dataset.path} has no rows; name another one with --split")
-    shared = sorted(set(found.tasks) & set(dataset.tasks))
-    if not shared:
-        raise EvaluationError(
-            f"the bundle {found.name!r} has the tasks {some(sorted(found.tasks))}, the data set {dataset.name!r} has "
-            f"{some(sorted(dataset.tasks))}: none is in both; prepare the data with the bundle's task"
-        )
-    for task in shared:
-        _check_labels(task, found.tasks[task], dataset.tasks[task])
+    return transfer.match(found, dataset, tasks)
 
 
-def _check_labels(task: str, known: TaskInfo, asked: TaskInfo) -> None:
-    if known.labels and asked.labels and not set(known.labels) & set(asked.labels):
-        raise EvaluationError(
-            f"for the task {task!r} the bundle answers {some(known.labels)}, the data set asks for "
-            f"{some(asked.labels)}: they have no label in common"
-        )
+def _at_home(found: Bundle, slices: Sequence[str], workers: int, threads: int, seed: int) -> dict[str, Any] | None:
+    """What the bundle reaches on its own data set: as it was measured when it was made, else asked now."""
+    if (known := transfer.home(found)) is not None:
+        return known
+    try:
+        dataset = Dataset.open(storage.folder("data", found.manifest["data"]))
+        _check(found, dataset, "test")
+    except (DatasetError, EvaluationError, storage.StorageError) as error:
+        print(f"note: its own data set cannot be set beside: {error}", file=sys.stderr)
+        return None
+    table = _predict(found, dataset, "test", slices, None, workers, threads, {})
+    result = evaluation.evaluate(
+        table, make_all(found.tasks), found.task, bundle=found.name, data=dataset.name, split="test", seed=seed
+    )
+    return transfer.kept(result, evaluation.blocks(result))
 
 
 def _predict(
-    found: Bundle, dataset: Dataset, split: str, slices: Sequence[str], without: str | None, workers: int, threads: int
+    found: Bundle,
+    dataset: Dataset,
+    split: str,
+    slices: Sequence[str],
+    without: str | None,
+    workers: int,
+    threads: int,
+    tasks: Mapping[str, str],
 ) -> pa.Table:
     from jobs import stream  # brings Ray, which reads its environment when it is imported: after `cluster.connect`
 
     kwargs = {"bundle": str(found.path), "slices": tuple(slices), "without": without, "threads": threads}
+    kwargs["tasks"] = dict(tasks)
     parts = []
     with Progress("evaluate", dataset.rows(split), "rows") as progress:
         answers = stream.apply(
@@ -216,17 +271,33 @@ def _first_slice(table: pa.Table, slices: Sequence[str]) -> str | None:
 
 
 def _before(
-    found: Bundle, dataset: Dataset, split: str, table: pa.Table, column: str | None, seed: int
+    found: Bundle,
+    dataset: Dataset,
+    split: str,
+    table: pa.Table,
+    tasks: Mapping[str, str],
+    column: str | None,
+    seed: int,
 ) -> dict[str, dict[str, Any]]:
+    asked, there = {own: name for name, own in tasks.items()}, set(table["task"].to_pylist())
     return {
-        task: baselines.before(dataset, split, table, found.config, found.tasks, task, column=column, seed=seed)
-        for task in sorted(set(found.tasks) & set(table["task"].to_pylist()))
+        task: baselines.before(
+            dataset, split, table, found.config, found.tasks, task, asked=asked.get(task), column=column, seed=seed
+        )
+        for task in sorted(set(found.tasks) & there)
     }
 
 
 def _examples(
-    table: pa.Table, dataset: Dataset, split: str, tasks: Mapping[str, Task], column: str | None, seed: int
+    table: pa.Table,
+    dataset: Dataset,
+    split: str,
+    found: Bundle,
+    matched: Mapping[str, str],
+    column: str | None,
+    seed: int,
 ) -> dict[str, list[Example]]:
+    tasks = make_all(found.tasks)
     asked = table.filter(pc.equal(table["without"], ""))
     chosen: dict[str, str] = {}
     for name in tasks:
@@ -234,7 +305,8 @@ def _examples(
     picked = asked.filter(pc.is_in(asked["id"], value_set=pa.array(list(chosen), pa.string())))
     answers = {row["id"]: row for row in picked.to_pylist()}
     out: dict[str, list[Example]] = {name: [] for name in tasks}
-    for record in baselines.pick(dataset, split, list(chosen)):
+    for each in baselines.pick(dataset, split, list(chosen)):
+        record = replace(each, task=matched.get(each.task, each.task))
         example = examples.shown(record, answers[record.id], tasks[record.task], chosen[record.id])
         out[record.task].append(example)
     return {name: sorted(shown, key=lambda each: (each.group, each.record.id)) for name, shown in out.items()}

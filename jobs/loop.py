@@ -10,10 +10,10 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,27 +22,53 @@ import torch
 from jobs import engine as engines
 from jobs.checkpoint import Checkpoint, Checkpoints
 from jobs.engine import Engine
-from jobs.export import export
 from jobs.meter import Log, Meter
 from jobs.workers import Group
-from mmagent import freeze, lora, text
-from mmagent.assembly import Model, assemble, load_language
-from mmagent.augment import Words, augment
-from mmagent.batch import Inputs, PartError, Sample
-from mmagent.calibration import Calibration
+from mmagent import freeze, storage
 from mmagent.config import Config
-from mmagent.model import Batch, align_loss
-from mmagent.order import Order, Position, sample_rng
-from mmagent.predictor import modalities_of
-from mmagent.reading import View
-from mmagent.record import Message, Record
+from mmagent.model import Batch
+from mmagent.order import Order, Position
 from mmagent.targets import TaskInfo
-from mmagent.tasks import Outcome, Task, make_all
-from mmagent.text import FrozenStates, TextEncoder
 
 UNSCORED = -1e30  # below any score; JSON has no infinity
 STOP_FILE = "stop"  # in the run's folder: the loop saves and ends at the next step
 _LOG_EVERY_S = 5.0
+
+
+class Learner(Protocol):
+    """What a run teaches, and how: a model, its batches and losses, how good it is, and what it leaves behind."""
+
+    model: Any  # a module of the parts that `mmagent.freeze` knows
+    main: str  # how the score of a validation is called
+    last_error: str  # of a row that could not be read
+
+    def begin(self, device: torch.device) -> None:
+        """Takes its place beside the model, which is on its device now."""
+        ...
+
+    def rows(self, tables: Iterator[pa.Table]) -> list[Any]:
+        """The rows of a validation stream, kept for all validations."""
+        ...
+
+    def steps(self, tables: Iterator[pa.Table]) -> Iterator[tuple[list[Batch], int]]:
+        """For each table of a stream its micro-batches, and how many rows could not be read."""
+        ...
+
+    def loss(self, out: Batch, batch: Batch) -> torch.Tensor:
+        """Of a micro-batch, normalised so that any split of a batch over workers sums to the same."""
+        ...
+
+    def hits(self, out: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many answers are right, and of how many."""
+        ...
+
+    def validate(self, engine: Engine, rows: list[Any], group: Group) -> tuple[float, dict[str, float]]:
+        """A score, higher is better, and all that is measured; every rank calls it."""
+        ...
+
+    def export(self, engine: Engine, rows: list[Any], group: Group, chosen: dict[str, Any]) -> None:
+        """Leaves behind what was learned; every rank calls it. `chosen`: step and score of the checkpoint."""
+        ...
 
 
 class BadRowsError(ValueError):
@@ -53,12 +79,15 @@ class BadRowsError(ValueError):
 class Plan:
     """What every rank knows before the first step."""
 
+    learner: Callable[[Plan], Learner]
+    root: Path  # of storage, as the command sees it
     config: Config
     tasks: Mapping[str, TaskInfo]
     label_weights: Mapping[str, Mapping[str, float]]  # of training samples, by task and label (train.class_balance)
     folder: Path  # of the run
     name: str  # of the bundle
-    bundle: Path | None  # where it goes; none: the run ends without
+    bundle: Path | None  # where it, or what else a run leaves, goes; none: the run ends without
+    seal: str  # the file in it that is written last
     data: str  # name of the data set
     order: Order
     total_steps: int
@@ -91,15 +120,12 @@ def train(group: Group, plan: Plan) -> None:
         BadRowsError: more bad rows than `data.max_bad_share` allows.
     """
     # -- set up ------------------------------------------------------------------------------------------------
+    storage.use(plan.root)
     config = plan.config
-    tasks = make_all(plan.tasks)
-    encoder = load_language(config.model, tasks, dropout=config.model.backbone_dropout)
-    tokenizer = text.load_tokenizer(config.model.backbone)
-    inputs = Inputs(config.model, config.data, tokenizer, tasks, encoder)
-    model = build(config, tasks, encoder)
+    learner = plan.learner(plan)
+    model = learner.model
     engine = engines.make(model, freeze.groups(model, config), config)
-    frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
-    batches = Batches(inputs, frozen, config, plan.label_weights, engine.device)
+    learner.begin(engine.device)
     checkpoints = Checkpoints(
         plan.folder / "checkpoints", rank=group.rank, barrier=group.all, keep_last=config.train.keep_last
     )
@@ -111,12 +137,11 @@ def train(group: Group, plan: Plan) -> None:
         engine.load(found.path)
         state = restore(found)
     log.rewind(state.step)
-    validation = [batches.sample(row, None) for table in group.blocks("validation") for row in table.to_pylist()]
-    validation_rows = [sample for sample, _ in validation if sample.weight > 0]
+    validation_rows = learner.rows(group.blocks("validation"))
 
     # -- train -------------------------------------------------------------------------------------------------
     meter = Meter()
-    feed = Feed(batches.steps(group.blocks("train")))
+    feed = Feed(learner.steps(group.blocks("train")))
     done, stopping, stage = state.step >= plan.total_steps, 0.0, -1
     while not done:
         micros, bad = feed.next(meter)
@@ -126,8 +151,8 @@ def train(group: Group, plan: Plan) -> None:
         rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config), stage)
         for batch in micros:
             out = engine.forward(batch)
-            loss = loss_of(out, batch, tasks, config)
-            meter.add(*hits_of(out, batch, tasks), config.train.micro_batch, loss)
+            loss = learner.loss(out, batch)
+            meter.add(*learner.hits(out, batch), config.train.micro_batch, loss)
             engine.backward(loss)
             engine.step()
         state.step, state.position = state.step + 1, plan.order.advance(state.position, config.global_batch)
@@ -141,7 +166,7 @@ def train(group: Group, plan: Plan) -> None:
         if state.bad_rows > plan.max_bad_rows:
             raise BadRowsError(
                 f"{state.bad_rows} rows could not be read, more than data.max_bad_share={config.data.max_bad_share} "
-                f"of the split allows ({plan.max_bad_rows}); the last: {batches.last_error}"
+                f"of the split allows ({plan.max_bad_rows}); the last: {learner.last_error}"
             )
         if logging:
             figures = meter.read(group)
@@ -156,9 +181,10 @@ def train(group: Group, plan: Plan) -> None:
                 }
             )
         if due:
-            score, metrics = validate(engine, batches, validation_rows, group)
+            score, metrics = learner.validate(engine, validation_rows, group)
             note(state, score, config.train.min_gain)
-            log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **metrics})
+            told = {"main": learner.main, "score": score, **metrics}
+            log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **told})
         if due or stopping:
             # Only what was validated just now may be taken for the best.
             checkpoints.save(engine.save, state_dict(state if due else replace(state, score=UNSCORED)))
@@ -175,122 +201,9 @@ def train(group: Group, plan: Plan) -> None:
     best = checkpoints.best()
     assert best is not None, "the last step always saves a checkpoint"
     engine.load(best.path)
-    answered, _ = answers(engine, batches, validation_rows, group)
-    weights = engine.state()
-    if group.rank == 0:
-        weights = lora.merged(model, weights)
-        chosen = {"step": best.step, "score": best.loop["score"], "wait_share": meter.wait_share()}
-        export(plan.bundle, plan, weights, encoder, tokenizer, calibrations(tasks, answered), chosen)
+    chosen = {"step": best.step, "score": best.loop["score"], "wait_share": meter.wait_share()}
+    learner.export(engine, validation_rows, group, chosen)
     group.all(True)
-
-
-def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder, *, weights: bool = True) -> Model:
-    """The module that trains; the language model is part of it unless its states may be kept in memory.
-
-    Raises:
-        ValueError: the config makes no model.
-    """
-    torch.manual_seed(config.seed)
-    trained = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
-    model = assemble(config.model, tasks, encoder, trained=trained, weights=weights)
-    freeze.apply(model, config.freeze)
-    if config.train.gradient_checkpointing:
-        freeze.compute_again(model)
-    return model
-
-
-def loss_of(out: Batch, batch: Batch, tasks: Mapping[str, Task], config: Config) -> torch.Tensor:
-    """The loss of a micro-batch, normalised so that any split of a batch over workers sums to the same."""
-    size, smoothing = config.train.micro_batch, config.train.label_smoothing
-    weights = config.train.task_weights
-    loss = torch.stack(
-        [weights.get(name, 1.0) * task.loss(out[name], batch, size, smoothing) for name, task in tasks.items()]
-    ).sum()
-    alone = [name for name in tasks if f"image:{name}" in out]
-    if alone:
-        assert config.model.image is not None
-        shown = of_pictures(batch)
-        for name in alone:
-            each = tasks[name].loss(out[f"image:{name}"], shown, size, smoothing)
-            loss = loss + config.model.image.alone * weights.get(name, 1.0) * each
-    if "transcript_states" in batch:
-        assert config.model.audio is not None
-        real = (batch["audio_real"] & (batch["weight"][batch["audio_row"]] > 0)).to(loss.dtype)
-        words = batch["transcript_states"], batch["transcript_ids"], batch["transcript_mask"]
-        loss = loss + config.model.audio.align * align_loss(out["speech"], *words, real, size)
-    return loss
-
-
-def of_pictures(batch: Batch) -> Batch:
-    """What the losses need of a batch, a row for each picture; of the stand-in with weight 0."""
-    row = batch["image_row"]
-    rows = {key: value[row] for key, value in batch.items() if "/" in key}
-    return rows | {"weight": batch["weight"][row] * batch["image_real"], "sample_row": batch["sample_row"][row]}
-
-
-def hits_of(out: Batch, batch: Batch, tasks: Mapping[str, Task]) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many answers are right, and of how many, over all tasks."""
-    each = [task.hits(out[name].detach(), batch) for name, task in tasks.items()]
-    return torch.stack([right for right, _ in each]).sum(), torch.stack([known for _, known in each]).sum()
-
-
-class Batches:
-    """Makes the micro-batches of a step from the rows of a stream; counts what cannot be read."""
-
-    def __init__(
-        self,
-        inputs: Inputs,
-        frozen: FrozenStates | None,
-        config: Config,
-        label_weights: Mapping[str, Mapping[str, float]],
-        device: torch.device,
-    ) -> None:
-        self.inputs, self.frozen, self.config, self.device = inputs, frozen, config, device
-        self.label_weights = label_weights
-        self.last_error = ""
-        self.words = Words.of(inputs.tokenizer)
-        record = Record("", (Message("user", ""),), task="", weight=0.0)
-        self.blank = Sample(record, (View(inputs.tokenize([""])[0]),), False, (), (), 0.0)
-
-    def steps(self, tables: Iterator[pa.Table]) -> Iterator[tuple[list[Batch], int]]:
-        """For each table of a stream its micro-batches, and how many rows could not be read."""
-        size = self.config.train.micro_batch
-        for table in tables:
-            pairs = [self.sample(row, row["epoch"]) for row in table.to_pylist()]
-            samples = [sample for sample, _ in pairs]
-            made = [self.make(samples[at : at + size], train=True) for at in range(0, len(samples), size)]
-            yield made, sum(bad for _, bad in pairs)
-
-    def sample(self, row: dict[str, Any], epoch: int | None) -> tuple[Sample, bool]:
-        """A row decoded, augmented where `epoch` is given; a blank of weight 0 and True where it cannot be read."""
-        if row["error"]:
-            self.last_error = f"row {row['id']!r}: {row['error']}"
-            return self._blank(row["id"]), True
-        try:
-            sample = self.inputs.sample(Record.from_row(row), np.asarray(row["ids"], dtype=np.int64))
-        except PartError as error:
-            self.last_error = f"row {row['id']!r}: {error}"
-            return self._blank(row["id"]), True
-        if epoch is None:
-            return sample, False
-        weight = self.label_weights.get(sample.task, {}).get(sample.record.target.label or "", 1.0)
-        sample = replace(sample, weight=sample.weight * weight)
-        rng = sample_rng(self.config.seed, epoch, sample.id)
-        return augment(sample, self.config.augment, self.words, rng), False
-
-    def _blank(self, id: str) -> Sample:
-        """What stands for a row that cannot be read."""
-        return replace(self.blank, record=replace(self.blank.record, id=id))
-
-    @torch.no_grad()
-    def make(self, samples: list[Sample], *, train: bool = False) -> Batch:
-        """The tensors of a micro-batch, with the states of a frozen language model where there is one."""
-        batch = self.inputs.batch(samples)
-        if self.frozen is not None:
-            batch["text_states"] = self.frozen(batch["ids"], batch["mask"])
-            if train and "transcript_ids" in batch:
-                batch["transcript_states"] = self.frozen(batch["transcript_ids"], batch["transcript_mask"])
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
 
 class Feed:
@@ -330,98 +243,6 @@ class Feed:
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=1.0)
                 return
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """What the model says of a validation row, before calibration."""
-
-    task: str
-    raw: Any  # of `Task.raw`
-    record: Record  # without its media
-    modalities: str
-
-
-@torch.no_grad()
-def answers(
-    engine: Engine, batches: Batches, samples: list[Sample], group: Group
-) -> tuple[list[Answered], tuple[float, float]]:
-    """All ranks' answers to their validation samples, on every rank; and the summed loss, and the weight it is over.
-
-    Every rank makes the same number of forward passes: ZeRO-3 gathers weights in each.
-    """
-    engine.model.eval()
-    size, tasks = batches.config.train.micro_batch * 2, batches.inputs.tasks
-    passes = int(max(group.gather(-(-len(samples) // size))))
-    mine: list[Answered] = []
-    loss = weight = 0.0
-    for at in range(0, passes * size, size):
-        part = samples[at : at + size]
-        batch = batches.make(part or [batches.blank])
-        out = engine.forward(batch)
-        for name, task in tasks.items():
-            loss += float(task.loss(out[name], batch, 1, 0.0))
-        weight += sum(sample.weight for sample in part)
-        mine += _answered(tasks, out, batch, part)
-    freeze.set_modes(engine.model)
-    total, over = group.sum([loss, weight])
-    return [item for part in group.gather(mine) for item in part], (total, over)
-
-
-def _answered(tasks: Mapping[str, Task], out: Batch, batch: Batch, samples: list[Sample]) -> list[Answered]:
-    found = []
-    arrays = {name: task.outputs(out[name], batch).float().cpu().numpy() for name, task in tasks.items()}
-    rows = batch["sample_row"].cpu().numpy()
-    for index, sample in enumerate(samples):
-        if sample.task in tasks:
-            raw = tasks[sample.task].raw(arrays[sample.task][rows == index], sample.views)
-            bare = replace(sample.record, images=(), audios=())
-            found.append(Answered(sample.task, raw, bare, modalities_of(sample)))
-    return found
-
-
-def calibrations(tasks: Mapping[str, Task], answered: Sequence[Answered]) -> dict[str, Calibration]:
-    """What makes each task's confidence mean what it says."""
-    found = {}
-    for name, task in tasks.items():
-        mine = [item for item in answered if item.task == name]
-        golds = [task.gold(item.record) for item in mine]
-        known = [index for index, gold in enumerate(golds) if gold is not None]
-        found[name] = (
-            task.calibrate(
-                [mine[index].raw for index in known],
-                [golds[index] for index in known],
-                [mine[index].modalities for index in known],
-            )
-            if known
-            else Calibration()
-        )
-    return found
-
-
-def validate(engine: Engine, batches: Batches, samples: list[Sample], group: Group) -> tuple[float, dict[str, float]]:
-    """The score on the validation samples (the mean over tasks of each one's own), with the loss, all metrics, and the
-    score for each kind of input."""
-    answered, (loss, weight) = answers(engine, batches, samples, group)
-    tasks, neutral = batches.inputs.tasks, Calibration()
-    metrics, scores = {"loss": loss / max(weight, 1e-9)}, []
-    for name, task in tasks.items():
-        by_kind: dict[str, list[Outcome]] = {}
-        for item in answered:
-            if item.task == name and (gold := task.gold(item.record)) is not None:
-                decision = task.decide(item.raw, item.record, neutral, item.modalities)
-                by_kind.setdefault(item.modalities, []).append(Outcome(gold, decision))
-        if not by_kind:
-            continue
-        before = f"{name}/" if len(tasks) > 1 else ""
-        found = task.measure([outcome for part in by_kind.values() for outcome in part])
-        scores.append(float(found[task.score]["value"] or 0.0))
-        metrics |= {f"{before}{key}": float(number["value"] or 0.0) for key, number in found.items()}
-        for kind in sorted(by_kind):
-            part = task.measure(by_kind[kind])
-            if task.score in part:
-                metrics[f"{before}{task.score}/{kind}"] = float(part[task.score]["value"] or 0.0)
-    return sum(scores) / max(1, len(scores)), metrics
 
 
 def note(state: State, score: float, min_gain: float) -> None:

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 import yaml
 
-from jobs import stream, workers
+from jobs import draw, stream, workers
 from jobs.checkpoint import Checkpoints
-from jobs.loop import STOP_FILE, Plan, build, train
+from jobs.loop import STOP_FILE, Plan, train
+from jobs.supervised import Supervised, build
 from mmagent import bundle as bundles
 from mmagent import freeze, storage, text, towers
 from mmagent.assembly import load_language
 from mmagent.config import Config, resolve
-from mmagent.order import Position
+from mmagent.order import Order, Position
 from mmagent.shards import Dataset
 from mmagent.targets import TaskInfo
 from mmagent.tasks import make_all
@@ -47,8 +48,8 @@ class Run:
 
     @property
     def exported(self) -> bool:
-        """Whether the run has its bundle: nothing is left to train."""
-        return self.plan.bundle is not None and (self.plan.bundle / bundles.MANIFEST).is_file()
+        """Whether the run has its bundle, or what else it makes: nothing is left to train."""
+        return self.plan.bundle is not None and (self.plan.bundle / self.plan.seal).is_file()
 
     def resumed_step(self) -> int:
         found = _checkpoints(self.folder).latest()
@@ -96,14 +97,17 @@ def prepare(
     """
     dataset = Dataset.open(storage.folder("data", config.data.name))
     _check_splits(dataset)
+    if config.data.labels_per_class is not None:
+        dataset = _drawn(dataset, config, folder)
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
     parts = _check_model(config, dataset.tasks)
-    _check_config(config, folder)
-    window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
-    order = stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share)
-    steps = order.steps(config.train.epochs, config.global_batch)
+    hold(config, folder)
+    order = training_order(dataset, config)
+    steps = max(order.steps(config.train.epochs, config.global_batch), config.train.min_steps)
     plan = Plan(
+        learner=Supervised,
+        root=storage.root(),
         config=config,
         tasks=dataset.tasks,
         task=dataset.task,
@@ -111,14 +115,21 @@ def prepare(
         folder=folder,
         name=name or folder.name,
         bundle=(bundle or folder / "bundle") if export else None,
+        seal=bundles.MANIFEST,
         data=config.data.name,
         order=order,
         total_steps=min(steps, config.train.max_steps or steps),
-        max_bad_rows=int(config.data.max_bad_share * order.rows * max(1.0, config.train.epochs)),
+        max_bad_rows=int(config.data.max_bad_share * max(steps * config.global_batch, order.rows)),
         golden_source=tuple(dataset.shard_files("validation")),
         parts=parts,
     )
     return Run(folder, config, dataset, plan)
+
+
+def training_order(dataset: Dataset, config: Config) -> Order:
+    """The order of a training split; its windows are whole batches."""
+    window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
+    return stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share)
 
 
 def _checkpoints(folder: Path) -> Checkpoints:
@@ -135,6 +146,7 @@ def _streams(plan: Plan, dataset: Dataset) -> dict[str, Callable[[], Any]]:
 
 def _training(plan: Plan) -> Any:
     """The stream from where the newest checkpoint stands: made anew whenever workers start."""
+    storage.use(plan.root)
     found = _checkpoints(plan.folder).latest()
     position = Position(**found.loop["position"]) if found else Position()
     steps = plan.total_steps - (found.step if found else 0)
@@ -143,11 +155,24 @@ def _training(plan: Plan) -> Any:
 
 def _validation(plan: Plan, dataset: Dataset) -> Any:
     """The first rows of the validation split in seeded order, the same for any number of workers."""
+    storage.use(plan.root)
     layout = stream.layout_of(plan.config)
     window = -(-plan.config.train.eval_rows // layout.global_batch) * layout.global_batch
     order = stream.order_of(dataset, "validation", seed=plan.config.seed, window_rows=window)
     steps = -(-min(plan.config.train.eval_rows, order.rows) // layout.global_batch)
     return stream.training_stream(order, layout, Position(), steps)
+
+
+def _drawn(dataset: Dataset, config: Config, folder: Path) -> Dataset:
+    wanted = config.data.labels_per_class
+    if not isinstance(wanted, int):
+        raise RunError(
+            f"data.labels_per_class={list(wanted or ())} is a learning curve, which jobs.train makes: give one"
+        )
+    try:
+        return draw.drawn(dataset, wanted, config.seed, folder / "drawn")
+    except draw.DrawError as error:
+        raise RunError(str(error)) from error
 
 
 def _label_weights(info: TaskInfo, balance: float) -> dict[str, float]:
@@ -182,19 +207,29 @@ def _check_model(config: Config, infos: Mapping[str, TaskInfo]) -> tuple[freeze.
         raise RunError(str(error)) from error
 
 
-def _check_config(config: Config, folder: Path) -> None:
-    """A run that has a checkpoint or a bundle goes on only with the config it began with: its curve belongs to one."""
+def hold(config: Config, folder: Path) -> None:
+    """Writes the config of a run. One that has a checkpoint or a bundle goes on only with the config it began with: its
+    curve belongs to one.
+
+    Raises:
+        RunError: it began with another.
+    """
     file = folder / CONFIG_FILE
     began = _checkpoints(folder).latest() or (folder / "bundle" / bundles.MANIFEST).exists()
     if file.exists() and began:
         before = resolve(yaml.safe_load(file.read_text()), {})
         if before != config:
-            changed = _differences(before.model_dump(mode="json"), config.model_dump(mode="json"))
+            changed = differences(before, config)
             raise RunError(
                 f"the run {folder.name!r} began with another config ({', '.join(changed)}): give another --name, or "
                 f"the same config to go on"
             )
     storage.publish(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """The keys of which two configs say different things, and what they say."""
+    return _differences(before.model_dump(mode="json"), now.model_dump(mode="json"))
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:

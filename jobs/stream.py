@@ -80,7 +80,7 @@ def layout_of(config: Config) -> Layout:
     return Layout(
         world=config.cluster.workers,
         rows_per_rank=config.train.micro_batch * config.train.accumulation,
-        tokenizer=config.model.backbone,
+        tokenizer=text.locate(config.model.backbone),
         max_text_tokens=config.data.max_text_tokens,
         limits=config.data.media,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmagent import wording
+from mmagent import transfer, wording
 from mmagent.charts import percent
 from mmagent.evaluation import blocks
 
@@ -17,6 +17,8 @@ def table_of(result: Mapping[str, Any]) -> str:
     for name, block in tasks.items():
         lines += [f"task {name}"] if len(tasks) > 1 else []
         lines += [*_rows(block), *_notes(block)]
+    if "own" in result:
+        lines += _beside(result)
     for name, errors in result.get("unanswered", {}).items():
         lines += [f"task {name}: not answered: {count} x {reason}" for reason, count in errors["reasons"].items()]
     return "\n".join(lines)
@@ -47,6 +49,19 @@ def _rows(block: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _beside(result: Mapping[str, Any]) -> list[str]:
+    """The same bundle at home and here."""
+    own = result["own"]
+    lines = [("", f"{own['data']} ({own['split']})", f"{result['data']} ({result['split']})")]
+    lines += [(f"{task}: {wording.name(metric)}", home, here) for task, metric, home, here in transfer.rows(result)]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    return [
+        "",
+        "the same bundle on its own data set and on this one",
+        *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines),
+    ]
+
+
 def _notes(block: Mapping[str, Any]) -> list[str]:
     lines = []
     if (blind := block.get("blind")) and blind["n"]:
@@ -56,5 +71,9 @@ def _notes(block: Mapping[str, Any]) -> list[str]:
         )
     lines += [f"not answered: {count} x {reason}" for reason, count in block["errors"]["reasons"].items()]
     if block["unknown_labels"]:
-        lines.append(f"labels this bundle cannot answer, counted as wrong: {some(block['unknown_labels'])}")
+        named = [f"{label} ({rows:,})" for label, rows in block["unknown_labels"].items()]
+        lines.append(
+            f"labels this bundle cannot answer, counted as wrong: {some(named)}: {block['unknown_rows']:,} of "
+            f"{block['n']:,} rows"
+        )
     return lines

@@ -60,6 +60,3 @@ def assemble(
 
 def _writes(tasks: Mapping[str, object]) -> bool:
     return any(kind(name) == "generate" for name in tasks)
-
-
-

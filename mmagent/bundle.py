@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmagent import storage, text, towers
+from mmagent.assembly import Model, assemble, load_language
 from mmagent.calibration import Calibration
 from mmagent.config import Config, ConfigError, resolve
-from mmagent.assembly import Model, assemble, load_language
 from mmagent.targets import TaskInfo
 from mmagent.tasks import make_all
 from mmagent.text import TextEncoder

@@ -12,12 +12,14 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmagent.media import Limits
+
+Count = Annotated[int, Field(gt=0)]
 
 
 class ConfigError(ValueError):
@@ -31,12 +33,24 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     name: str = Field(description="the data set: a folder of this name under data/ in the storage root")
     share: float = Field(1.0, gt=0, le=1, description="share of the training split that is used, by whole row groups")
+    labels_per_class: Count | tuple[Count, ...] | None = Field(
+        None, description="rows drawn of the training split by the seed, this many of each class (multilabel, tag: "
+        "that hold each label; tasks without labels: in all); none: every row; a list [5,10,50]: a learning curve",
+    )  # fmt: skip
     max_text_tokens: int = Field(128, gt=0, description="tokens kept of a record's text; the newest are kept")
     max_answer_tokens: int = Field(64, gt=0, description="generate: tokens of an answer; a longer one is cut there")
     window_rows: int = Field(4096, gt=0, description="rows shuffled together; a window is what one read task holds")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of rows that may be set aside before a stop")
     media: Limits = Field(default_factory=lambda: Limits(), description="limits of one picture or sound")
     cache_mb: int = Field(256, ge=0, description="decoded media kept in memory by each worker")
+
+    @model_validator(mode="after")
+    def _drawn_once(self) -> DataConfig:
+        if self.share < 1 and self.labels_per_class is not None:
+            raise ValueError("data.share and data.labels_per_class both draw rows: give one of them")
+        if self.labels_per_class == ():
+            raise ValueError("data.labels_per_class=[] draws nothing: numbers are wanted, such as [5,10,50]")
+        return self
 
 
 class AugmentConfig(_Section):
@@ -95,6 +109,9 @@ class TowerConfig(_Section):
 
     checkpoint: str | None = Field(
         None, description="folder or hub id of a Transformers checkpoint; none: from scratch"
+    )
+    start: str | None = Field(
+        None, description="folder that `jobs.pretrain` made of a tower (runs/NAME/towers/image): what it begins with"
     )
     dropout: float | None = Field(
         None,
@@ -166,6 +183,24 @@ class ModelConfig(_Section):
         return self
 
 
+class PretrainConfig(_Section):
+    """What `jobs.pretrain` teaches without labels."""
+
+    objective: Literal["auto", "masked", "next", "align"] = Field(
+        "auto", description="masked: hidden words (arXiv:1810.04805). next: the next word. auto: masked for an "
+        "encoder, next for a decoder. align: towers to the language model, by pairs of a picture or sound and its "
+        "words (InfoNCE, arXiv:1807.03748, as in CLIP, arXiv:2103.00020)",
+    )  # fmt: skip
+    mask_share: float = Field(0.15, gt=0, lt=1, description="share of a text's tokens that are asked for (masked)")
+    validation_share: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="share of the texts or pairs set aside to measure by, where there is no such split",
+    )
+    temperature: float = Field(0.07, gt=0, description="of the contrast between pairs, as it begins (align)")
+
+
 class FreezeConfig(_Section):
     strategy: str = Field(
         "connector",
@@ -210,6 +245,15 @@ class OptimConfig(_Section):
 class TrainConfig(_Section):
     epochs: float = Field(3.0, gt=0, description="passes over the training split")
     max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")
+    min_steps: int = Field(
+        0, ge=0, description="at least this many optimizer steps, also where the epochs are fewer: few labels want "
+        "many passes (arXiv:2006.04884)",
+    )  # fmt: skip
+    seeds: int = Field(
+        3,
+        gt=0,
+        description="runs of each number of a learning curve (data.labels_per_class=[...]), from seed on",
+    )
     micro_batch: int = Field(32, gt=0, description="samples of one forward pass on one worker")
     accumulation: int = Field(1, gt=0, description="forward passes before an optimizer step")
     eval_every_steps: int = Field(50, gt=0, description="optimizer steps between validations")
@@ -247,6 +291,7 @@ class Config(_Section):
     data: DataConfig
     model: ModelConfig
     augment: AugmentConfig = AugmentConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     freeze: FreezeConfig = FreezeConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

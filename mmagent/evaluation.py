@@ -8,7 +8,8 @@ nats::
     {"format_version": 1, "bundle": str, "data": str, "split": str,
      "task": "classify", "kind": "classify", "main": the metric to look at first, "n": int,
      "metrics": {NAME: {"value", "low", "high"}}, low and high null where no interval is honest
-     "abstained": float, "errors": {"n": int, "reasons": {REASON: int}}, "unknown_labels": [labels no answer can be],
+     "abstained": float, "errors": {"n": int, "reasons": {REASON: int}},
+     "unknown_labels": {LABEL: rows}, right answers that no answer can be: wrong; "unknown_rows": int,
      "per_class": {LABEL: {"precision", "recall", "f1", "support"}},
      "slices": {"COLUMN=VALUE": {"n": int, "metrics": {...}}},
      "calibration": {"ece", "bins": [{"low", "high", "n", "confidence", "accuracy"}]},
@@ -17,7 +18,8 @@ nats::
      "points": [[truth, answer]],
      "blind": {"without": "image", "n", "accuracy", "mean_confidence", "gap", "errors", "slices": {...}},
      "before": {NAME: {"what", "n", "metrics": {...}, "slices": {"COLUMN=VALUE": {"n", "metrics"}}}},
-     "tasks": {TASK: all from "task" on}, "unanswered": {TASK: {"n", "reasons"}}}
+     "tasks": {TASK: all from "task" on}, "unanswered": {TASK: {"n", "reasons"}},
+     "matched": {TASK OF THE DATA: the bundle's}, "own": {"data", "split", "tasks": {TASK: {"main", "n", "metrics"}}}}
 
 The metrics are the task's own (classify: accuracy, macro_f1, mean_confidence, nll, brier, ece). `per_class` is there
 for tasks whose labels are counted (classify, relate, multilabel, tag), `confusion` for those that give one (classify,
@@ -25,7 +27,8 @@ relate), `points` for regress. `calibration` and `coverage` ask whether an answe
 and are there for all but regress, whose confidence is one number for all answers. `blind` (how honest the answers are
 where a modality was taken away: gap = |mean confidence - accuracy|) and `before` (simple answers to compare with) are
 there where they were asked for. Several tasks stand under `tasks`, and the one that a request means which names none
-also at the top. `unanswered` are tasks of the data set of which no row was answered.
+also at the top. `unanswered` are tasks of the data set of which no row was answered. `matched` are tasks that the two
+call differently, and `own` is what the bundle reaches on its own data set, where it was asked another one.
 """
 
 from __future__ import annotations
@@ -153,22 +156,23 @@ class Judged:
     def per_class(self) -> dict[str, dict[str, float]]:
         return self.task.per_class(self.outcomes) if self.classes is None else metrics.per_class(self.classes)
 
-    def unknown_labels(self) -> list[str]:
-        """Those of the right answers that no answer can name."""
-        named: set[str] = set()
+    def unknown(self) -> list[set[str]]:
+        """The labels of each right answer that no answer can name."""
+        named: list[set[str]] = []
         if self.classes is not None:
-            named = set(self.table["label"].to_pylist())
+            named = [{label} for label in self.table["label"].to_pylist()]
         elif self.task.kind == "multilabel":
-            named = {label for outcome in self.outcomes for label in outcome.gold}
+            named = [set(outcome.gold) for outcome in self.outcomes]
         elif self.task.kind == "tag":
-            named = {label for outcome in self.outcomes for _, _, label in outcome.gold}
-        return sorted(named - set(self.task.labels))
+            named = [{label for _, _, label in outcome.gold} for outcome in self.outcomes]
+        return [labels - set(self.task.labels) for labels in named]
 
 
 def _block(
     mine: pa.Table, answered: pa.Table, errors: dict[str, Any], task: Task, before: Mapping[str, Any] | None, seed: int
 ) -> dict[str, Any]:
     found = Judged(task, answered)
+    unknown = found.unknown()
     out: dict[str, Any] = {
         "task": task.name,
         "kind": task.kind,
@@ -177,7 +181,8 @@ def _block(
         "metrics": found.measure(None, seed),
         "abstained": float(np.mean(answered["abstained"].to_numpy(zero_copy_only=False))),
         "errors": errors,
-        "unknown_labels": found.unknown_labels(),
+        "unknown_labels": dict(sorted(Counter(label for labels in unknown for label in labels).items())),
+        "unknown_rows": sum(map(bool, unknown)),
         "slices": {
             name: {"n": int(mask.sum()), "metrics": found.measure(mask, [seed, zlib.crc32(name.encode())])}
             for name, mask in slice_masks(answered)

@@ -9,16 +9,20 @@ A part that is frozen computes as in evaluation, without dropout, and its batch 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from mmagent import lora
-from mmagent.config import Config, FreezeConfig
+from mmagent.alignment import Alignment
 from mmagent.assembly import Model
+from mmagent.config import Config, FreezeConfig
+from mmagent.language import LanguageModel
 from mmagent.text import TextEncoder
 
+Trained = Model | LanguageModel | Alignment  # what a run teaches
 HEADS = ("heads", "image_heads")
 TOWERS = ("image_tower", "audio_tower")
 
@@ -37,7 +41,7 @@ def needs_backbone(strategy: str) -> bool:
     return strategy not in ("head", "connector", *TOWERS)
 
 
-def apply(model: Model, config: FreezeConfig) -> None:
+def apply(model: Trained, config: FreezeConfig) -> None:
     """Sets `requires_grad` of every parameter that trains at some time of the run, and adds the products of `lora:R`.
 
     Raises:
@@ -62,8 +66,8 @@ def apply(model: Model, config: FreezeConfig) -> None:
             lora.add(model, name, int(argument), config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"freeze.strategy={config.strategy} leaves nothing of this model to train: what writes is the language model "
-            "itself; choose all, top:K or lora:R"
+            f"freeze.strategy={config.strategy} leaves nothing of this model to train: what writes is the "
+            "language model itself; choose all, top:K or lora:R"
         )
     set_modes(model)
 
@@ -104,7 +108,7 @@ def set_modes(model: nn.Module) -> None:
     walk(model, True)
 
 
-def compute_again(model: Model) -> None:
+def compute_again(model: Trained) -> None:
     """Has the trained layers of pretrained models compute their states again in the backward pass, in place of keeping
     them (gradient checkpointing, arXiv:1604.06174).
 
@@ -119,7 +123,7 @@ def compute_again(model: Model) -> None:
                 pretrained.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
 
-def stage(model: Model, config: FreezeConfig, step: int, total: int) -> int:
+def stage(model: Trained, config: FreezeConfig, step: int, total: int) -> int:
     """How far a gradual run has opened the language model at a step: not at all (0), its last layer (1), and so on to
     everything (layers + 1), evenly over the first `gradual_share` of the run (ULMFiT, arXiv:1801.06146, opens one
     layer an epoch). 0 for every other strategy."""
@@ -129,7 +133,7 @@ def stage(model: Model, config: FreezeConfig, step: int, total: int) -> int:
     return min(stages, int(step / (config.gradual_share * total) * stages))
 
 
-def thaw(model: Model, config: FreezeConfig, stage: int) -> None:
+def thaw(model: Trained, config: FreezeConfig, stage: int) -> None:
     """Opens what a gradual run trains at a stage and closes the rest; any other strategy is as `apply` left it."""
     if config.strategy == "gradual" and model.backbone is not None:
         opens = _stages(model.backbone)
@@ -161,19 +165,26 @@ def _layers_above(backbone: TextEncoder) -> dict[int, int]:
     return out
 
 
-def table(model: Model, encoder: TextEncoder | None = None) -> tuple[Part, ...]:
+def table(model: Trained, encoder: TextEncoder | None = None) -> tuple[Part, ...]:
     """Trained and total parameters of each part, after `apply`.
 
     Args:
         encoder: the language model, where it stands outside the module.
     """
-    outside = [] if model.backbone is not None or encoder is None else [Part("backbone", 0, _count(encoder))]
-    rows = (Part(name, _count(part, trained=True), _count(part)) for name, part in model.named_children())
+    outside = (
+        [] if model.backbone is not None or encoder is None else [Part("backbone", 0, _count(encoder.parameters()))]
+    )
+    rows = []
+    known: set[int] = set()  # a weight of two parts, tied, is the first one's
+    for name, part in model.named_children():
+        own = [parameter for parameter in part.parameters() if id(parameter) not in known]
+        known.update(map(id, own))
+        rows.append(Part(name, _count(each for each in own if each.requires_grad), _count(own)))
     return (*outside, *(row for row in rows if row.total))
 
 
-def _count(module: nn.Module, *, trained: bool = False) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def show(parts: tuple[Part, ...]) -> str:
@@ -186,7 +197,7 @@ def show(parts: tuple[Part, ...]) -> str:
     return "\n".join(lines)
 
 
-def groups(model: Model, config: Config) -> list[dict[str, Any]]:
+def groups(model: Trained, config: Config) -> list[dict[str, Any]]:
     """The trained parameters as optimizer groups: for each part (backbone, towers, rest) its learning rate, lower by
     `optim.layer_decay` with each layer of the language model below the last, and weight decay on matrices only.
     Embeddings are matrices and decay, as in Transformers' Trainer.

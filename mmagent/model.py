@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmagent import towers
 from mmagent.config import ModelConfig
 from mmagent.tasks import Fused, Task
 from mmagent.text import TextEncoder
@@ -95,6 +96,8 @@ class MultimodalModel(nn.Module):
         self.audio_tower = audio_tower(config.audio, weights=weights) if config.audio else None
         # Speech enters as soft text: its tokens live in the space of the language model's states.
         self.speech = nn.Linear(config.audio.width, text_width) if config.audio else None
+        if self.speech is not None and config.audio is not None:
+            towers.begin(self.speech, config.audio, towers.PROJECTION, weights=weights)
         self.join = Join(config, text_width)
         self.dropout = nn.Dropout(config.dropout if config.head_dropout is None else config.head_dropout)
         self.heads = nn.ModuleDict({module_name(name): task.head(config.width) for name, task in tasks.items()})

@@ -28,8 +28,8 @@ from mmagent.config import Config
 from mmagent.media import Limits
 from mmagent.record import Record
 from mmagent.rows import parse
-from mmagent.targets import TaskInfo
 from mmagent.soft import SoftModel
+from mmagent.targets import TaskInfo
 from mmagent.tasks import Task, make_all
 from mmagent.tasks.generate import Written
 from mmagent.text import FrozenStates, TextEncoder
@@ -231,7 +231,8 @@ class Predictor:
             out = self._model(batch)
             for index, sample in enumerate(samples):
                 if sample.views[0].reply is not None:
-                    row = self.tasks[sample.task].outputs(out[sample.task][index : index + 1], {key: value[index : index + 1] for key, value in batch.items() if "/" in key})
+                    given = {key: value[index : index + 1] for key, value in batch.items() if "/" in key}
+                    row = self.tasks[sample.task].outputs(out[sample.task][index : index + 1], given)
                     known[index] = self.tasks[sample.task].raw(row.float().cpu().numpy(), sample.views)
         return [
             Written(

@@ -109,7 +109,7 @@ def load(name: str, kind: Kind, *, key: str, weights: bool = True, dropout: floa
     from transformers import AutoModel
 
     place, config = locate(name), config_of(name, key)
-    if not _settle(config, dropout) and dropout is not None:
+    if not settle(config, dropout) and dropout is not None:
         setting = "model.backbone_dropout" if key == "model.backbone" else f"{key.rpartition('.')[0]}.dropout"
         raise BackboneError(f"{setting}={dropout}, but the config of {name!r} has no dropout: leave it out")
     with refusing(name, place, key), quietly():
@@ -141,7 +141,7 @@ def load_writing(name: str, *, key: str, weights: bool = True, dropout: float | 
             f"{name!r} ({config.model_type}) only reads: the task generate wants a decoder (as GPT-2, Llama and Qwen "
             f"are) or an encoder-decoder (as T5 and BART are): give another {key}"
         )
-    _settle(config, dropout)
+    settle(config, dropout)
     auto: Any = AutoModelForCausalLM if decodes(config) else AutoModelForSeq2SeqLM
     with refusing(name, place, key), quietly():
         with torch.device("meta"):
@@ -282,14 +282,14 @@ def _find(whole: Any, kind: Kind, name: str) -> tuple[str, Any]:
     )
 
 
-def _settle(config: Any, dropout: float | None) -> int:
+def settle(config: Any, dropout: float | None) -> int:
     """No layer is skipped at random, since all ranks of a distributed run compute the same ones, and nothing is masked
     by the model itself: augmentation is a function of (seed, epoch, sample). Sets dropout where it is given: numbers
     whose name says so (hidden_dropout_prob, dropout_rate, resid_pdrop, ...); returns how many there are."""
     count = 0
     for field, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
-            count += _settle(value, dropout)
+            count += settle(value, dropout)
         elif field.endswith("layerdrop"):
             setattr(config, field, 0.0)
         elif field in ("apply_spec_augment", "mask_time_prob"):  # some that mask do not name the first: it holds then

@@ -117,7 +117,9 @@ class Reader:
 
     def _ids(self, words: str) -> list[int]:
         """Of a user's words: the tokenizer's own signs in them are words too."""
-        return list(self.tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return list(
+            self.tokenizer(words, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        )
 
     def _chat(self, record: Record) -> list[tuple[bool, list[int]]]:
         """The pieces of a chat template around each message's own."""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmagent import charts, example_cards, learning, wording
+from mmagent import charts, example_cards, learning, transfer, wording
 from mmagent.charts import SPACE, Mark, Series, percent
 from mmagent.evaluation import blocks
 from mmagent.examples import Example, group_name
@@ -22,6 +22,7 @@ from mmagent.wording import heading, interval, value
 
 _MATRIX_LABELS = 40  # more are a table of the most frequent mistakes
 _MISTAKES = 30
+_UNKNOWN = 20  # labels named in the notes
 _PLOTTED = 16  # slices in the first chart
 # Nothing may be fetched and nothing run, whatever a data set says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
@@ -34,6 +35,7 @@ def render(
     curves: Sequence[Mapping[str, Any]] = (),
     examples: Mapping[str, Sequence[Example]] | None = None,
     limits: Limits | None = None,
+    more: Sequence[Section] = (),
 ) -> str:
     """The page.
 
@@ -42,6 +44,7 @@ def render(
         curves: the lines of ``metrics.jsonl``: {"step", "kind": "train" | "validation", "loss", METRIC}.
         examples: by task, answers to show, grouped by their heading in the order given.
         limits: of the media in the examples.
+        more: sections behind the first one.
     """
     tasks = blocks(evaluation)
     several = len(tasks) > 1
@@ -52,6 +55,8 @@ def render(
             found = [(f"{anchor}-{index}", f"{task}: {title}", body) for anchor, title, body in found]
         if index == 0 and (learnt := learning.section(curves, tasks)):
             found.insert(1, ("learning", "Learning", learnt))
+        if index == 0:
+            found[1:1] = [*more, *transfer.sections(evaluation)]
         parts.append((_headline(block), found))
     name = f"Evaluation of {evaluation['bundle']}"
     head = tag(
@@ -252,8 +257,9 @@ def _footer(evaluation: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]
         for reason, rows in block["errors"]["reasons"].items():
             parts.append(tag("p", f"Not answered: {rows} x {reason}"))
         if block["unknown_labels"]:
-            names = ", ".join(block["unknown_labels"][:20])
-            parts.append(tag("p", f"Labels of the data that this bundle cannot answer (counted as wrong): {names}"))
+            names = ", ".join(f"{label} ({rows:,})" for label, rows in [*block["unknown_labels"].items()][:_UNKNOWN])
+            told = f"{count(block['unknown_rows'])} rows have labels that this bundle cannot answer, counted as wrong"
+            parts.append(tag("p", f"{told}: {names}"))
     for name, errors in evaluation.get("unanswered", {}).items():
         told = "; ".join(f"{rows} x {reason}" for reason, rows in errors["reasons"].items())
         parts.append(tag("p", f"Task {name}: not answered: {told}"))

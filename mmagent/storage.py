@@ -44,6 +44,11 @@ def root() -> Path:
     return path
 
 
+def use(root: Path) -> None:
+    """Makes a folder the storage root of this process: a worker may have been started with another."""
+    os.environ[ROOT_VARIABLE] = str(root)
+
+
 def folder(kind: str, name: str) -> Path:
     """``ROOT/kind/name``: a data set, a run, a search. The folder need not exist.
 

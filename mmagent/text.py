@@ -141,7 +141,7 @@ class TextEncoder(nn.Module):
         return self.model.get_input_embeddings()(ids)  # type: ignore[operator]
 
     def read(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """embeds (batch, tokens, width), mask (batch, tokens) -> states (batch, tokens, width).
+        """From embeds (batch, tokens, width) and mask (batch, tokens) to states (batch, tokens, width).
 
         Raises:
             BackboneError: more tokens than the model has positions for.

@@ -42,7 +42,7 @@ class Writer(TextEncoder):
         return [*blocks(self.model.get_encoder()), *blocks(self.model.get_decoder())]  # type: ignore[operator]
 
     def read(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """embeds (rows, tokens, width), mask (rows, tokens) -> states (rows, tokens, width)."""
+        """From embeds (rows, tokens, width) and mask (rows, tokens) to states (rows, tokens, width)."""
         part = self.model.base_model if self._decoder else self.model.get_encoder()  # type: ignore[operator]
         return part(inputs_embeds=embeds, attention_mask=mask).last_hidden_state  # type: ignore[operator]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import cluster, evaluate
+from jobs import cluster, evaluate, transfer
 from jobs.answers import Answerer
 from mmagent import bundle as bundles
-from mmagent import evaluation
+from mmagent import evaluation, predictions
 from mmagent import storage as storages
 from mmagent.record import SCHEMA_VERSION, Media, Record, Target
 from mmagent.shards import Dataset, ShardWriter
+from mmagent.targets import TaskInfo
 from mmagent.tasks import make_all
 
 COLOURS = ["black", "blue", "green", "red"]
 
 
-def write(folder: Path, splits: dict[str, Sequence[Record]], labels: Sequence[str] = COLOURS) -> Dataset:
+def write(
+    folder: Path, splits: dict[str, Sequence[Record]], labels: Sequence[str] = COLOURS, task: str = "classify"
+) -> Dataset:
     """A data set as `jobs.prepare` leaves it."""
     info: dict[str, Any] = {}
     for split, records in splits.items():
@@ -34,7 +38,7 @@ def write(folder: Path, splits: dict[str, Sequence[Record]], labels: Sequence[st
             info[split] = {"rows": len(records), "shards": writer.close()}
     document = {
         "format_version": 1, "schema_version": SCHEMA_VERSION, "name": folder.name, "source": "tests", "seed": 0,
-        "created_ms": 0, "task": "classify", "tasks": {"classify": {"labels": list(labels)}}, "splits": info,
+        "created_ms": 0, "task": task, "tasks": {task: {"labels": list(labels)}}, "splits": info,
         "quarantine": {"rows": 0},
     }  # fmt: skip
     storages.publish_json(folder / "dataset.json", document)
@@ -72,8 +76,6 @@ def test_the_command_on_ray(
 
 
 def test_the_result_goes_into_the_bundle(dataset: Dataset, tiny_bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
     own = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, own)
     rows = Answerer(str(own), ("form",), None, threads=1)(pa.concat_tables(dataset.read("test")))
@@ -97,10 +99,10 @@ def test_another_data_set_is_asked_and_its_strange_labels_are_named(
     arguments = ["--bundle", str(tiny_bundle), "--data", "other", "--out", "eval/other", "--workers", "1"]
     assert evaluate.main(arguments) == 0
     result = json.loads((storage / "eval" / "other" / "evaluation.json").read_text())
-    assert result["unknown_labels"] == ["violet"]
+    assert result["unknown_labels"] == {"violet": 1}
     assert result["unanswered"]["regress"]["n"] == 1
     told = capsys.readouterr().out
-    assert "counted as wrong: violet" in told
+    assert "counted as wrong: violet (1): 1 of 7 rows" in told
     assert "task regress: not answered: 1 x this bundle has no task 'regress', but classify" in told
 
 
@@ -134,3 +136,94 @@ def test_a_mistake_is_one_message(
         status = int(stop.code or 0)
     assert status == 2
     assert words in capsys.readouterr().err
+
+
+def renamed(records: Sequence[Record], task: str) -> list[Record]:
+    return [replace(record, task=task) for record in records]
+
+
+def tell_home(bundle: Path, data: str = "home") -> None:
+    """As if the bundle had been evaluated on its own data set."""
+    number = {"value": 0.875, "low": 0.8, "high": 0.9}
+    block = {
+        "task": "classify",
+        "main": "accuracy",
+        "n": 64,
+        "metrics": {"accuracy": number, "ece": number},
+        "slices": {},
+    }
+    found = {"data": data, "split": "test", **block, "tasks": {"classify": block}}
+    bundles.add(bundle, {"metrics.json": json.dumps(found)})
+
+
+def test_a_second_domain_beside_its_own(
+    ray_cluster: cluster.Cluster, storage: Path, tiny_bundle: Path, tmp_path: Path,
+    make_records: Callable[..., list[Record]], capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    own = tmp_path / "tiny"
+    shutil.copytree(tiny_bundle, own)
+    tell_home(own)
+    records = make_records(12, "test")
+    records[0] = replace(records[0], target=Target(label="violet"))
+    splits = {"train": renamed(make_records(16), "classify:shade"), "test": renamed(records, "classify:shade")}
+    write(storage / "data" / "away", splits, labels=("blue", "red", "violet"), task="classify:shade")
+    given = ["--bundle", str(own), "--data", "away", "--out", "eval/away", "--workers", "1", "--before"]
+    assert evaluate.main(given) == 0
+    told = capsys.readouterr().out
+    assert "the task classify:shade of away is answered by classify of tiny: 2 of its 3 labels are the bundle's" in told
+    assert "violet (1): 1 of 12 rows" in told
+    assert "the same bundle on its own data set and on this one" in told
+    assert "87.5" in told
+    result = json.loads((storage / "eval" / "away" / "evaluation.json").read_text())
+    assert result["matched"] == {"classify:shade": "classify"}
+    assert (result["task"], result["n"], result["unknown_rows"]) == ("classify", 12, 1)
+    assert result["unknown_labels"] == {"violet": 1}
+    assert result["own"]["data"] == "home"
+    assert result["own"]["tasks"]["classify"]["metrics"]["accuracy"]["value"] == 0.875
+    assert set(result["before"]) == {"majority", "linear_probe"}
+    page = (storage / "eval" / "away" / "report.html").read_text()
+    assert "Its own domain and this one" in page
+    assert "home (test)" in page
+
+
+def test_its_own_data_set_is_asked_where_it_never_was(
+    ray_cluster: cluster.Cluster, storage: Path, tiny_bundle: Path, make_records: Callable[..., list[Record]]
+) -> None:
+    """The bundle was made of data called tiny, and holds no evaluation."""
+    write(storage / "data" / "tiny", {"test": make_records(8, "test")})
+    write(storage / "data" / "away", {"test": make_records(4, "test")})
+    assert evaluate.main(["--bundle", str(tiny_bundle), "--data", "away", "--out", "eval/x", "--workers", "1"]) == 0
+    result = json.loads((storage / "eval" / "x" / "evaluation.json").read_text())
+    assert (result["own"]["data"], result["own"]["tasks"]["classify"]["n"], result["n"]) == ("tiny", 8, 4)
+
+
+def test_which_task_answers_which(storage: Path, make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    infos = {
+        "classify:mood": TaskInfo("classify:mood", ("bad", "good", "so-so")),
+        "classify:kind": TaskInfo("classify:kind", ("a", "b", "good")),
+        "regress": TaskInfo("regress", mean=0.0, deviation=1.0),
+    }
+    bundle = bundles.load(make_bundle(tmp_path / "three", infos, "regress"))
+
+    def asked(tasks: dict[str, Any], wanted: dict[str, str] | None = None) -> dict[str, str]:
+        info = {"name": "other", "tasks": tasks, "splits": {}}
+        found = transfer.match(bundle, Dataset(tmp_path, info), wanted)
+        return {each.asked: each.answered for each in found}
+
+    feeling = {"classify:feeling": {"labels": ["bad", "good"]}}
+    assert asked(feeling) == {"classify:feeling": "classify:mood"}  # two labels in common, not one
+    assert asked(feeling, {"classify:feeling": "classify:kind"}) == {"classify:feeling": "classify:kind"}
+    assert asked({"regress:stars": {}, **feeling}) == {"classify:feeling": "classify:mood", "regress:stars": "regress"}
+    # A task of one name is never given to another.
+    both = {"classify:mood": {"labels": ["bad"]}, "classify:x": {"labels": ["bad", "good", "so-so"]}}
+    assert asked(both) == {"classify:mood": "classify:mood", "classify:x": "classify:kind"}
+    for tasks, wanted, words in (
+        ({"classify:x": {"labels": ["good"]}}, None, "might be answered by classify:kind or classify:mood"),
+        ({"tag": {"labels": ["good"]}}, None, "none is in both"),
+        ({"classify:x": {"labels": ["violet"]}}, None, "none of one kind have a label in common"),
+        ({"classify:mood": {"labels": ["violet"]}}, None, "they have no label in common"),
+        (feeling, {"classify:feeling": "regress"}, "of two kinds"),
+        (feeling, {"classify:feelin": "regress"}, "'other' has no task 'classify:feelin'"),
+    ):
+        with pytest.raises(predictions.EvaluationError, match=words):
+            asked(tasks, wanted)

@@ -80,7 +80,7 @@ def test_the_format() -> None:
         "task": "classify",
         "n": 4,
         "errors": {"n": 0, "reasons": {}},
-        "unknown_labels": [],
+        "unknown_labels": {},
     }
     assert found["metrics"]["accuracy"]["value"] == 0.75
     assert set(found["metrics"]["accuracy"]) == {"value", "low", "high"}
@@ -131,7 +131,8 @@ def test_without_a_modality_the_gap_is_confidence_minus_accuracy() -> None:
 
 def test_a_label_that_the_bundle_lacks_is_named_and_wrong() -> None:
     found = evaluate(*FOUR, row("5", "green", 0.9))
-    assert found["unknown_labels"] == ["green"]
+    assert found["unknown_labels"] == {"green": 1}
+    assert found["unknown_rows"] == 1
     assert found["metrics"]["accuracy"]["value"] == pytest.approx(3 / 5)
     assert found["per_class"]["green"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
 
@@ -184,7 +185,7 @@ def test_tags_by_hand() -> None:
     assert found["metrics"]["exact"]["value"] == pytest.approx(1 / 3)
     assert found["metrics"]["ece"]["value"] == pytest.approx(0.75 - 1 / 3)
     assert found["metrics"]["mean_confidence"]["value"] == 0.75
-    assert found["unknown_labels"] == ["river"]
+    assert found["unknown_labels"] == {"river": 1}
     assert found["per_class"]["river"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
     assert found["per_class"]["name"]["f1"] == 0.5
     assert "confusion" not in found
@@ -200,7 +201,7 @@ def test_labels_by_hand() -> None:
     found = judge(table(*rows), info, "multilabel")
     assert found["metrics"]["micro_f1"]["value"] == pytest.approx(2 * 2 / (2 + 4))
     assert found["metrics"]["subset_accuracy"]["value"] == pytest.approx(1 / 3)
-    assert found["unknown_labels"] == ["z"]
+    assert found["unknown_labels"] == {"z": 1}
     assert found["per_class"]["a"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
 
 

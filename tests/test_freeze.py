@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs import loop
+from jobs import supervised
 from jobs.engine import TorchEngine
 from mmagent import freeze, text
 from mmagent.batch import Inputs
@@ -47,7 +47,7 @@ def make(tiny_recipe: dict[str, Any], tiny_backbones: dict[str, Path]) -> Make:
              "train.micro_batch": 8, "optim.lr": 0.01, **(overrides or {})},
         )  # fmt: skip
         encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)
-        return loop.build(config, classify(LABELS), encoder), config
+        return supervised.build(config, classify(LABELS), encoder), config
 
     return build
 
@@ -70,7 +70,7 @@ def step(engine: TorchEngine, config: Config, batch: Batch, number: int = 0, tot
     freeze.thaw(engine.model, config.freeze, stage)
     engine.set_lr(1.0, stage)
     batch = {key: value.to(engine.device) for key, value in batch.items()}
-    engine.backward(loop.loss_of(engine.forward(batch), batch, classify(LABELS), config))
+    engine.backward(supervised.loss_of(engine.forward(batch), batch, classify(LABELS), config))
     engine.step()
 
 
@@ -138,7 +138,7 @@ def test_what_is_frozen_sends_no_gradient(make: Make, batch: Batch) -> None:
     for strategy in STRATEGIES:
         model, config = make(strategy)
         freeze.thaw(model, config.freeze, 0)
-        loop.loss_of(model(batch), batch, classify(LABELS), config).backward()
+        supervised.loss_of(model(batch), batch, classify(LABELS), config).backward()
         wanted = named(strategy, "encoder", [name for name, _ in model.named_parameters()])
         assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == wanted, strategy
 
@@ -318,7 +318,7 @@ def test_the_table_counts_each_part(make: Make) -> None:
 def test_the_table_has_a_row_for_a_language_model_outside(make: Make, tiny_recipe: dict[str, Any]) -> None:
     config = resolve(tiny_recipe, {})
     encoder = text.load_encoder(config.model.backbone)
-    first = freeze.table(loop.build(config, classify(LABELS), encoder), encoder)[0]
+    first = freeze.table(supervised.build(config, classify(LABELS), encoder), encoder)[0]
     assert first == freeze.Part("backbone", 0, sum(p.numel() for p in encoder.parameters()))
     inside, _ = make("connector")
     assert freeze.table(inside)[0] == first
@@ -340,7 +340,7 @@ def test_computing_again_changes_no_gradient(make: Make, batch: Batch, kind: str
         last = model.backbone.blocks()[1]
         inner = next(module for module in last.modules() if isinstance(module, nn.Linear))
         inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        loop.loss_of(model(batch), batch, classify(LABELS), config).backward()
+        supervised.loss_of(model(batch), batch, classify(LABELS), config).backward()
         found.append(({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, len(calls)))
     (kept, once), (computed, twice) = found
     assert (once, twice) == (1, 2)

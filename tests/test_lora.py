@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs import loop
+from jobs import supervised
 from jobs.engine import TorchEngine
 from mmagent import Predictor, bundle, freeze, lora, text
 from mmagent.batch import Inputs
@@ -38,13 +38,13 @@ def trained(
             {"model.backbone": str(tiny_backbones[kind]), "freeze.strategy": "lora:3", "freeze.lora_dropout": 0.1,
              "optim.lr_backbone": 0.05, "train.micro_batch": 8},
         )  # fmt: skip
-        model = loop.build(config, classify(LABELS), text.load_encoder(config.model.backbone))
+        model = supervised.build(config, classify(LABELS), text.load_encoder(config.model.backbone))
         engine = TorchEngine(model, freeze.groups(model, config), config)
         inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), classify(LABELS))
         records = make_records(8)
         batch = inputs.batch([inputs.sample(record) for record in records])
         for _ in range(4):
-            engine.backward(loop.loss_of(engine.forward(batch), batch, inputs.tasks, config))
+            engine.backward(supervised.loss_of(engine.forward(batch), batch, inputs.tasks, config))
             engine.step()
         return engine, config, records
 
@@ -108,12 +108,12 @@ def test_it_begins_where_the_pretrained_model_stands(tiny_recipe: dict[str, Any]
     _, config, records = trained("encoder")
     plain = resolve(config.model_dump(mode="json"), {"freeze.strategy": "all"})
     models = [
-        loop.build(each, classify(LABELS), text.load_encoder(each.model.backbone)) for each in (config, plain)
+        supervised.build(each, classify(LABELS), text.load_encoder(each.model.backbone)) for each in (config, plain)
     ]  # one seed, so the join and the head are the same
     torch.testing.assert_close(*(logits_of(model, config, records) for model in models))
 
 
 def test_what_has_no_products_is_merged_as_it_is(tiny_recipe: dict[str, Any]) -> None:
     config = resolve(tiny_recipe, {"freeze.strategy": "all"})
-    model = loop.build(config, classify(LABELS), text.load_encoder(config.model.backbone))
+    model = supervised.build(config, classify(LABELS), text.load_encoder(config.model.backbone))
     assert lora.merged(model, model.state_dict()).keys() == model.state_dict().keys()

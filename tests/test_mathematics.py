@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs import engine as engines
-from jobs import loop
+from jobs import supervised
 from jobs.engine import TorchEngine
 from mmagent import freeze, text
 from mmagent.batch import Inputs, Sample
@@ -137,14 +137,14 @@ def gradients_of(
               "train.micro_batch": micro, "train.accumulation": accumulation},
     )  # fmt: skip
     encoder = text.load_encoder(config.model.backbone, dropout=0.0)
-    model = loop.build(config, classify(LABELS), encoder).double()
+    model = supervised.build(config, classify(LABELS), encoder).double()
     engine = TorchEngine(model, freeze.groups(model, config), config)
     for at in range(0, len(samples), micro):
         batch: Batch = {
             key: (value.double() if value.is_floating_point() else value).to(engine.device)
             for key, value in inputs.batch(samples[at : at + micro]).items()
         }
-        engine.backward(loop.loss_of(engine.forward(batch), batch, inputs.tasks, config))
+        engine.backward(supervised.loss_of(engine.forward(batch), batch, inputs.tasks, config))
     return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.loop import hits_of
 from jobs.meter import METRICS_FILE, Log, Meter
+from jobs.supervised import hits_of
 from tests.conftest import classify
 
 

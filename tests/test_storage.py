@@ -92,3 +92,9 @@ except OSError as error:
     assert run.returncode == errno.EFBIG
     assert file.read_bytes() == b"good"
     assert [path.name for path in storage.iterdir()] == ["a.bin"]
+
+
+def test_a_process_may_be_told_its_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMAGENT_STORAGE", str(tmp_path / "one"))
+    places.use(tmp_path / "two")
+    assert places.root() == tmp_path / "two"

@@ -17,7 +17,7 @@ from seqeval.metrics import f1_score as seqeval_f1
 from seqeval.scheme import IOB2
 from sklearn.metrics import average_precision_score, f1_score, r2_score, roc_auc_score
 
-from jobs import loop
+from jobs import supervised
 from mmagent import bundle, freeze, text
 from mmagent.batch import Inputs, PartError
 from mmagent.config import Config, resolve
@@ -148,7 +148,7 @@ def build(tiny_recipe: dict[str, Any]) -> Build:
 def fit(config: Config, tasks: Mapping[str, Task], rows: list[Record], steps: int = 30) -> tuple[list[float], Any]:
     """The losses of a few steps on all rows, and the module."""
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
-    module = loop.build(config, tasks, encoder)
+    module = supervised.build(config, tasks, encoder)
     frozen = text.FrozenStates(encoder)
     inputs = Inputs(config.model, config.data, tokenizer, tasks)
     batch = inputs.batch([inputs.sample(record) for record in rows])
@@ -156,7 +156,7 @@ def fit(config: Config, tasks: Mapping[str, Task], rows: list[Record], steps: in
     optimizer = torch.optim.AdamW(freeze.groups(module, config), lr=3e-3)
     losses = []
     for _ in range(steps):
-        loss = loop.loss_of(module(batch), batch, tasks, config)
+        loss = supervised.loss_of(module(batch), batch, tasks, config)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -229,7 +229,7 @@ def test_tasks_share_a_batch_and_a_model(build: Build, tiny_backbone: Path) -> N
         batch = inputs.batch([inputs.sample(record) for record in part])
         batch["text_states"] = frozen(batch["ids"], batch["mask"])
         module.zero_grad()
-        loop.loss_of(module(batch), batch, tasks, config).backward()
+        supervised.loss_of(module(batch), batch, tasks, config).backward()
         return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
     parts = [gradient(records(task)) for task in ROWS]

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from jobs import cluster, train
+from jobs import cluster, train, watch
 from jobs.checkpoint import Checkpoints
 from mmagent import Predictor, bundle
 from mmagent.record import Media, Record
@@ -118,7 +118,7 @@ def test_a_run_stopped_and_gone_on_is_the_run_that_was_not(
 
     # -- another that is stopped at its first checkpoint, and goes on ---------------------------------------
     watcher = stop_soon(halting)
-    assert command("halting", "--no-evaluate") == train.EXIT_STOPPED
+    assert command("halting", "--no-evaluate") == watch.EXIT_STOPPED
     watcher.join()
     shown = capsys.readouterr().out
     assert "SIGTERM: saving at the next step" in shown

@@ -19,6 +19,7 @@ _KINDS = {
     "squad": "PATH",
     "parallel": "PATH,PATH",
     "webdataset": "PATH",
+    "text": "PATH",
 }
 
 
@@ -88,6 +89,10 @@ def _reader(kind: str, place: str, seed: int, prefix: str) -> Reader:
         from jobs.sources.delimited import Delimited
 
         return Delimited(_file(place), prefix)
+    if kind == "text":
+        from jobs.sources.plain import Plain
+
+        return Plain(find(place), prefix)
     if kind == "folder":
         from jobs.sources.folder import Folder
 

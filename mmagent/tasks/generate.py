@@ -1,4 +1,4 @@
-"""generate: a text, written token by token by the language model itself: translation, summary, dialogue, open questions,
+"""generate: a text that the language model writes token by token: translation, summary, dialogue, open questions,
 captions, transcription."""
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class Generate(Task):
         return _same(outcome.decision.text or "", outcome.gold["texts"])
 
     def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:
-        """likelihood (the geometric mean of a right token's probability) and perplexity, one over it; of written texts
-        exact, BLEU and chrF (sacrebleu), ROUGE-L, and word and character error rate of what was heard."""
+        """The likelihood (the geometric mean of a right token's probability) and perplexity, one over it; of written
+        texts exact, BLEU and chrF (sacrebleu), ROUGE-L, and word and character error rate of what was heard."""
         return _measured(outcomes, seed, resamples)
 
 
@@ -140,9 +140,7 @@ def _measured(outcomes: Sequence[Outcome], seed: int, resamples: int) -> dict[st
     groups = [outcome.group for outcome in outcomes]
     found: dict[str, Number] = {}
     for columns, from_sums in parts:
-        found |= metrics.of_sums(
-            np.array(columns, float), from_sums, groups=groups, seed=seed, resamples=resamples
-        )
+        found |= metrics.of_sums(np.array(columns, float), from_sums, groups=groups, seed=seed, resamples=resamples)
     return found
 
 
@@ -217,7 +215,7 @@ class _Words:
 
 
 def _tokens_of(golds: Sequence[list[str]]) -> str:
-    """sacrebleu's way to find words: of Chinese its own, of other scripts without spaces the signs."""
+    """How sacrebleu shall find words: in Chinese its own way, in other scripts without spaces by signs."""
     joined = "".join(right[0] for right in golds)
     letters = max(1, sum(letter.isalpha() for letter in joined))
     if len(re.findall(r"[\u3040-\u30ff\u0e00-\u0e7f]", joined)) > letters / 10:

@@ -38,7 +38,7 @@ class Decision:
     spans: tuple[Mapping[str, Any], ...] | None = None
     probabilities: Mapping[str, float] = field(default_factory=dict)  # likeliest first
     confidence: float = 0.0
-    likelihood: tuple[float, int] | None = None  # of the right answer, where known: its logarithm, and of how many tokens
+    likelihood: tuple[float, int] | None = None  # of the right answer: its logarithm, and of how many tokens
 
     @property
     def words(self) -> str:

@@ -101,7 +101,7 @@ def _in_own_process(recipe: Path, overrides: list[str]) -> dict[str, float]:
 def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
     """Trains for `STEPS` steps in this process: samples a second, peak memory, share of weights that learn."""
     from jobs import engine as engines
-    from jobs import loop
+    from jobs import loop, supervised
     from jobs.meter import Meter
     from mmagent import freeze, text
     from mmagent.batch import Inputs
@@ -113,12 +113,12 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
     dataset = Dataset.open(storage.folder("data", config.data.name))
     tasks = make_all(dataset.tasks)
     encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)
-    model = loop.build(config, tasks, encoder)
+    model = supervised.build(config, tasks, encoder)
     parts = freeze.table(model, encoder)
     engine = engines.make(model, freeze.groups(model, config), config)
     frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
     inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), tasks)
-    batches = loop.Batches(inputs, frozen, config, {}, engine.device)
+    batches = supervised.Batches(inputs, frozen, config, {}, engine.device)
     feed, meter = loop.Feed(batches.steps(_tables(config, dataset))), Meter()
     started = 0.0
     for step in range(STEPS):
@@ -129,7 +129,7 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
         freeze.thaw(model, config.freeze, stage)
         engine.set_lr(1.0, stage)
         for batch in micros:
-            engine.backward(loop.loss_of(engine.forward(batch), batch, tasks, config))
+            engine.backward(supervised.loss_of(engine.forward(batch), batch, tasks, config))
             engine.step()
     seconds = time.perf_counter() - started
     return {

@@ -95,7 +95,7 @@ def _in_own_process(overrides: list[str]) -> float:
 
 def plain(overrides: list[str]) -> float:
     """Samples a second of plain PyTorch."""
-    from jobs import loop, stream
+    from jobs import loop, stream, supervised
     from jobs.engine import TorchEngine
     from jobs.meter import Meter
     from mmagent import freeze, text
@@ -110,10 +110,10 @@ def plain(overrides: list[str]) -> float:
     dataset = Dataset.open(storage.folder("data", config.data.name))
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
     tasks = make_all(dataset.tasks)
-    model = loop.build(config, tasks, encoder)
+    model = supervised.build(config, tasks, encoder)
     engine = TorchEngine(model, freeze.groups(model, config), config)
     frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
-    batches = loop.Batches(Inputs(config.model, config.data, tokenizer, tasks), frozen, config, {}, engine.device)
+    batches = supervised.Batches(Inputs(config.model, config.data, tokenizer, tasks), frozen, config, {}, engine.device)
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=config.data.window_rows)
     tables = list(stream.tables(order, stream.layout_of(config), Position(), STEPS))
     feed, meter = loop.Feed(batches.steps(iter(tables))), Meter()
@@ -124,7 +124,7 @@ def plain(overrides: list[str]) -> float:
         micros, _ = feed.next(meter)
         engine.set_lr(1.0)
         for batch in micros:
-            engine.backward(loop.loss_of(engine.forward(batch), batch, tasks, config))
+            engine.backward(supervised.loss_of(engine.forward(batch), batch, tasks, config))
             engine.step()
     return (STEPS - WARM_STEPS) * config.global_batch / (time.perf_counter() - started)
 

@@ -1,0 +1,203 @@
+"""A run from its first step to its report, as a terminal sees it: what is told, signals, progress, times."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from mmagent import storage, wording
+from mmagent.config import Config
+
+if TYPE_CHECKING:  # they bring Ray, which reads its environment when it is imported
+    from jobs.run import Run
+
+EXIT_STOPPED = 130
+
+
+def complete(
+    config: Config, folder: Path, *, name: str | None = None, bundle: Path | None = None, test: bool = True
+) -> bool:
+    """Trains a run, or goes on with it, exports it and asks the test split; whether it came to the end.
+
+    Args:
+        folder, name, bundle: see `jobs.run.prepare`.
+        test: whether the test split is asked.
+
+    Raises:
+        DatasetError, BackboneError, RunError, WorkersFailed: see `jobs.run`.
+    """
+    from jobs import run
+
+    started = time.time()
+    work = run.prepare(config, folder, name=name, bundle=bundle)
+    tell(work)
+    timing = _read_timing(folder)
+    if not work.exported:
+        timing = {"start_s": round(time.time() - started, 1)}
+        began = time.time()
+        if not fit(work.fit, work.stop, folder / "metrics.jsonl"):
+            print(f"stopped at step {work.resumed_step()}; the same command goes on from there")
+            return False
+        timing |= _split_times(work, began)
+    if test and not (folder / "evaluation.json").exists():
+        began = time.time()
+        _evaluate(work)
+        timing["evaluate_s"] = round(time.time() - began, 1)
+    storage.publish_json(folder / "timing.json", timing)
+    print(f"bundle  {work.plan.bundle}")
+    print(
+        "time    "
+        + ", ".join(f"{key.removesuffix('_s')} {value:g} s" for key, value in timing.items() if key.endswith("_s"))
+    )
+    return True
+
+
+def tell(work: Run) -> None:
+    """What is about to be trained: rows, steps, parts."""
+    from mmagent import freeze
+
+    step, plan, config = work.resumed_step(), work.plan, work.config
+    print(
+        f"run {work.name}: {work.dataset.rows('train')} rows of {work.dataset.name}, {plan.total_steps} steps of "
+        f"{config.global_batch} samples ({config.cluster.workers} workers x {config.train.micro_batch} x "
+        f"{config.train.accumulation}), ZeRO {config.zero.stage}" + (f"; goes on at step {step}" if step else ""),
+        flush=True,
+    )
+    print(f"freeze.strategy={config.freeze.strategy}\n{freeze.show(plan.parts)}", flush=True)
+
+
+def fit(work: Callable[[], bool], stop: Callable[[], None], metrics: Path) -> bool:
+    """Trains in a thread, so that this one can hear signals and show progress; whether it came to its end.
+
+    Args:
+        work, stop: of `jobs.run.Run`: trains; asks to save and end.
+        metrics: the file that the workers write their figures into.
+
+    Raises:
+        WorkersFailed: as `work`.
+    """
+    result: dict[str, Any] = {}
+
+    def train() -> None:
+        try:
+            result["done"] = work()
+        except BaseException as error:  # noqa: BLE001  raised again below, in the main thread
+            result["error"] = error
+
+    def ask_to_stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        print(f"\n{signal.Signals(number).name}: saving at the next step; once more ends at once", flush=True)
+        stop()
+
+    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    thread = threading.Thread(target=train, daemon=True, name="fit")
+    thread.start()
+    follower = Follower(metrics)
+    while thread.is_alive():
+        thread.join(0.5)
+        follower.show()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if "error" in result:
+        raise result["error"]
+    return bool(result["done"])
+
+
+class Follower:
+    """Shows the lines that the workers add to ``metrics.jsonl``: one line on a terminal, a log elsewhere."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._seen = file.stat().st_size if file.exists() else 0
+        self._rates: list[float] = []
+        self._terminal = sys.stdout.isatty()
+
+    def show(self) -> None:
+        if not self._file.exists():
+            return
+        if self._file.stat().st_size < self._seen:  # a resumed run dropped what it will write again
+            self._seen = 0
+        with open(self._file) as file:
+            file.seek(self._seen)
+            while (line := file.readline()).endswith("\n"):
+                self._seen = file.tell()
+                self._print(json.loads(line))
+
+    def _print(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "validation":
+            print(("\r\x1b[K" if self._terminal else "") + validated(row), flush=True)
+            return
+        step, total = row["step"], row["total_steps"]
+        self._rates = [*self._rates[-5:], row["samples_per_s"]]
+        per_step = row["samples"] / row["steps"]
+        left_s = (total - step) * per_step / (sum(self._rates) / len(self._rates))
+        line = (
+            f"step {step}/{total} ({step / total:.0%})  loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  "
+            f"{row['samples_per_s']:.0f} samples/s  waits {row['wait_share']:.1%}  {_clock(left_s)} left"
+        )
+        print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", flush=True)
+
+
+def validated(row: Mapping[str, Any]) -> str:
+    """A validation's line of ``metrics.jsonl`` in words: the score that checkpoints are chosen by, and its parts."""
+    main = row["main"]
+    written = (lambda value: f"{value:.2%}") if wording.is_share(main) else "{:.4g}".format
+    parts = {key.removeprefix(f"{main}/"): value for key, value in row.items() if key.startswith(f"{main}/")}
+    told = ", ".join(f"{key} {written(value)}" for key, value in parts.items())
+    shown = f"{wording.name(main)} {written(row.get(main, row['score']))}" + (f" ({told})" if told else "")
+    return f"step {row['step']}: validation {shown}, loss {row['loss']:.4f}"
+
+
+def _read_timing(folder: Path) -> dict[str, float]:
+    """What an earlier start of the same run wrote."""
+    file = folder / "timing.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _split_times(work: Run, began: float) -> dict[str, float]:
+    """Seconds of starting the workers, training and exporting, from the times of the run's first and last lines."""
+    rows = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
+    mine = [row["time_s"] for row in rows if row["time_s"] >= began] or [began]
+    assert work.plan.bundle is not None
+    manifest = json.loads((work.plan.bundle / "manifest.json").read_text())
+    return {
+        "workers_s": round(mine[0] - began, 1),
+        "train_s": round(mine[-1] - mine[0], 1),
+        "export_s": round(time.time() - mine[-1], 1),
+        "wait_share": manifest["checkpoint"]["wait_share"],
+    }
+
+
+def _evaluate(work: Run) -> None:
+    """Asks the test split once, if there is one, and writes evaluation.json, report.html and the model card."""
+    from jobs.evaluate import describe, evaluate
+    from jobs.summary import table_of
+
+    if not work.dataset.rows("test"):
+        print("the data set has no test split: no evaluation")
+        return
+    assert work.plan.bundle is not None
+    result = evaluate(
+        work.plan.bundle,
+        work.dataset,
+        "test",
+        out=work.folder,
+        before=True,
+        without="image" if work.config.model.image is not None else None,
+        workers=work.config.cluster.workers,
+        threads=work.config.cluster.threads,
+        seed=work.config.seed,
+    )
+    describe(work.plan.bundle, work.dataset, result)
+    print(table_of(result))
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
