@@ -243,8 +243,8 @@ def _reader(model: ModelConfig, data: DataConfig, tokenizer: Any, encoder: TextE
     table = encoder.model.get_input_embeddings().weight  # type: ignore[operator]
     if (stop := text.stop_id(tokenizer)) >= table.shape[0]:
         raise text.BackboneError(
-            f"the tokenizer ends a text with {tokenizer.convert_ids_to_tokens(stop)!r}, number {stop}, but the language "
-            f"model has embeddings for {table.shape[0]} tokens: set eos_token to one that it knows"
+            f"the tokenizer ends a text with {tokenizer.convert_ids_to_tokens(stop)!r}, number {stop}, but the "
+            f"language model has embeddings for {table.shape[0]} tokens: set eos_token to one that it knows"
         )
     soft = {"image": model.image.tokens if model.image else 0, "audio": model.audio.tokens if model.audio else 0}
     return Reader(

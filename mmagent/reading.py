@@ -74,14 +74,14 @@ class Reader:
         """A record as what a reply follows: by the tokenizer's chat template where it has one, else its words, on a
         line of their own for a decoder. Words of users are never read as the template's own signs."""
         if getattr(self.tokenizer, "chat_template", None):
-            pieces, frame = self._chat(record), ((), ())
+            pieces, opening, closing = self._chat(record), [], []
         else:
             opening, closing = self._frame()
             pieces = self._pieces([*text.parts(record), *([("text", "\n")] if self.decodes else [])])
-            frame = (opening, () if self.decodes else closing)
-        room = sum(map(len, frame)) + (self.max_reply if self.decodes else 0)
-        ids, cut = self._fitted(pieces, sum(map(len, frame)), room)
-        return View(_some([*frame[0], *ids, *frame[1]], self.tokenizer), cut=cut)
+            closing = [] if self.decodes else closing
+        frame = len(opening) + len(closing)
+        ids, cut = self._fitted(pieces, frame, frame + (self.max_reply if self.decodes else 0))
+        return View(_some([*opening, *ids, *closing], self.tokenizer), cut=cut)
 
     def reply(self, words: str) -> tuple[np.ndarray, int]:
         """What is to be written, ids with the stop at the end; and how many tokens are over `max_reply`."""

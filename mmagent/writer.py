@@ -104,7 +104,7 @@ class Writer(TextEncoder):
         recorder = _Recorder()
         if self._decoder:
             embeds, keep, _ = _to_the_end(embeds, mask.bool())
-            given = {"inputs_embeds": embeds, "attention_mask": keep.long()}
+            given: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": keep.long()}
         else:
             given = {
                 "encoder_outputs": BaseModelOutput(last_hidden_state=self.read(embeds, mask)), "attention_mask": mask,

@@ -109,8 +109,8 @@ def trained(config: Config, records: list[Record], infos: dict[str, TaskInfo], s
     inputs = Inputs(config.model, config.data, tokenizer, tasks, encoder)
     batch = inputs.batch([inputs.sample(record) for record in records])
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    losses = []
+    losses: list[float] = []
+    losses: list[float] = []
     for _ in range(steps):
         loss = supervised.loss_of(module(batch), batch, tasks, config)
         optimizer.zero_grad()

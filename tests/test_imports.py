@@ -27,7 +27,7 @@ HOMES = {
     "fastapi": ["serve/"],
 }
 # What a file of the library imports only where it is asked for: it loads, and so does a bundle, without.
-OPTIONAL = {"mmagent/lora.py": {"peft"}}
+OPTIONAL = {"mmagent/lora.py": {"peft"}, "mmagent/tasks/generate.py": {"jiwer", "rouge-score", "sacrebleu"}}
 BANNED_NAMES = {"utils", "common", "helpers", "base", "manager", "registry", "trainer"}
 # How a distribution's module is called where the two differ.
 DISTRIBUTIONS = {
