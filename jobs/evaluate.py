@@ -245,8 +245,8 @@ def _predict(
 ) -> pa.Table:
     from jobs import stream  # brings Ray, which reads its environment when it is imported: after `cluster.connect`
 
-    kwargs = {"bundle": str(found.path), "slices": tuple(slices), "without": without, "threads": threads}
-    kwargs["tasks"] = dict(tasks)
+    kwargs: dict[str, Any] = {"bundle": str(found.path), "slices": tuple(slices), "without": without}
+    kwargs |= {"threads": threads, "tasks": dict(tasks)}
     parts = []
     with Progress("evaluate", dataset.rows(split), "rows") as progress:
         answers = stream.apply(

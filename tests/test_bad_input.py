@@ -42,7 +42,7 @@ def test_each_bad_row_is_set_aside_with_its_reason(
 ) -> None:
     (storage / "red.png").write_bytes(make_png())
     asked = {"role": "user", "content": "<image> what is it?"}
-    bad = [
+    bad: list[dict[str, Any]] = [
         {"text": "no answer"},
         {"text": "no answer", "label": None},
         {"text": "", "label": "a"},

@@ -165,7 +165,8 @@ def test_a_second_domain_beside_its_own(
     tell_home(own)
     records = make_records(12, "test")
     records[0] = replace(records[0], target=Target(label="violet"))
-    splits = {"train": renamed(make_records(16), "classify:shade"), "test": renamed(records, "classify:shade")}
+    shades = {"train": make_records(16), "test": records}
+    splits: dict[str, Sequence[Record]] = {key: renamed(rows, "classify:shade") for key, rows in shades.items()}
     write(storage / "data" / "away", splits, labels=("blue", "red", "violet"), task="classify:shade")
     given = ["--bundle", str(own), "--data", "away", "--out", "eval/away", "--workers", "1", "--before"]
     assert evaluate.main(given) == 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import loop, prepare
+from jobs import prepare, supervised
 from jobs.speech import Clip, render
 from mmagent import freeze, text
 from mmagent.batch import Inputs
@@ -85,13 +85,13 @@ def trained(config: Any, dataset: Dataset, records: list[Record], steps: int) ->
     """A predictor whose join, towers and heads have seen the records."""
     predictor = Predictor.untrained(config, dataset.tasks, dataset.task, device="cpu")
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
-    module = loop.build(config, predictor.tasks, encoder)
+    module = supervised.build(config, predictor.tasks, encoder)
     inputs = Inputs(config.model, config.data, tokenizer, predictor.tasks)
     batch = inputs.batch([inputs.sample(record) for record in records])
     batch["text_states"] = text.FrozenStates(encoder)(batch["ids"], batch["mask"])
     optimizer = torch.optim.AdamW(freeze.groups(module, config), lr=3e-3)
     for _ in range(steps):
-        loss = loop.loss_of(module(batch), batch, predictor.tasks, config)
+        loss = supervised.loss_of(module(batch), batch, predictor.tasks, config)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
