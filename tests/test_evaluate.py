@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import cluster, evaluate, transfer
+from jobs import page as pages
 from jobs.answers import Answerer
 from mmagent import bundle as bundles
 from mmagent import evaluation, predictions
@@ -81,7 +82,7 @@ def test_the_result_goes_into_the_bundle(dataset: Dataset, tiny_bundle: Path, tm
     rows = Answerer(str(own), ("form",), None, threads=1)(pa.concat_tables(dataset.read("test")))
     tasks = make_all(bundles.load(own).tasks)
     result = evaluation.evaluate(rows, tasks, "classify", bundle="tiny", data="colours", split="test")
-    evaluate.describe(own, dataset, result)
+    pages.describe(own, dataset, result)
     again = bundles.load(own)  # sealed anew: its hashes hold
     assert "README.md" in again.manifest["files"]
     assert json.loads((own / "metrics.json").read_text())["n"] == 40
