@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-train: $(STAMP) ## samples per second beside plain PyTorch: writes runs/be
 
 bench-freeze: $(STAMP) ## speed, memory and trained share of each way of freezing: writes runs/bench/freeze.json
 	@$(PY) -m tests.bench.freeze
+
+bench-pretrain: $(STAMP) ## what plain text gains a task of few labels, before and after: writes runs/bench/pretrain.json
+	@$(PY) -m tests.bench.pretrain
 
 figures: $(STAMP) ## paste the figures of runs/bench/*.json into README.md
 	@$(PY) -m tests.bench.figures

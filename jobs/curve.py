@@ -25,7 +25,7 @@ import yaml
 
 from jobs import run, watch
 from jobs.draw import TRAIN
-from jobs.evaluate import read_curves, write_report
+from jobs.page import read_curves, write_report
 from mmagent import bundle as bundles
 from mmagent import config as configs
 from mmagent import few_labels, storage

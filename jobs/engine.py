@@ -26,7 +26,7 @@ class Engine(Protocol):
     accumulation updates the parameters."""
 
     device: torch.device
-    model: nn.Module
+    model: Any  # a module of the parts that `mmagent.freeze` knows
 
     def forward(self, batch: Batch) -> dict[str, Tensor]: ...
 
@@ -110,7 +110,7 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: Config) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.to(self.device)
+        self.model: Any = model.to(self.device)
         self._accumulation, self._seen = config.train.accumulation, 0
         self._clip = config.optim.clip_norm
         self._bf16 = use_bf16(config)
@@ -161,7 +161,7 @@ class ZeroEngine:
         )
         # What a gradual run has closed now moves later: going back to this checkpoint takes it back too.
         self._leaves_out_frozen = config.freeze.strategy != "gradual"
-        self.model = model
+        self.model: Any = model
         self.device = torch.device(self._engine.device)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -16,11 +16,9 @@ set is a folder or a name under data/.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +28,18 @@ import pyarrow.compute as pc
 from jobs import baselines, cluster, transfer
 from jobs.answers import MODALITIES, Answerer
 from jobs.cluster import ClusterError
+from jobs.page import SLICES, first_slice, read_curves, write_report
 from jobs.progress import Progress
 from jobs.summary import table_of
 from mmagent import bundle as bundles
-from mmagent import card, evaluation, examples, predictions, report, shards, storage, text
-from mmagent import licence as licences
+from mmagent import evaluation, predictions, shards, storage
 from mmagent.arguments import Parser, mapping, positive
 from mmagent.bundle import Bundle, BundleError
-from mmagent.examples import Example
 from mmagent.predictions import EvaluationError
 from mmagent.shards import Dataset, DatasetError
 from mmagent.tasks import make_all
 from mmagent.text import BackboneError
 
-SLICES = ("form", "voice", "family", "modalities")  # those that no row has make no slice
 _BATCH_ROWS = 64
 
 
@@ -82,7 +78,7 @@ def evaluate(
     table = _predict(found, dataset, split, slices, without, workers, threads, named)
     predicted = time.monotonic()
     storage.publish_parquet(out / "predictions.parquet", table)
-    column, made = _first_slice(table, slices), make_all(found.tasks)
+    column, made = first_slice(table, slices), make_all(found.tasks)
     others = _before(found, dataset, split, table, named, column, seed) if before else None
     result = evaluation.evaluate(
         table, made, found.task, bundle=found.name, data=dataset.name, split=split, before=others, seed=seed
@@ -96,60 +92,6 @@ def evaluate(
     curves = read_curves(found.path.parent / "metrics.jsonl")
     write_report(result, found, dataset, table, out, slices=slices, seed=seed, curves=curves)
     return result
-
-
-def write_report(
-    result: Mapping[str, Any],
-    found: Bundle,
-    dataset: Dataset,
-    table: pa.Table,
-    out: Path,
-    *,
-    slices: Sequence[str] = SLICES,
-    seed: int = 0,
-    curves: Sequence[Mapping[str, Any]] = (),
-    more: Sequence[report.Section] = (),
-) -> None:
-    """Writes report.html into `out`.
-
-    Args:
-        result, table: what evaluation.json and predictions.parquet hold.
-        curves: the lines of the run's ``metrics.jsonl``.
-        more: sections behind the first one.
-    """
-    named = result.get("matched", {})
-    shown = _examples(table, dataset, result["split"], found, named, _first_slice(table, slices), seed)
-    page = report.render(result, curves=curves, examples=shown, limits=found.config.data.media, more=more)
-    storage.publish(out / "report.html", page)
-
-
-def describe(bundle: str | Path, dataset: Dataset, result: Mapping[str, Any]) -> None:
-    """Writes the result and the model card into a bundle.
-
-    Args:
-        dataset: what the bundle was trained on.
-        result: of `evaluate`, on a split that training never saw.
-    """
-    found = bundles.load(bundle)
-    backbone = Path(text.locate(found.config.model.backbone))
-    words = card.render(
-        found.manifest, found.config, tasks=found.tasks, evaluation=result, dataset=dataset.info,
-        licence=licences.read(backbone), where=found.name,
-    )  # fmt: skip
-    measured: dict[str, Any] = {key: result[key] for key in ("data", "split")}
-    kept = ("task", "main", "n", "metrics", "slices")
-    for name, block in evaluation.blocks(result).items():
-        part = {key: block[key] for key in kept}
-        measured |= part if name == result["task"] else {}
-        measured.setdefault("tasks", {})[name] = part
-    bundles.add(found.path, {"metrics.json": json.dumps(measured, indent=1) + "\n", "README.md": words})
-
-
-def read_curves(file: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; none where there is no such file."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,8 +187,8 @@ def _predict(
 ) -> pa.Table:
     from jobs import stream  # brings Ray, which reads its environment when it is imported: after `cluster.connect`
 
-    kwargs = {"bundle": str(found.path), "slices": tuple(slices), "without": without, "threads": threads}
-    kwargs["tasks"] = dict(tasks)
+    kwargs: dict[str, Any] = {"bundle": str(found.path), "slices": tuple(slices), "without": without}
+    kwargs |= {"threads": threads, "tasks": dict(tasks)}
     parts = []
     with Progress("evaluate", dataset.rows(split), "rows") as progress:
         answers = stream.apply(
@@ -260,14 +202,6 @@ def _predict(
         if table[predictions.slice_column(name)].null_count == table.num_rows:
             print(f"--slices {name}: no row has this key in its meta", file=sys.stderr)
     return table
-
-
-def _first_slice(table: pa.Table, slices: Sequence[str]) -> str | None:
-    """The first slice column that divides the rows: examples and the probe's questions are drawn from each value."""
-    for name in slices:
-        if 1 < pc.count_distinct(table[predictions.slice_column(name)]).as_py() <= predictions.MAX_SLICES:
-            return name
-    return None
 
 
 def _before(
@@ -286,30 +220,6 @@ def _before(
         )
         for task in sorted(set(found.tasks) & there)
     }
-
-
-def _examples(
-    table: pa.Table,
-    dataset: Dataset,
-    split: str,
-    found: Bundle,
-    matched: Mapping[str, str],
-    column: str | None,
-    seed: int,
-) -> dict[str, list[Example]]:
-    tasks = make_all(found.tasks)
-    asked = table.filter(pc.equal(table["without"], ""))
-    chosen: dict[str, str] = {}
-    for name in tasks:
-        chosen |= examples.choose(asked.filter(pc.equal(asked["task"], name)), column, seed=seed)
-    picked = asked.filter(pc.is_in(asked["id"], value_set=pa.array(list(chosen), pa.string())))
-    answers = {row["id"]: row for row in picked.to_pylist()}
-    out: dict[str, list[Example]] = {name: [] for name in tasks}
-    for each in baselines.pick(dataset, split, list(chosen)):
-        record = replace(each, task=matched.get(each.task, each.task))
-        example = examples.shown(record, answers[record.id], tasks[record.task], chosen[record.id])
-        out[record.task].append(example)
-    return {name: sorted(shown, key=lambda each: (each.group, each.record.id)) for name, shown in out.items()}
 
 
 if __name__ == "__main__":

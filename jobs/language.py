@@ -49,9 +49,9 @@ def model_of(config: Config, *, weights: bool = True) -> LanguageModel:
 
 def objective_of(config: Config) -> language.Objective:
     """What is learned, where the config leaves it open."""
-    wanted = config.pretrain.objective
-    name = config.model.backbone
-    return wanted if wanted in ("masked", "next") else language.objective_of(name, text.load_tokenizer(name))  # type: ignore[return-value]
+    if config.pretrain.objective in ("masked", "next"):
+        return config.pretrain.objective
+    return language.objective_of(config.model.backbone, text.load_tokenizer(config.model.backbone))
 
 
 class Language:

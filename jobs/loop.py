@@ -39,8 +39,16 @@ class Learner(Protocol):
     """What a run teaches, and how: a model, its batches and losses, how good it is, and what it leaves behind."""
 
     model: Any  # a module of the parts that `mmagent.freeze` knows
-    main: str  # how the score of a validation is called
-    last_error: str  # of a row that could not be read
+
+    @property
+    def main(self) -> str:
+        """How the score of a validation is called."""
+        ...
+
+    @property
+    def last_error(self) -> str:
+        """Of a row that could not be read."""
+        ...
 
     def begin(self, device: torch.device) -> None:
         """Takes its place beside the model, which is on its device now."""

@@ -75,10 +75,10 @@ def _all_keys() -> str:
     return "keys of a recipe, which key.path=value overrides:\n" + "\n".join(lines)
 
 
-def user_errors() -> tuple[type[BaseException], ...]:
+def user_errors(*more: type[BaseException]) -> tuple[type[BaseException], ...]:
     """What the user can mend: told in one message. Those of modules that load Ray are known once it is loaded."""
     known: list[type[BaseException]] = [
-        ConfigError, DatasetError, BackboneError, ClusterError, LockError, storage.StorageError,
+        *more, ConfigError, DatasetError, BackboneError, ClusterError, LockError, storage.StorageError,
     ]  # fmt: skip
     if "jobs.run" in sys.modules:
         from jobs.run import RunError

@@ -177,7 +177,8 @@ def _split_times(work: Run, began: float) -> dict[str, float]:
 
 def _evaluate(work: Run) -> None:
     """Asks the test split once, if there is one, and writes evaluation.json, report.html and the model card."""
-    from jobs.evaluate import describe, evaluate
+    from jobs.evaluate import evaluate
+    from jobs.page import describe
     from jobs.summary import table_of
 
     if not work.dataset.rows("test"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 
-from jobs import prepare, run
+from jobs import cluster, prepare, run, train
 from jobs.supervised import Batches
 from mmagent import text
 from mmagent.batch import Inputs
@@ -42,7 +44,7 @@ def test_each_bad_row_is_set_aside_with_its_reason(
 ) -> None:
     (storage / "red.png").write_bytes(make_png())
     asked = {"role": "user", "content": "<image> what is it?"}
-    bad = [
+    bad: list[dict[str, Any]] = [
         {"text": "no answer"},
         {"text": "no answer", "label": None},
         {"text": "", "label": "a"},
@@ -138,24 +140,48 @@ def test_a_shard_made_by_other_hands_is_checked_row_by_row(
     assert np.isfinite(float(loss))
 
 
-def test_ten_thousand_classes(storage: Path, tiny_recipe: dict[str, Any], tiny_backbone: Path) -> None:
-    """Twenty thousand rows: the data set, the draw, the model and a batch; no table of classes by classes."""
-    classes = 10_000
+CLASSES = 10_000
+
+
+def ten_thousand(storage: Path) -> int:
     rows = [
         {"id": f"{split}{i}", "text": f"item {i}", "label": f"label {i}", "split": split}
-        for split, count in (("train", classes), ("validation", 50), ("test", 50)) for i in range(count)
+        for split, count in (("train", CLASSES), ("validation", 50), ("test", 50)) for i in range(count)
     ]  # fmt: skip
-    assert command(storage, rows) == 0
+    return command(storage, rows)
+
+
+def test_ten_thousand_classes(storage: Path, tiny_recipe: dict[str, Any], tiny_backbone: Path) -> None:
+    """The data set, the draw, the model and a batch."""
+    assert ten_thousand(storage) == 0
     settings = {"data.name": "d", "model.image": None, "model.audio": None, "data.labels_per_class": 1}
     prepared = run.prepare(resolve(tiny_recipe, settings), storage / "runs" / "r")
     info = prepared.plan.tasks["classify"]
-    assert len(info.labels) == classes
-    assert prepared.plan.order.rows == classes
+    assert len(info.labels) == CLASSES
+    assert prepared.plan.order.rows == CLASSES
     made = batches(prepared.config, tiny_backbone, {"classify": info})
     part = next(prepared.dataset.read("train")).to_pylist()[:8]
     streamed = [as_streamed(Record.from_row(row)) for row in part]
     [(micros, bad)] = made.steps(iter([pa.Table.from_pylist(streamed)]))
     assert bad == 0
     task = make_all({"classify": info})["classify"]
-    logits = torch.zeros(8, classes)
-    assert float(task.loss(logits, micros[0], 8, 0.0)) == pytest.approx(np.log(classes), rel=1e-4)
+    logits = torch.zeros(8, CLASSES)
+    assert float(task.loss(logits, micros[0], 8, 0.0)) == pytest.approx(np.log(CLASSES), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_thousand_classes_from_the_command_to_the_report(
+    ray_cluster: cluster.Cluster, storage: Path, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    assert ten_thousand(storage) == 0
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe))
+    settings = ["data.name=d", "model.image=null", "model.audio=null", "train.max_steps=3", "zero.engine=torch"]
+    began_s = time.monotonic()
+    assert train.main(["--config", str(tmp_path / "recipe.yaml"), "--name", "wide", *settings]) == 0
+    assert time.monotonic() - began_s < 600
+    folder = storage / "runs" / "wide"
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert (result["n"], len(result["confusion"]["labels"])) == (50, CLASSES)
+    assert (folder / "evaluation.json").stat().st_size < 2_000_000
+    assert (folder / "report.html").stat().st_size < 2_000_000

@@ -77,7 +77,7 @@ def test_the_stream_takes_it_as_any_data_set(topics: Dataset, tmp_path: Path) ->
 
 
 def test_rows_of_several_labels_hold_each_label(storage: Path, tmp_path: Path) -> None:
-    sets = ([], ["x"], ["y"], ["x", "y"], ["x", "y", "z"])
+    sets: tuple[list[str], ...] = ([], ["x"], ["y"], ["x", "y"], ["x", "y", "z"])
     rows = [{"text": f"say {i}", "labels": sets[i % 5]} for i in range(104)]
     dataset = prepared(storage, "sets", rows, "--task", "multilabel")
     taken = records(draw.drawn(dataset, 6, 3, tmp_path / "few"))

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import cluster, evaluate, transfer
+from jobs import page as pages
 from jobs.answers import Answerer
 from mmagent import bundle as bundles
 from mmagent import evaluation, predictions
@@ -81,7 +82,7 @@ def test_the_result_goes_into_the_bundle(dataset: Dataset, tiny_bundle: Path, tm
     rows = Answerer(str(own), ("form",), None, threads=1)(pa.concat_tables(dataset.read("test")))
     tasks = make_all(bundles.load(own).tasks)
     result = evaluation.evaluate(rows, tasks, "classify", bundle="tiny", data="colours", split="test")
-    evaluate.describe(own, dataset, result)
+    pages.describe(own, dataset, result)
     again = bundles.load(own)  # sealed anew: its hashes hold
     assert "README.md" in again.manifest["files"]
     assert json.loads((own / "metrics.json").read_text())["n"] == 40
@@ -165,7 +166,8 @@ def test_a_second_domain_beside_its_own(
     tell_home(own)
     records = make_records(12, "test")
     records[0] = replace(records[0], target=Target(label="violet"))
-    splits = {"train": renamed(make_records(16), "classify:shade"), "test": renamed(records, "classify:shade")}
+    shades = {"train": make_records(16), "test": records}
+    splits: dict[str, Sequence[Record]] = {key: renamed(rows, "classify:shade") for key, rows in shades.items()}
     write(storage / "data" / "away", splits, labels=("blue", "red", "violet"), task="classify:shade")
     given = ["--bundle", str(own), "--data", "away", "--out", "eval/away", "--workers", "1", "--before"]
     assert evaluate.main(given) == 0

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from mmagent import language, text
+from mmagent import freeze, language, text
 from mmagent.masking import Masking, following
 from mmagent.order import sample_rng
 from mmagent.pretrained import BackboneError
@@ -119,6 +119,7 @@ def test_tied_weights_are_one(tiny_backbone: Path) -> None:
         if name.startswith("head.")
     )
     assert sum("word_embeddings" in name for name in names) == 1
+    assert sum(part.total for part in freeze.table(model)) == sum(each.numel() for each in model.parameters())
     other = language.load(str(tiny_backbone), "masked", weights=False)
     other.load({name: parameter.detach() + 1.0 for name, parameter in model.named_parameters()})
     tied = dict(other.named_parameters(remove_duplicate=False))

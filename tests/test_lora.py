@@ -97,7 +97,7 @@ def test_a_bundle_answers_as_the_adapted_model_did(trained: Trained, tmp_path: P
 
     for module in engine.model.modules():
         if hasattr(module, "lora_A"):
-            module.merge()  # type: ignore[operator]
+            module.merge()
     torch.testing.assert_close(logits_of(engine.model, config, records), wanted, atol=1e-5, rtol=1e-4)
     for name, value in engine.model.state_dict().items():
         if name.endswith(".base_layer.weight"):

@@ -156,11 +156,13 @@ def test_words_learned_from_plain_text_help_a_task_with_few_labels(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [1, 3])
 def test_a_decoder_learns_what_comes_next_in_two_zero_workers(
-    command: Command, storage: Path, tiny_backbones: dict[str, Path]
+    command: Command, storage: Path, tiny_backbones: dict[str, Path], stage: int
 ) -> None:
     settings = [
         f"model.backbone={tiny_backbones['decoder']}", "cluster.workers=2", "zero.engine=deepspeed",
+        f"zero.stage={stage}",
         "train.max_steps=12", "train.eval_every_steps=6", "optim.lr_backbone=0.01",
     ]  # fmt: skip
     assert command("next", "--source", "text:corpus.txt", *settings) == 0
