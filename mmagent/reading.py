@@ -73,10 +73,10 @@ class Reader:
     def prompt(self, record: Record) -> View:
         """A record as what a reply follows: by the tokenizer's chat template where it has one, else its words, on a
         line of their own for a decoder. Words of users are never read as the template's own signs."""
+        opening, closing = self._frame()
         if getattr(self.tokenizer, "chat_template", None):
             pieces, opening, closing = self._chat(record), [], []
         else:
-            opening, closing = self._frame()
             pieces = self._pieces([*text.parts(record), *([("text", "\n")] if self.decodes else [])])
             closing = [] if self.decodes else closing
         frame = len(opening) + len(closing)

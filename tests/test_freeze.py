@@ -47,7 +47,9 @@ def make(tiny_recipe: dict[str, Any], tiny_backbones: dict[str, Path]) -> Make:
              "train.micro_batch": 8, "optim.lr": 0.01, **(overrides or {})},
         )  # fmt: skip
         encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)
-        return supervised.build(config, classify(LABELS), encoder), config
+        model = supervised.build(config, classify(LABELS), encoder)
+        assert isinstance(model, MultimodalModel)
+        return model, config
 
     return build
 

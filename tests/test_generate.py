@@ -110,7 +110,6 @@ def trained(config: Config, records: list[Record], infos: dict[str, TaskInfo], s
     batch = inputs.batch([inputs.sample(record) for record in records])
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=3e-3)
     losses: list[float] = []
-    losses: list[float] = []
     for _ in range(steps):
         loss = supervised.loss_of(module(batch), batch, tasks, config)
         optimizer.zero_grad()
