@@ -47,7 +47,7 @@ def export(
     if trained:
         # A new one: the trained one may hold adapters, or a rank's share of each weight.
         encoder = load_language(plan.config.model, plan.tasks, weights=False)
-        encoder.load_state_dict(trained)
+        encoder.load(trained)
     parts = {part.name: {"trained": part.trained, "total": part.total} for part in plan.parts}
     origin = {"run": plan.folder.name, "data": plan.data, "checkpoint": chosen, "parts": parts}
     bundle.save(

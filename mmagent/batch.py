@@ -87,7 +87,7 @@ class Inputs:
         self.data = data
         self.tokenizer = tokenizer
         self.tasks = tasks
-        self.reader = _reader(model, data, tokenizer, encoder)
+        self.reader = _reader(model, data, tokenizer, encoder, any(task.generates for task in tasks.values()))
         self.pictures = pictures.of(model.image) if model.image else None
         self.sounds = sounds.of(model.audio) if model.audio else None
         self._cache = _Cache(data.cache_mb << 20)
@@ -236,12 +236,14 @@ class Inputs:
             return self._cache.get(data, lambda: made.frames(data, self.data.media))
 
 
-def _reader(model: ModelConfig, data: DataConfig, tokenizer: Any, encoder: TextEncoder | None) -> Reader:
+def _reader(
+    model: ModelConfig, data: DataConfig, tokenizer: Any, encoder: TextEncoder | None, writes: bool
+) -> Reader:
     if model.join == "output":
         return Reader(tokenizer, data.max_text_tokens)
     assert encoder is not None, "how long a text may be is the language model's to say"
     table = encoder.model.get_input_embeddings().weight  # type: ignore[operator]
-    if (stop := text.stop_id(tokenizer)) >= table.shape[0]:
+    if writes and (stop := text.stop_id(tokenizer)) >= table.shape[0]:
         raise text.BackboneError(
             f"the tokenizer ends a text with {tokenizer.convert_ids_to_tokens(stop)!r}, number {stop}, but the "
             f"language model has embeddings for {table.shape[0]} tokens: set eos_token to one that it knows"

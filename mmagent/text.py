@@ -7,7 +7,7 @@ Any Transformers checkpoint works, be it an encoder, a decoder or the encoder of
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,12 @@ class TextEncoder(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The layers, first to last (see `blocks`)."""
         return blocks(self.model)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes the weights of an encoder of the same kind; of tied ones each once."""
+        lost = {name for name, _ in self.named_parameters()} - set(weights)
+        assert not lost, f"the weights lack {sorted(lost)[:3]}"
+        self.load_state_dict(weights, strict=False)
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint anew, as Transformers reads it. Of an encoder-decoder only the encoder is there."""
