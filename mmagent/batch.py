@@ -236,9 +236,7 @@ class Inputs:
             return self._cache.get(data, lambda: made.frames(data, self.data.media))
 
 
-def _reader(
-    model: ModelConfig, data: DataConfig, tokenizer: Any, encoder: TextEncoder | None, writes: bool
-) -> Reader:
+def _reader(model: ModelConfig, data: DataConfig, tokenizer: Any, encoder: TextEncoder | None, writes: bool) -> Reader:
     if model.join == "output":
         return Reader(tokenizer, data.max_text_tokens)
     assert encoder is not None, "how long a text may be is the language model's to say"

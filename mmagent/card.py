@@ -34,6 +34,7 @@ _TEXT_PIPELINES = {  # of the other kinds, where text is all that comes in
     "tag": "token-classification",
     "extract": "question-answering",
     "match": "text-ranking",
+    "generate": "text-generation",
 }
 _HUB_METRICS = {"macro_f1": "f1", "micro_f1": "f1"}  # as the hub calls them
 _LABELS_SHOWN = 30

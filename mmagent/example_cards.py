@@ -28,6 +28,7 @@ _TOLD = {  # how to read a card, by kind of task
     "extract": "Green is a right answer's place, red a wrong one's; the second line has the right one.",
     "multilabel": "Green labels are right, red ones are not, and dashed ones are missing.",
     "match": "Candidates from best to worst: green is right.",
+    "generate": "Right: the same words, but for case and a full stop at the end; many other texts may be as good.",
     "regress": "Right: less than half a standard deviation of the training values away.",
 }
 

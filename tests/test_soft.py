@@ -160,7 +160,8 @@ def test_a_lost_modality_loses_its_places(
         lost = augment(sample, config, words, np.random.default_rng(0))
         assert PLACES[kind] not in lost.views[0].ids
         assert made.module(made.inputs.batch([lost]))["classify"].isfinite().all()
-    silent = augment(sample, resolve(tiny_recipe, {"augment.text_drop": 0.999}).augment, words, np.random.default_rng(0))
+    wordless = resolve(tiny_recipe, {"augment.text_drop": 0.999}).augment
+    silent = augment(sample, wordless, words, np.random.default_rng(0))
     assert set(PLACES.values()) <= set(silent.views[0].ids.tolist())
     assert not set(made.tokenizer("a red", add_special_tokens=False)["input_ids"]) & set(silent.views[0].ids.tolist())
 
