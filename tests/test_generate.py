@@ -29,49 +29,6 @@ INFOS = {"generate": TaskInfo("generate")}
 ANSWERS = ("red circle", "the blue image", "not green")
 
 
-@pytest.fixture(scope="session")
-def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of language models with their output layers: decoders (Qwen2, and GPT-2, which counts places), and an
-    encoder-decoder (T5), each of 2 layers, 32 wide, untrained, with a byte-level tokenizer."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        PreTrainedTokenizerFast,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        T5Config,
-        T5ForConditionalGeneration,
-    )  # fmt: skip
-
-    learner = ByteLevelBPETokenizer()
-    learner.train_from_iterator([*ANSWERS, "what is there a b c"] * 3, 300, special_tokens=["<|endoftext|>", "<pad>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=learner._tokenizer, eos_token="<|endoftext|>", pad_token="<pad>", model_max_length=64
-    )
-    size = len(tokenizer)
-    torch.manual_seed(0)
-    t5 = T5Config(vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, pad_token_id=1)
-    t5.decoder_start_token_id, t5.eos_token_id = 1, 0
-    models: dict[str, Any] = {
-        "decoder": Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                num_key_value_heads=1, max_position_embeddings=64, eos_token_id=0, pad_token_id=1,
-            )
-        ),
-        "transposed": GPT2LMHeadModel(
-            GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
-        ),
-        "encoder-decoder": T5ForConditionalGeneration(t5),
-    }  # fmt: skip
-    folders = {kind: tmp_path_factory.mktemp(f"writer-{kind}") for kind in models}
-    for kind, model in models.items():
-        model.save_pretrained(folders[kind])
-        tokenizer.save_pretrained(folders[kind])
-    return folders
-
-
 def rows(modality: str, make_wav: Callable[..., bytes]) -> list[Record]:
     given: list[dict[str, Any]] = []
     for index, answer in enumerate(ANSWERS):

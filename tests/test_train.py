@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from jobs import cluster, train, watch
+from jobs import cluster, prepare, train, watch
 from jobs.checkpoint import Checkpoints
 from mmagent import Predictor, bundle
 from mmagent.record import Media, Record
@@ -166,3 +166,34 @@ def test_the_language_model_trains_too_at_every_stage(
     assert moved
     assert all("layer.1." in name for name in moved)
     assert Predictor.load("deep", device="cpu").predict([{"text": "what color is the shape?"}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "stage"), [("decoder", 1), ("encoder-decoder", 3)])
+def test_a_text_is_learnt_and_written(
+    ray_cluster: cluster.Cluster, storage: Path, tiny_recipe: dict[str, Any], writers: dict[str, Path], tmp_path: Path,
+    kind: str, stage: int,
+) -> None:  # fmt: skip
+    words = {"red": "the blue image", "blue": "red circle", "green": "not green"}
+    rows = [{"text": f"what is {word}", "answer": answer} for word, answer in words.items()]
+    splits = [("train", 32), ("validation", 2), ("test", 2)]
+    lines = [json.dumps({**row, "split": split}) for split, times in splits for row in rows * times]
+    (tmp_path / "words.jsonl").write_text("\n".join(lines) + "\n")
+    assert prepare.main(["--source", f"jsonl:{tmp_path / 'words.jsonl'}", "--name", "words"]) == 0
+    recipe = {
+        "data": {"name": "words", "max_text_tokens": 16, "max_answer_tokens": 8},
+        "model": {"backbone": str(writers[kind]), "join": "input", "dropout": 0.0},
+        "freeze": {"strategy": "all"},
+        "optim": {"lr": 5.0e-3, "lr_backbone": 5.0e-3},
+        "train": {"micro_batch": 4, "epochs": 8, "eval_every_steps": 24, "eval_rows": 6},
+        "cluster": {"workers": 2, "max_failures": 0},
+        "zero": {"stage": stage},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert train.main(["--config", str(tmp_path / "recipe.yaml"), "--name", "writer"]) == 0
+    found = json.loads((storage / "runs" / "writer" / "evaluation.json").read_text())
+    assert found["metrics"]["exact"]["value"] == 1.0
+    assert found["metrics"]["perplexity"]["value"] < 1.5
+    assert "BLEU" in (storage / "runs" / "writer" / "report.html").read_text()
+    said = Predictor.load("writer", device="cpu").predict([{"text": "what is red"}])
+    assert said[0].text == "the blue image"
