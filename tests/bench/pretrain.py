@@ -78,10 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     found, new = cluster.ensure(cluster.record())
     try:
         with tempfile.TemporaryDirectory(prefix="mmagent-pretrain-") as place:
-            rows = _measure(Path(place), args.backbone, args.labels, args.seeds, args.overrides)
-            for kind in ("data", "runs"):
-                for folder in (storage.root() / kind).glob(f"{Path(place).name}*"):
-                    shutil.rmtree(folder, ignore_errors=True)
+            try:
+                rows = _measure(Path(place), args.backbone, args.labels, args.seeds, args.overrides)
+            finally:
+                for kind in ("data", "runs"):
+                    for folder in (storage.root() / kind).glob(f"{Path(place).name}*"):
+                        shutil.rmtree(folder, ignore_errors=True)
     finally:
         if new:
             cluster.stop(found)
