@@ -87,6 +87,8 @@ def prepare(config: Config, folder: Path, origin: Dataset | Source, name: str) -
     from mmagent import text, towers
 
     aligned = config.pretrain.objective == "align"
+    if config.freeze.strategy == "auto":
+        config = configs.override(config, {"freeze.strategy": "connector" if aligned else "all"})
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
     parts = _check_model(config, aligned=aligned)

@@ -20,7 +20,7 @@ from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, train
 from jobs.supervised import Supervised, build
 from mmagent import bundle as bundles
-from mmagent import freeze, storage, text, towers
+from mmagent import defaults, freeze, storage, text, towers
 from mmagent.assembly import load_language
 from mmagent.config import Config, resolve
 from mmagent.order import Order, Position
@@ -99,6 +99,7 @@ def prepare(
     _check_splits(dataset)
     if config.data.labels_per_class is not None:
         dataset = _drawn(dataset, config, folder)
+    config, notes = defaults.settle(config, dataset)
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
     parts = _check_model(config, dataset.tasks)
@@ -122,6 +123,7 @@ def prepare(
         max_bad_rows=int(config.data.max_bad_share * max(steps * config.global_batch, order.rows)),
         golden_source=tuple(dataset.shard_files("validation")),
         parts=parts,
+        notes=tuple(notes),
     )
     return Run(folder, config, dataset, plan)
 

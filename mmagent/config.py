@@ -204,13 +204,14 @@ class PretrainConfig(_Section):
 class FreezeConfig(_Section):
     strategy: str = Field(
         "connector",
-        pattern=r"^(head|connector|top:[1-9]\d*|towers|image_tower|audio_tower|bias|lora:[1-9]\d*|all|gradual)$",
+        pattern=r"^(auto|head|connector|top:[1-9]\d*|towers|image_tower|audio_tower|bias|lora:[1-9]\d*|all|gradual)$",
         description="what trains. head: the heads. connector: also projectors, fusion layers and towers from scratch. "
         "top:K: also the K last layers of the language model. towers: the towers stay as they are, all else trains. "
         "image_tower, audio_tower: connector and the whole of that tower. bias: connector and the language model's "
         "biases (arXiv:2106.10199). lora:R: connector and products of rank R beside the linear layers of the language "
         "model's blocks, merged into them at the end (arXiv:2106.09685). gradual: connector, then the language model "
-        "from its last layer down (arXiv:1801.06146). all: everything",
+        "from its last layer down (arXiv:1801.06146). all: everything. auto: by the data set and the language model's "
+        "size: connector where towers learn to answer, else all, or lora:16 of a large one",
     )
     lora_parts: tuple[Literal["backbone", "image_tower", "audio_tower"], ...] = Field(
         ("backbone",), min_length=1, description="parts that lora:R adapts; a tower among them is a pretrained one"
@@ -257,6 +258,9 @@ class TrainConfig(_Section):
     micro_batch: int = Field(32, gt=0, description="samples of one forward pass on one worker")
     accumulation: int = Field(1, gt=0, description="forward passes before an optimizer step")
     eval_every_steps: int = Field(50, gt=0, description="optimizer steps between validations")
+    eval_every_epochs: float | None = Field(
+        None, gt=0, description="epochs between validations, where that is more than eval_every_steps"
+    )
     eval_rows: int = Field(1024, gt=0, description="validation rows asked each time, the first by seeded order")
     patience: int = Field(0, ge=0, description="validations without a better score before training stops; 0: never")
     task_weights: dict[str, float] = Field({}, description="of a task's loss among several, by its name; 1 where none")

@@ -1,0 +1,101 @@
+"""What a recipe leaves to the data set."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import prepare
+from mmagent import defaults
+from mmagent.config import load, resolve
+from mmagent.shards import Dataset
+
+CHECKOUT = Path(__file__).parent.parent
+Prepared = Callable[..., Dataset]
+
+
+@pytest.fixture
+def prepared(storage: Path) -> Prepared:
+    """``prepared(rows)``: what `jobs.prepare` makes of them, each six times in every split."""
+
+    def made(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+        splits = ("train", "validation", "test")
+        lines = [json.dumps({**row, "split": split}) for split in splits for row in [*rows] * 6]
+        (storage / "rows.jsonl").write_text("\n".join(lines) + "\n")
+        assert prepare.main(["--source", f"jsonl:{storage / 'rows.jsonl'}", "--name", "rows"]) == 0
+        return Dataset.open(storage / "data" / "rows")
+
+    return made
+
+
+def encoded(make_png: Callable[..., bytes]) -> str:
+    return "data:image/png;base64," + base64.b64encode(make_png()).decode()
+
+
+WORDS = [{"text": "a red", "label": "red"}, {"text": "a blue", "label": "blue"}]
+SPANS = [{"text": "a red one", "spans": [{"start": 2, "end": 5, "label": "COLOUR"}]}]
+
+
+def test_towers_come_for_what_the_data_holds(prepared: Prepared, tiny_recipe: dict[str, Any]) -> None:
+    config, notes = defaults.settle(resolve(tiny_recipe, {}), prepared(WORDS))
+    assert config.model.image is None
+    assert config.model.audio is None
+    assert len(notes) == 2
+    assert "no pictures in rows" in notes[0]
+
+
+def test_towers_stay_where_some_row_needs_them(
+    prepared: Prepared, tiny_recipe: dict[str, Any], make_png: Callable[..., bytes]
+) -> None:
+    rows = [*WORDS, {"image": encoded(make_png), "label": "red"}]
+    config, notes = defaults.settle(resolve(tiny_recipe, {"freeze.strategy": "auto"}), prepared(rows))
+    assert config.model.image is not None
+    assert config.model.audio is None
+    assert config.freeze.strategy == "connector"
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize("rows", [WORDS, SPANS], ids=["classify", "tag"])
+def test_text_alone_trains_a_small_language_model_whole(
+    prepared: Prepared, tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]
+) -> None:
+    recipe = resolve(tiny_recipe, {"freeze.strategy": "auto"})
+    dataset = prepared(rows)
+    assert defaults.settle(recipe, dataset)[0].freeze.strategy == "all"
+    monkeypatch.setattr(defaults, "SMALL", 1000)
+    assert defaults.settle(recipe, dataset)[0].freeze.strategy == "lora:16"
+
+
+def test_spans_train_the_language_model_also_beside_pictures(
+    prepared: Prepared, tiny_recipe: dict[str, Any], make_png: Callable[..., bytes]
+) -> None:
+    rows = [{**row, "image": encoded(make_png)} for row in SPANS]
+    config, _ = defaults.settle(resolve(tiny_recipe, {"freeze.strategy": "auto"}), prepared(rows))
+    assert config.freeze.strategy == "all"
+
+
+def test_what_is_said_stays(prepared: Prepared, tiny_recipe: dict[str, Any]) -> None:
+    said = resolve(tiny_recipe, {"freeze.strategy": "head", "model.image": None, "model.audio": None})
+    assert defaults.settle(said, prepared(WORDS)) == (said, [])
+
+
+def test_validations_are_spread_over_epochs(prepared: Prepared, tiny_recipe: dict[str, Any]) -> None:
+    given = {"train.eval_every_epochs": 2, "train.eval_every_steps": 3, "train.micro_batch": 1}
+    dataset = prepared(WORDS)  # 12 rows of training
+    assert defaults.settle(resolve(tiny_recipe, given), dataset)[0].train.eval_every_steps == 24
+    rare = resolve(tiny_recipe, {**given, "train.eval_every_steps": 50})
+    settled = defaults.settle(rare, dataset)[0]
+    assert settled.train.eval_every_steps == 50
+    assert defaults.settle(settled, dataset) == (settled, [])
+
+
+def test_the_recipe_for_own_data_leaves_it_to_the_data() -> None:
+    config = load(CHECKOUT / "jobs" / "recipes" / "small.yaml", [])
+    assert config.freeze.strategy == "auto"
+    assert config.model.image is not None
+    assert config.model.audio is not None
