@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench-freeze: $(STAMP) ## speed, memory and trained share of each way of freezin
 
 bench-pretrain: $(STAMP) ## what plain text gains a task of few labels, before and after: writes runs/bench/pretrain.json
 	@$(PY) -m tests.bench.pretrain
+
+bench-quality: $(STAMP) ## what the default recipe reaches on tasks of several kinds: writes runs/bench/quality.json
+	@$(PY) -m tests.bench.quality
 
 figures: $(STAMP) ## paste the figures of runs/bench/*.json into README.md
 	@$(PY) -m tests.bench.figures

@@ -76,9 +76,10 @@ class Checkpoints:
         return None
 
     def best(self) -> Checkpoint | None:
-        """The whole checkpoint of the best validation score; the newest where none was scored."""
+        """The whole checkpoint of the best validation score, of equal ones that of the lowest loss; the newest where
+        none was scored."""
         found = [checkpoint for path in sorted(self._folder.glob("step_*")) if (checkpoint := _read(path))]
-        return max(found, key=lambda checkpoint: (checkpoint.loop["score"], checkpoint.step), default=None)
+        return max(found, key=lambda each: (each.loop["score"], -each.loop["loss"], each.step), default=None)
 
     def _agree(self, fault: str) -> None:
         if not self._barrier(not fault):

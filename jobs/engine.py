@@ -92,7 +92,7 @@ def optimizer_of(groups: list[dict[str, Any]], config: Config) -> torch.optim.Op
     if config.optim.name == "sgd":
         made = SGD(groups, config.optim.momentum)
     else:
-        made = torch.optim.AdamW(groups, betas=config.optim.betas)
+        made = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)  # one pass over memory, not ten
     made.register_step_pre_hook(_skip_closed)
     return made
 

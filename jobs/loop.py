@@ -31,6 +31,8 @@ from mmagent.order import Order, Position
 from mmagent.targets import TaskInfo
 
 UNSCORED = -1e30  # below any score; JSON has no infinity
+WORST_LOSS = 1e30
+PERFECT = 1.0  # no score is higher
 STOP_FILE = "stop"  # in the run's folder: the loop saves and ends at the next step
 _LOG_EVERY_S = 5.0
 
@@ -113,8 +115,10 @@ class State:
     step: int = 0
     position: Position = field(default_factory=Position)
     score: float = UNSCORED  # of the last validation
+    loss: float = WORST_LOSS  # of the last validation
     best_score: float = UNSCORED
     best_step: int = 0
+    best_loss: float = WORST_LOSS
     gained_score: float = UNSCORED  # the last that was better by `train.min_gain`
     unimproved: int = 0
     bad_rows: int = 0
@@ -191,7 +195,7 @@ def train(group: Group, plan: Plan) -> None:
             )
         if due:
             score, metrics = learner.validate(engine, validation_rows, group)
-            note(state, score, config.train.min_gain)
+            note(state, score, metrics["loss"], config.train.min_gain)
             told = {"main": learner.main, "score": score, **metrics}
             log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **told})
         if due or stopping:
@@ -254,12 +258,18 @@ class Feed:
                 return
 
 
-def note(state: State, score: float, min_gain: float) -> None:
-    """Takes a validation's score into the state; what is better by less than `min_gain` is the best, but no gain."""
-    state.score = score
-    if score > state.best_score:
-        state.best_score, state.best_step = score, state.step
-    if score > state.gained_score + min_gain:
+def note(state: State, score: float, loss: float, min_gain: float) -> None:
+    """Takes a validation's score into the state; what is better by less than `min_gain` is the best, but no gain.
+
+    On few validation rows many steps share the best score: of those a lower loss goes on as a gain, so that a run whose
+    learning rate is still high is not taken for one that has learnt all it can. Not where every answer is right: a loss
+    falls for long after that.
+    """
+    state.score, state.loss = score, loss
+    surer = score == state.best_score and loss < state.best_loss
+    if score > state.best_score or surer:
+        state.best_score, state.best_step, state.best_loss = score, state.step, loss
+    if score > state.gained_score + min_gain or (surer and not min_gain and score < PERFECT):
         state.gained_score, state.unimproved = score, 0
     else:
         state.unimproved += 1

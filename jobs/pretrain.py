@@ -84,17 +84,17 @@ def prepare(config: Config, folder: Path, origin: Dataset | Source, name: str) -
     from jobs.alignment import Aligned
     from jobs.language import SEAL, Language
     from jobs.loop import Plan
-    from mmagent import text, towers
+    from mmagent import defaults, text, towers
 
     aligned = config.pretrain.objective == "align"
-    if config.freeze.strategy == "auto":
-        config = configs.override(config, {"freeze.strategy": "connector" if aligned else "all"})
+    config = defaults.settle_unlabelled(config, aligned=aligned)
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
     parts = _check_model(config, aligned=aligned)
     run.hold(config, folder)
     dataset = _corpus(config, folder, origin, name, aligned=aligned)
     order = run.training_order(dataset, config)
+    assert config.train.epochs != "auto"
     steps = max(order.steps(config.train.epochs, config.global_batch), config.train.min_steps)
     plan = Plan(
         learner=Aligned if aligned else Language,

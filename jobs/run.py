@@ -105,6 +105,7 @@ def prepare(
     parts = _check_model(config, dataset.tasks)
     hold(config, folder)
     order = training_order(dataset, config)
+    assert config.train.epochs != "auto"
     steps = max(order.steps(config.train.epochs, config.global_batch), config.train.min_steps)
     plan = Plan(
         learner=Supervised,

@@ -1,5 +1,5 @@
-"""What a recipe leaves to the data set: towers that nothing would come to, what trains where that is `auto`, and how
-often to validate. Settled once, before a run begins; what was settled stands in the run's config."""
+"""What a recipe leaves to the data set: towers that nothing would come to, where they join, what trains, for how long,
+and how often to validate. Settled once, before a run begins; what was settled stands in the run's config."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from mmagent.targets import kind
 
 SMALL = 200_000_000  # parameters of a language model that trains as a whole on one machine
 _LORA = "lora:16"
+_OUTSIDE = ("head", "connector", "image_tower", "audio_tower")  # strategies that leave the language model as it is
+_SCRATCH = {"samples": 200_000, "fewest": 4, "most": 40}  # of training in all; passes
+_PRETRAINED = {"samples": 64_000, "fewest": 3, "most": 20}
+_UNLABELLED_EPOCHS = 3
 _OF_WORDS = ("tag", "relate", "extract", "match", "generate")  # the answer is about single words, not the gist
 
 
@@ -31,15 +35,53 @@ def settle(config: Config, dataset: Dataset) -> tuple[Config, list[str]]:
         if tower is not None and name not in there:
             found[f"model.{name}"] = None
             notes.append(f"no {words} in {dataset.name}: model.{name}=null")
-    towers = [n for n, t in (("image", config.model.image), ("audio", config.model.audio)) if t and n in there]
-    if config.freeze.strategy == "auto":
-        found["freeze.strategy"], why = _strategy(config, dataset, towers=bool(towers))
-        notes.append(f"freeze.strategy={found['freeze.strategy']}: {why}")
+    towers = [t for n, t in (("image", config.model.image), ("audio", config.model.audio)) if t and n in there]
+    strategy = config.freeze.strategy
+    if strategy == "auto":
+        strategy, why = _strategy(config, dataset, towers=bool(towers))
+        found["freeze.strategy"] = strategy
+        notes.append(f"freeze.strategy={strategy}: {why}")
+    if config.model.join == "auto":
+        found["model.join"], why = _join(dataset, towers=bool(towers), learns=strategy not in _OUTSIDE)
+        notes.append(f"model.join={found['model.join']}: {why}")
+    if config.train.epochs == "auto":
+        scratch = any(tower.checkpoint is None for tower in towers)
+        found["train.epochs"], why = _epochs(round(dataset.rows("train") * config.data.share), scratch=scratch)
+        notes.append(f"train.epochs={found['train.epochs']:g}: {why}")
     if config.train.eval_every_epochs is not None:
         epoch = dataset.rows("train") * config.data.share / config.global_batch
         steps = max(config.train.eval_every_steps, round(config.train.eval_every_epochs * epoch))
         found |= {"train.eval_every_steps": steps, "train.eval_every_epochs": None}
     return (override(config, found) if found else config), notes
+
+
+def settle_unlabelled(config: Config, *, aligned: bool) -> Config:
+    """The config of a run without labels: of towers (aligned) or of the language model itself."""
+    found: dict[str, Any] = {}
+    if config.freeze.strategy == "auto":
+        found["freeze.strategy"] = "connector" if aligned else "all"
+    if config.model.join == "auto":
+        found["model.join"] = "output"
+    if config.train.epochs == "auto":
+        found["train.epochs"] = _UNLABELLED_EPOCHS
+    return override(config, found) if found else config
+
+
+def _join(dataset: Dataset, *, towers: bool, learns: bool) -> tuple[str, str]:
+    """Where towers join, and why. Layers from scratch between a language model that learns and the head gain nothing;
+    behind a frozen one they do, and its states can be kept."""
+    if any(kind(task) == "generate" for task in dataset.tasks):
+        return "input", "the language model writes"
+    if not towers and learns:
+        return "input", "the head reads the language model's own states"
+    return "output", "fusion layers learn over the language model's states"
+
+
+def _epochs(rows: int, *, scratch: bool) -> tuple[float, str]:
+    """How many passes, and why: what begins without knowledge wants more samples, few rows want more passes."""
+    samples, fewest, most = (_SCRATCH if scratch else _PRETRAINED).values()
+    why = "towers learn from scratch" if scratch else "what learns was pretrained"
+    return round(min(most, max(fewest, samples / max(1, rows))), 1), f"{rows:,} rows, {why}"
 
 
 def _modalities(dataset: Dataset) -> set[str]:

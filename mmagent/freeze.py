@@ -197,6 +197,18 @@ def show(parts: tuple[Part, ...]) -> str:
     return "\n".join(lines)
 
 
+_WIDTH = 384  # of a language model that learns at a fifth of the head's rate
+
+
+def _by_width(model: Trained, config: Config) -> float:
+    """Wider matrices want smaller steps (as the rates that BERT's and larger models' papers give: arXiv:1810.04805,
+    appendix A.3, arXiv:1907.11692, table 10); products of small rank and biases do not."""
+    small = config.freeze.strategy.startswith("lora") or config.freeze.strategy == "bias"
+    if small or model.backbone is None:
+        return 1.0
+    return min(1.0, _WIDTH / model.backbone.width) ** 2
+
+
 def groups(model: Trained, config: Config) -> list[dict[str, Any]]:
     """The trained parameters as optimizer groups: for each part (backbone, towers, rest) its learning rate, lower by
     `optim.layer_decay` with each layer of the language model below the last, and weight decay on matrices only.
@@ -206,7 +218,7 @@ def groups(model: Trained, config: Config) -> list[dict[str, Any]]:
     """
     optim = config.optim
     rates = {
-        "backbone": optim.lr_backbone or optim.lr / 20,
+        "backbone": optim.lr_backbone or optim.lr / 5 * _by_width(model, config),
         "towers": optim.lr_towers or optim.lr,
         "rest": optim.lr,
     }

@@ -18,8 +18,8 @@ from jobs.checkpoint import MARKER, CheckpointError, Checkpoints
 Loop = dict[str, Any]
 
 
-def loop(step: int, score: float = 0.0) -> Loop:
-    return {"step": step, "score": score, "position": {"epoch": 0, "window": 0, "row": step}}
+def loop(step: int, score: float = 0.0, loss: float = 1.0) -> Loop:
+    return {"step": step, "score": score, "loss": loss, "position": {"epoch": 0, "window": 0, "row": step}}
 
 
 def writer(content: str = "weights", size: int = 1) -> Callable[[Path], None]:
@@ -96,6 +96,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert best is not None
     assert latest is not None
     assert (best.step, latest.step) == (2, 5)
+
+
+def test_of_equal_scores_the_lowest_loss_is_the_best(tmp_path: Path) -> None:
+    checkpoints = alone(tmp_path, keep_last=1)
+    for step, loss in ((1, 0.5), (2, 0.2), (3, 0.4)):
+        checkpoints.save(writer(), loop(step, 0.9, loss))
+    assert steps(tmp_path) == [2, 3]
+    best = checkpoints.best()
+    assert best is not None
+    assert best.step == 2
 
 
 def test_the_same_step_saved_again_replaces_it(tmp_path: Path) -> None:

@@ -79,6 +79,48 @@ def test_spans_train_the_language_model_also_beside_pictures(
     assert config.freeze.strategy == "all"
 
 
+@pytest.mark.parametrize(
+    ("strategy", "join"), [("all", "input"), ("lora:4", "input"), ("connector", "output"), ("auto", "input")]
+)
+def test_words_alone_are_read_by_the_head_where_the_language_model_learns(
+    prepared: Prepared, tiny_recipe: dict[str, Any], strategy: str, join: str
+) -> None:
+    recipe = resolve(tiny_recipe, {"freeze.strategy": strategy, "model.join": "auto"})
+    assert defaults.settle(recipe, prepared(WORDS))[0].model.join == join
+
+
+def test_what_writes_joins_at_the_input(prepared: Prepared, tiny_recipe: dict[str, Any]) -> None:
+    rows = [{"task": "generate", "text": "a red", "answer": "un rouge"}]
+    recipe = resolve(tiny_recipe, {"freeze.strategy": "connector", "model.join": "auto"})
+    assert defaults.settle(recipe, prepared(rows))[0].model.join == "input"
+
+
+@pytest.mark.parametrize(
+    ("rows", "scratch", "epochs"),
+    [(50, True, 40), (10_000, True, 20), (10**6, True, 4), (50, False, 20), (10_000, False, 6.4), (10**6, False, 3)],
+)
+def test_fewer_rows_want_more_passes(rows: int, scratch: bool, epochs: float) -> None:
+    assert defaults._epochs(rows, scratch=scratch)[0] == epochs
+
+
+def test_passes_are_those_of_the_rows_that_train(
+    prepared: Prepared, tiny_recipe: dict[str, Any], make_png: Callable[..., bytes]
+) -> None:
+    rows = [*WORDS, {"image": encoded(make_png), "label": "red"}]
+    dataset = prepared(rows)
+    recipe = resolve(tiny_recipe, {"train.epochs": "auto"})
+    assert defaults.settle(recipe, dataset)[0].train.epochs == 40
+    assert defaults.settle(resolve(tiny_recipe, {"train.epochs": 2.5}), dataset)[0].train.epochs == 2.5
+
+
+@pytest.mark.parametrize(("aligned", "strategy"), [(True, "connector"), (False, "all")])
+def test_without_labels_what_is_auto_is_settled_too(tiny_recipe: dict[str, Any], aligned: bool, strategy: str) -> None:
+    given = {"freeze.strategy": "auto", "model.join": "auto", "train.epochs": "auto"}
+    config = defaults.settle_unlabelled(resolve(tiny_recipe, given), aligned=aligned)
+    assert (config.freeze.strategy, config.model.join, config.train.epochs) == (strategy, "output", 3)
+    assert defaults.settle_unlabelled(config, aligned=aligned) == config
+
+
 def test_what_is_said_stays(prepared: Prepared, tiny_recipe: dict[str, Any]) -> None:
     said = resolve(tiny_recipe, {"freeze.strategy": "head", "model.image": None, "model.audio": None})
     assert defaults.settle(said, prepared(WORDS)) == (said, [])

@@ -214,6 +214,13 @@ def test_the_clipped_gradient_has_the_norm_asked_for(make: Make, batches: Callab
 # ---------------------------------------------------------------------------------------------- ZeRO
 
 CASES: dict[str, dict[str, Any]] = {
+    "stage 0": {"zero.stage": 0},
+    "stage 0, LoRA, clipped": {
+        "zero.stage": 0,
+        "freeze.strategy": "lora:2",
+        "optim.lr_backbone": 0.01,
+        "optim.clip_norm": 0.05,
+    },
     "stage 1": {"zero.stage": 1},
     "stage 1, bf16": {"zero.stage": 1, "train.precision": "bf16"},
     "stage 3": {"zero.stage": 3},

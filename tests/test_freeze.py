@@ -261,7 +261,7 @@ def test_the_groups_hold_each_trained_parameter_once(make: Make, strategy: str) 
 @pytest.mark.parametrize(
     ("given", "rates"),
     [
-        ({}, {"backbone": 0.1 / 20, "towers": 0.1, "rest": 0.1}),
+        ({}, {"backbone": 0.1 / 5, "towers": 0.1, "rest": 0.1}),
         (
             {"optim.lr_backbone": 0.002, "optim.lr_towers": 0.3},
             {"backbone": 0.002, "towers": 0.3, "rest": 0.1},

@@ -1,0 +1,199 @@
+"""How good the default recipe is on tasks of several kinds, through the documented commands alone.
+
+    make bench-quality          (python -m tests.bench.quality [--only KIND.MODALITY] [key.path=value ...]; SCALE=small)
+
+For each task `jobs.prepare`, `jobs.train` with jobs/recipes/small.yaml and `jobs.evaluate`. Beside the main metric
+stand a reference measured here, and what the same commands reach where training's answers are shuffled among its rows:
+no better than chance, or the test would leak.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+
+from jobs import cluster, evaluate, prepare, train
+from jobs.speech import Clip, render
+from mmagent import storage
+from mmagent.arguments import Parser
+from mmagent.measurement import Row, publish, table
+from tests.bench import templates
+
+CHECKOUT = Path(__file__).parents[2]
+RECIPE = CHECKOUT / "jobs/recipes/small.yaml"
+SMALL = os.environ.get("SCALE") == "small"
+SHUFFLED = "shuffled"
+_ANSWERS = ("label", "spans", "answers")  # columns of a row that are its answer
+
+
+class Case(NamedTuple):
+    """A task on a modality: its rows, the metric that counts, what is reached without learning, and a reference."""
+
+    rows: list[dict[str, Any]]
+    metric: str
+    chance: float  # percent
+    reference: float | None  # percent
+    what: str
+    goal: str | None
+
+
+def _templates(kind: str, metric: str) -> Case:
+    rows = list(templates.rows(kind, 60 if SMALL else 3000))
+    chance = _commonest(rows) if kind == "relate" else 0.0
+    return Case(rows, metric, chance, None, f"{kind}: sentences of forms, names and test's forms held out", ">= 95.0")
+
+
+def _pictures() -> Case:
+    """The handwritten digits of scikit-learn, against its own support vectors on the pixels."""
+    found = load_digits()
+    pixels, labels = found.images, found.target
+    order = np.random.default_rng(0).permutation(len(labels))[: 200 if SMALL else None]
+    train, test = order[: int(len(order) * 0.7)], order[int(len(order) * 0.8) :]
+    flat = pixels.reshape(len(pixels), -1)
+    reference = SVC(gamma=0.001).fit(flat[train], labels[train]).score(flat[test], labels[test])
+    rows = [
+        {"image": _uri("image/png", _png(pixels[index])), "label": f"digit {labels[index]}", "split": split}
+        for split, part in (("train", train), ("validation", order[len(train) : -len(test)]), ("test", test))
+        for index in part
+    ]
+    what = "classify: handwritten digits of scikit-learn, towers from scratch; reference: an RBF SVM on the pixels"
+    return Case(rows, "accuracy", _commonest(rows), 100 * reference, what, ">= 97.0")
+
+
+def _sounds() -> Case:
+    """Spoken digits: synthetic voices, some heard in the test alone."""
+    words = "zero one two three four five six seven eight nine".split()
+    voices = [f"{accent}+{voice}" for accent in ("en-us", "en-gb-scotland", "en-gb-x-rp") for voice in _VOICES]
+    clips = {
+        (word, voice, index): Clip(word, voice, 120 + 25 * index, 30 + 12 * index)
+        for word in words
+        for voice in (voices[:6] if SMALL else voices)
+        for index in range(1 if SMALL else 4)
+    }
+    encoded = dict(render(clips.values(), workers=2))
+    rng = random.Random(0)
+    rows = []
+    for (word, voice, _), clip in clips.items():
+        split = "test" if voice.endswith(("+f5", "+m7")) else "validation" if rng.random() < 0.1 else "train"
+        rows.append({"audio": _uri("audio/flac", encoded[clip]), "label": word, "split": split})
+    what = "classify: digits spoken by synthetic voices, those of the test never heard in training"
+    return Case(rows, "accuracy", _commonest(rows), None, what, ">= 95.0")
+
+
+_VOICES = ("f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m7", "klatt2", "Andrea", "Mario", "linda")
+CASES: dict[str, Callable[[], Case]] = {
+    "tag.text": lambda: _templates("tag", "micro_f1"),
+    "relate.text": lambda: _templates("relate", "micro_f1"),
+    "extract.text": lambda: _templates("extract", "f1"),
+    "classify.image": _pictures,
+    "classify.audio": _sounds,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("tests.bench.quality", __doc__)
+    parser.add_argument("--only", action="append", choices=list(CASES), help="this task alone; may be repeated")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the recipe")
+    args = parser.parse_args(argv)
+    found, new = cluster.ensure(cluster.record())
+    rows: list[Row] = []
+    try:
+        for name in args.only or CASES:
+            rows += _measure(name, CASES[name](), args.overrides)
+            print(table(rows), flush=True)
+    finally:
+        if new:
+            cluster.stop(found)
+            cluster.record().unlink(missing_ok=True)
+    publish("quality", rows, CHECKOUT)
+    return 0
+
+
+def _measure(name: str, case: Case, overrides: Sequence[str]) -> Iterator[Row]:
+    learned = _reached(case.rows, case.metric, overrides)
+    guessed = _reached(list(_shuffled(case.rows)), case.metric, overrides)
+    yield Row(f"quality.{name}", learned, "%", f"{case.metric}, {case.what}", case.goal)
+    if case.reference is not None:
+        yield Row(f"quality.{name}.reference", case.reference, "%", f"{case.metric} of the reference")
+    limit = f"<= {case.chance + 5:.1f}"
+    yield Row(f"quality.{name}.{SHUFFLED}", guessed, "%", f"{case.metric} after answers shuffled in training", limit)
+
+
+def _reached(rows: Sequence[dict[str, Any]], metric: str, overrides: Sequence[str]) -> float:
+    """The metric on the test split, percent, after the three commands."""
+    with tempfile.TemporaryDirectory(prefix="mmagent-quality-") as place:
+        name, file = Path(place).name, Path(place) / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        try:
+            if (
+                prepare.main(["--source", f"jsonl:{file}", "--name", name])
+                or train.main(["--config", str(RECIPE), "--name", name, f"data.name={name}", *overrides])
+                or evaluate.main(["--bundle", name, "--data", name, "--out", f"eval/{name}"])
+            ):
+                raise SystemExit(2)
+            found = json.loads((storage.resolve(f"eval/{name}") / "evaluation.json").read_text())
+            return 100 * float(found["metrics"][metric]["value"])
+        finally:
+            for kind in ("data", "runs", "eval"):
+                shutil.rmtree(storage.root() / kind / name, ignore_errors=True)
+
+
+def _shuffled(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Training and validation with answers of other rows; spans of a text that is too short for them are cut to it."""
+    rng = random.Random(0)
+    known = [row for row in rows if row["split"] != "test"]
+    answers = [{key: row[key] for key in _ANSWERS if key in row} for row in known]
+    rng.shuffle(answers)
+    for row, answer in zip(known, answers, strict=True):
+        yield {**row, **answer, **_fitted(row, answer)}
+    yield from (row for row in rows if row["split"] == "test")
+
+
+def _fitted(row: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """Spans and answers of another text, as places of this one."""
+    out: dict[str, Any] = {}
+    if "spans" in answer:
+        out["spans"] = [span for span in answer["spans"] if span["end"] <= len(row["text"])]
+    if answer.get("answers"):
+        [given] = answer["answers"]
+        start = min(given["answer_start"], len(row["context"]) - 1)
+        text = row["context"][start : start + len(given["text"])]
+        shift = len(text) - len(text.lstrip())
+        out["answers"] = [{"text": text.strip(), "answer_start": start + shift}]
+    return out
+
+
+def _commonest(rows: Sequence[dict[str, Any]]) -> float:
+    """The share of the commonest label in the test, percent."""
+    counted = Counter(row["label"] for row in rows if row["split"] == "test")
+    return 100 * max(counted.values()) / counted.total()
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """(8, 8) of 0 to 16 -> an encoded picture of 64 x 64."""
+    file = io.BytesIO()
+    Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
+
+
+def _uri(mime: str, data: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
