@@ -352,7 +352,7 @@ def resolve(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError("\n".join(dict.fromkeys(_explain(item) for item in _merged(error.errors())))) from error
 
 
 def override(config: Config, sample: Mapping[str, Any]) -> Config:
@@ -404,8 +404,23 @@ def unknown(dotted: str) -> str:
     return f"unknown key {dotted!r}: did you mean {near[0]!r}? `python -m jobs.train --help` lists all keys"
 
 
+def _merged(items: Iterable[Any]) -> list[dict[str, Any]]:
+    """One complaint for each value: of a field that takes several kinds, pydantic gives one for each kind."""
+    known, out = keys(), {}
+    for item in items:
+        parts = [str(part) for part in item["loc"]]
+        dotted = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in known), None)
+        whole = ".".join(parts) if item["type"] == "extra_forbidden" or dotted is None else dotted
+        place = (whole, item["type"] in ("extra_forbidden", "missing"))
+        if place in out:
+            out[place]["msg"] += f"; or: {item['msg']}"
+        else:
+            out[place] = {**item, "dotted": whole}
+    return list(out.values())
+
+
 def _explain(item: Any) -> str:
-    dotted = ".".join(str(part) for part in item["loc"])
+    dotted = item["dotted"]
     if item["type"] == "extra_forbidden":
         return unknown(dotted)
     if item["type"] == "missing":

@@ -43,7 +43,7 @@ def prepare(tiny_recipe: dict[str, Any], dataset: Dataset) -> Prepare:
 def begun(prepared: run.Run) -> None:
     """As if it had trained up to step 3."""
     folder = prepared.folder / "checkpoints"
-    state = {"step": 3, "score": 0.5, "position": {"epoch": 0, "window": 0, "row": 24}}
+    state = {"step": 3, "score": 0.5, "loss": 1.0, "position": {"epoch": 0, "window": 0, "row": 24}}
     Checkpoints(folder, rank=0, barrier=bool, keep_last=1).save(lambda path: (path / "part").touch(), state)
 
 
