@@ -406,7 +406,8 @@ def unknown(dotted: str) -> str:
 
 def _merged(items: Iterable[Any]) -> list[dict[str, Any]]:
     """One complaint for each value: of a field that takes several kinds, pydantic gives one for each kind."""
-    known, out = keys(), {}
+    known = keys()
+    out: dict[tuple[str, bool], dict[str, Any]] = {}
     for item in items:
         parts = [str(part) for part in item["loc"]]
         dotted = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in known), None)
