@@ -105,7 +105,6 @@ class Plan:
     task: str  # the one that a request means which names none
     golden_source: tuple[Path, ...]  # shards of the validation split
     parts: tuple[freeze.Part, ...]  # trained and total parameters
-    notes: tuple[str, ...] = ()  # what the recipe left to the data set (see `mmagent.defaults`)
 
 
 @dataclass(slots=True)

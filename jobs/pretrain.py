@@ -94,8 +94,7 @@ def prepare(config: Config, folder: Path, origin: Dataset | Source, name: str) -
     run.hold(config, folder)
     dataset = _corpus(config, folder, origin, name, aligned=aligned)
     order = run.training_order(dataset, config)
-    assert config.train.epochs != "auto"
-    steps = max(order.steps(config.train.epochs, config.global_batch), config.train.min_steps)
+    steps = run.total_steps(order, config)
     plan = Plan(
         learner=Aligned if aligned else Language,
         root=storage.root(),

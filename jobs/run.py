@@ -41,6 +41,7 @@ class Run:
     config: Config
     dataset: Dataset
     plan: Plan
+    notes: tuple[str, ...] = ()  # what the recipe left to the data set (see `mmagent.defaults`)
 
     @property
     def name(self) -> str:
@@ -105,8 +106,7 @@ def prepare(
     parts = _check_model(config, dataset.tasks)
     hold(config, folder)
     order = training_order(dataset, config)
-    assert config.train.epochs != "auto"
-    steps = max(order.steps(config.train.epochs, config.global_batch), config.train.min_steps)
+    steps = total_steps(order, config)
     plan = Plan(
         learner=Supervised,
         root=storage.root(),
@@ -124,15 +124,20 @@ def prepare(
         max_bad_rows=int(config.data.max_bad_share * max(steps * config.global_batch, order.rows)),
         golden_source=tuple(dataset.shard_files("validation")),
         parts=parts,
-        notes=tuple(notes),
     )
-    return Run(folder, config, dataset, plan)
+    return Run(folder, config, dataset, plan, tuple(notes))
 
 
 def training_order(dataset: Dataset, config: Config) -> Order:
     """The order of a training split; its windows are whole batches."""
     window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
     return stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share)
+
+
+def total_steps(order: Order, config: Config) -> int:
+    """The optimizer steps of a settled config's passes over its training split, or the fewest that it allows."""
+    assert config.train.epochs != "auto"
+    return max(order.steps(config.train.epochs, config.global_batch), config.train.min_steps)
 
 
 def _checkpoints(folder: Path) -> Checkpoints:

@@ -70,7 +70,7 @@ def tell(work: Run) -> None:
         f"{config.train.accumulation}), ZeRO {config.zero.stage}" + (f"; goes on at step {step}" if step else ""),
         flush=True,
     )
-    for line in plan.notes:
+    for line in work.notes:
         print(line, flush=True)
     print(f"freeze.strategy={config.freeze.strategy}\n{freeze.show(plan.parts)}", flush=True)
 

@@ -407,16 +407,15 @@ def unknown(dotted: str) -> str:
 def _merged(items: Iterable[Any]) -> list[dict[str, Any]]:
     """One complaint for each value: of a field that takes several kinds, pydantic gives one for each kind."""
     known = keys()
-    out: dict[tuple[str, bool], dict[str, Any]] = {}
+    out: dict[str, dict[str, Any]] = {}
     for item in items:
-        parts = [str(part) for part in item["loc"]]
-        dotted = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in known), None)
-        whole = ".".join(parts) if item["type"] == "extra_forbidden" or dotted is None else dotted
-        place = (whole, item["type"] in ("extra_forbidden", "missing"))
-        if place in out:
-            out[place]["msg"] += f"; or: {item['msg']}"
+        dotted = ".".join(str(part) for part in item["loc"])
+        if item["type"] != "extra_forbidden":  # behind the key stands which of its kinds was tried
+            dotted = next((key for key in known if f"{dotted}.".startswith(f"{key}.")), dotted)
+        if dotted in out:
+            out[dotted]["msg"] += f"; or: {item['msg']}"
         else:
-            out[place] = {**item, "dotted": whole}
+            out[dotted] = {**item, "dotted": dotted}
     return list(out.values())
 
 

@@ -4,11 +4,11 @@ and how often to validate. Settled once, before a run begins; what was settled s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from mmagent import pretrained
+from mmagent import text
 from mmagent.config import Config, override
 from mmagent.shards import Dataset
 from mmagent.targets import kind
@@ -16,10 +16,20 @@ from mmagent.targets import kind
 SMALL = 200_000_000  # parameters of a language model that trains as a whole on one machine
 _LORA = "lora:16"
 _OUTSIDE = ("head", "connector", "image_tower", "audio_tower")  # strategies that leave the language model as it is
-_SCRATCH = {"samples": 200_000, "fewest": 4, "most": 40}  # of training in all; passes
-_PRETRAINED = {"samples": 64_000, "fewest": 3, "most": 20}
 _UNLABELLED_EPOCHS = 3
 _OF_WORDS = ("tag", "relate", "extract", "match", "generate")  # the answer is about single words, not the gist
+
+
+class _Passes(NamedTuple):
+    """How long what learns wants to be shown samples."""
+
+    samples: int  # in all
+    fewest: int
+    most: int
+
+
+_SCRATCH = _Passes(samples=200_000, fewest=4, most=40)
+_PRETRAINED = _Passes(samples=64_000, fewest=3, most=20)
 
 
 def settle(config: Config, dataset: Dataset) -> tuple[Config, list[str]]:
@@ -31,11 +41,15 @@ def settle(config: Config, dataset: Dataset) -> tuple[Config, list[str]]:
     found: dict[str, Any] = {}
     notes = []
     there = _modalities(dataset)
+    towers = []
     for name, tower, words in (("image", config.model.image, "pictures"), ("audio", config.model.audio, "sound")):
-        if tower is not None and name not in there:
+        if tower is None:
+            continue
+        if name in there:
+            towers.append(tower)
+        else:
             found[f"model.{name}"] = None
             notes.append(f"no {words} in {dataset.name}: model.{name}=null")
-    towers = [t for n, t in (("image", config.model.image), ("audio", config.model.audio)) if t and n in there]
     strategy = config.freeze.strategy
     if strategy == "auto":
         strategy, why = _strategy(config, dataset, towers=bool(towers))
@@ -79,7 +93,7 @@ def _join(dataset: Dataset, *, towers: bool, learns: bool) -> tuple[str, str]:
 
 def _epochs(rows: int, *, scratch: bool) -> tuple[float, str]:
     """How many passes, and why: what begins without knowledge wants more samples, few rows want more passes."""
-    samples, fewest, most = (_SCRATCH if scratch else _PRETRAINED).values()
+    samples, fewest, most = _SCRATCH if scratch else _PRETRAINED
     why = "towers learn from scratch" if scratch else "what learns was pretrained"
     return round(min(most, max(fewest, samples / max(1, rows))), 1), f"{rows:,} rows, {why}"
 
@@ -96,7 +110,7 @@ def _strategy(config: Config, dataset: Dataset, *, towers: bool) -> tuple[str, s
     """What trains, and why: a frozen language model's states can be kept, which makes training with towers fast; where
     the answer lies in the words, they have to learn."""
     words = sorted({kind(task) for task in dataset.tasks} & set(_OF_WORDS))
-    if towers and not words and config.model.join == "output":
+    if towers and not words and config.model.join != "input":
         return "connector", "towers learn, the language model's states are kept"
     size = _size(config.model.backbone)
     why = f"{' and '.join(words)} ask for single words" if words else "all there is to learn from is text"
@@ -108,9 +122,6 @@ def _strategy(config: Config, dataset: Dataset, *, towers: bool) -> tuple[str, s
 
 
 def _size(backbone: str) -> int:
-    from transformers import AutoModel
-
-    config = pretrained.config_of(backbone, "model.backbone")
-    with torch.device("meta"), pretrained.quietly():
-        model = AutoModel.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    with torch.device("meta"):
+        encoder = text.load_encoder(backbone, weights=False)
+    return sum(parameter.numel() for parameter in encoder.parameters())

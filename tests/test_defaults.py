@@ -49,15 +49,18 @@ def test_towers_come_for_what_the_data_holds(prepared: Prepared, tiny_recipe: di
     assert "no pictures in rows" in notes[0]
 
 
+@pytest.mark.parametrize("join", ["auto", "output"])
 def test_towers_stay_where_some_row_needs_them(
-    prepared: Prepared, tiny_recipe: dict[str, Any], make_png: Callable[..., bytes]
+    prepared: Prepared, tiny_recipe: dict[str, Any], make_png: Callable[..., bytes], join: str
 ) -> None:
     rows = [*WORDS, {"image": encoded(make_png), "label": "red"}]
-    config, notes = defaults.settle(resolve(tiny_recipe, {"freeze.strategy": "auto"}), prepared(rows))
+    recipe = resolve(tiny_recipe, {"freeze.strategy": "auto", "model.join": join})
+    config, notes = defaults.settle(recipe, prepared(rows))
     assert config.model.image is not None
     assert config.model.audio is None
     assert config.freeze.strategy == "connector"
-    assert len(notes) == 2
+    assert config.model.join == "output"
+    assert len(notes) == (3 if join == "auto" else 2)
 
 
 @pytest.mark.parametrize("rows", [WORDS, SPANS], ids=["classify", "tag"])

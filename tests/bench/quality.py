@@ -55,7 +55,7 @@ class Case(NamedTuple):
 def _templates(kind: str, metric: str) -> Case:
     rows = list(templates.rows(kind, 60 if SMALL else 3000))
     chance = _commonest(rows) if kind == "relate" else 0.0
-    return Case(rows, metric, chance, None, f"{kind}: sentences of forms, names and test's forms held out", ">= 95.0")
+    return Case(rows, metric, chance, None, f"{kind}: sentences of forms; test's names never seen", ">= 95.0")
 
 
 def _pictures() -> Case:

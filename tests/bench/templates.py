@@ -1,4 +1,5 @@
-"""Labelled rows made from sentence forms, for measurements: names and forms of the test split never occur in training.
+"""Labelled rows made from sentence forms, for measurements: names of the test split never occur in training, nor, but
+for questions, its forms.
 
 Entities, relations and answers are known because each sentence is put together from them.
 """
@@ -79,11 +80,11 @@ _FACTS = (
     ("maker", "The {thing} was made by {answer}.", None),
 )
 _QUESTIONS = {
-    "colour": (("What colour is the {thing}?", "which colour does the {thing} have"), ("how is the {thing} painted?",)),
-    "price": (("How much is the {thing}?", "what does the {thing} cost"), ("what is the price of the {thing}?",)),
-    "place": (("Where is the {thing}?", "where does the {thing} stand"), ("in which place is the {thing}?",)),
-    "owner": (("Whose is the {thing}?", "who owns the {thing}"), ("to whom does the {thing} belong?",)),
-    "maker": (("Who made the {thing}?", "who built the {thing}"), ("by whom was the {thing} made?",)),
+    "colour": ("What colour is the {thing}?", "which colour does the {thing} have", "how is the {thing} painted?"),
+    "price": ("How much is the {thing}?", "what does the {thing} cost", "what is the price of the {thing}?"),
+    "place": ("Where is the {thing}?", "where does the {thing} stand", "in which place is the {thing}?"),
+    "owner": ("Whose is the {thing}?", "who owns the {thing}", "to whom does the {thing} belong?"),
+    "maker": ("Who made the {thing}?", "who built the {thing}", "by whom was the {thing} made?"),
 }
 _THINGS = (
     ("lathe", "press", "crane", "kiln", "saw", "pump", "loom", "oven"),
@@ -142,7 +143,7 @@ def _extract(rng: random.Random, held: int) -> Row:
     rng.shuffle(facts)
     untold = [(thing, name) for thing in things for name, _, _ in _FACTS if (thing, name) not in told]
     asked = rng.choice(untold if rng.random() < 0.2 else facts)
-    question = rng.choice(_QUESTIONS[asked[1]][held]).format(thing=asked[0])
+    question = rng.choice(_QUESTIONS[asked[1]]).format(thing=asked[0])
     context, start = "", -1
     for fact in facts:
         sentence, answer = told[fact]
