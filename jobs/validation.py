@@ -74,18 +74,9 @@ def calibrations(tasks: Mapping[str, Task], answered: Sequence[Answered]) -> dic
     """What makes each task's confidence mean what it says."""
     found = {}
     for name, task in tasks.items():
-        mine = [item for item in answered if item.task == name]
-        golds = [task.gold(item.record) for item in mine]
-        known = [index for index, gold in enumerate(golds) if gold is not None]
-        found[name] = (
-            task.calibrate(
-                [mine[index].raw for index in known],
-                [golds[index] for index in known],
-                [mine[index].modalities for index in known],
-            )
-            if known
-            else Calibration()
-        )
+        known = [item for item in answered if item.task == name and task.gold(item.record) is not None]
+        parts = zip(*((item.raw, item.record, item.modalities) for item in known), strict=True)
+        found[name] = task.calibrate(*parts) if known else Calibration()
     return found
 
 

@@ -338,7 +338,8 @@ def test_multilabel_numbers_are_scikit_learns() -> None:
 def test_thresholds_are_those_of_best_f1() -> None:
     task = make(TaskInfo("multilabel", ("a",)))
     raws = [np.array([x], np.float32) for x in (-3.0, -2.0, -1.0, 2.0)]
-    fitted = task.calibrate(raws, [[], ["a"], ["a"], ["a"]], ["text"] * 4)
+    rows = [Record("", (), target=Target(labels=labels)) for labels in ((), ("a",), ("a",), ("a",))]
+    fitted = task.calibrate(raws, rows, ["text"] * 4)
     said = [task.decide(raw, records("multilabel")[0], fitted, "text").labels for raw in raws]
     assert said == [(), ("a",), ("a",), ("a",)]
 
@@ -378,6 +379,36 @@ def test_ranks_by_hand_and_auc_by_scikit_learn() -> None:
 def test_answers_are_compared_as_squad_does(said: str, gold: str, exact: float, f1: float) -> None:
     assert exact_match(said, gold) == exact
     assert overlap_f1(said, gold) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("margins", "answered", "said"),
+    [
+        ((1.0, 2.0, 3.0, 4.0), (False, False, True, True), (False, False, True, True)),  # too bold a model
+        ((-4.0, -3.0, -2.0, -1.0), (False, True, True, True), (False, True, True, True)),  # too shy
+        ((-4.0, -3.0, -2.0, -1.0), (True, True, True, True), (True, True, True, True)),
+        ((1.0, 2.0, 3.0, 3.0), (False, False, False, False), (False, False, False, False)),
+        ((-1.0, 1.0, 1.0, 2.0), (False, True, False, True), (False, True, True, True)),  # equal scores, one fate
+    ],
+)
+def test_what_is_no_answer_is_tuned(
+    margins: tuple[float, ...], answered: tuple[bool, ...], said: tuple[bool, ...]
+) -> None:
+    """The best span is the right one; whether it is said is what validation tunes, by F1."""
+    task, messages = make(TaskInfo("extract")), parse(context("what is red?")).messages
+    rows = [Record("", messages, target=Target(texts=("circle",) if known else ())) for known in answered]
+    at = TEXT.index("circle")
+    raws = [[(margin, at, at + 6), (margin - 1, 0, 3)] for margin in margins]
+    fitted = task.calibrate(raws, rows, ["text"] * len(rows))
+    answers = [task.decide(raw, row, fitted, "text") for raw, row in zip(raws, rows, strict=True)]
+    assert [bool(answer.text) for answer in answers] == list(said)
+    assert all(answer.confidence > 1 / 3 for answer in answers)
+
+
+def test_without_need_no_answer_stays_where_it_was() -> None:
+    task, messages = make(TaskInfo("extract")), parse(context("what is red?")).messages
+    row = Record("", messages, target=Target(texts=("red",)))
+    assert task.calibrate([[(7.0, 4, 7)], []], [row, row], ["text"] * 2).no_answer == 0.0
 
 
 def test_an_answer_that_stands_nowhere_is_no_answer() -> None:

@@ -56,8 +56,8 @@ class Classify(Task):
     def gold(self, record: Record) -> Any:
         return record.target.label
 
-    def calibrate(self, raws: Sequence[Any], golds: Sequence[Any], modalities: Sequence[str]) -> Calibration:
-        labels = np.array([self.index.get(gold, IGNORED) for gold in golds])
+    def calibrate(self, raws: Sequence[Any], records: Sequence[Record], modalities: Sequence[str]) -> Calibration:
+        labels = np.array([self.index.get(self.gold(record), IGNORED) for record in records])
         return calibrations.fit(np.stack(raws), labels, modalities)
 
     def measure(self, outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 0) -> dict[str, Number]:

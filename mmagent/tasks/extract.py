@@ -91,16 +91,26 @@ class Extract(Task):
 
     def decide(self, raw: Any, record: Record, calibration: Calibration, modalities: str) -> Decision:
         """The likeliest span, or no answer (an empty text); the confidence is its share among the best and none."""
-        scores = np.array([0.0, *(score for score, _, _ in raw)]) / calibration.temperature
+        least = calibration.no_answer
+        scores = np.array([least, *(score for score, _, _ in raw)]) / calibration.temperature
         chances = np.exp(scores - scores.max())
         chances /= chances.sum()
-        best = 1 if len(raw) and raw[0][0] > 0 else 0
-        if best == 0:
+        if not len(raw) or raw[0][0] <= least:
             return Decision(text="", spans=(), confidence=float(chances[0]))
         _, start, end = raw[0]
         text = focus(record)[start:end]
         span = {"start": start, "end": end, "label": "answer", "text": text}
         return Decision(text=text, spans=(span,), confidence=float(chances[1]))
+
+    def calibrate(self, raws: Sequence[Any], records: Sequence[Record], modalities: Sequence[str]) -> Calibration:
+        """By how much a span must beat "no answer" for the best F1 on the validation rows, as SQuAD 2.0 tunes it
+        (arXiv:1806.03822, section 5); of thresholds that serve alike, the one nearest to none."""
+        said = [
+            (raw[0][0], _gain(focus(record)[raw[0][1] : raw[0][2]], self.gold(record) or [""]))
+            for raw, record in zip(raws, records, strict=True)
+            if len(raw)
+        ]
+        return Calibration(no_answer=_best_margin(np.array(said))) if said else Calibration()
 
     def gold(self, record: Record) -> Any:
         return None if record.target.texts is None else list(record.target.texts)
@@ -146,6 +156,24 @@ def spans_of(record: Record) -> list[tuple[int, int]] | None:
     text = focus(record)
     places = [(text.find(answer), len(answer)) for answer in record.target.texts if answer]
     return [(place, place + length) for place, length in places if place >= 0]
+
+
+def _gain(said: str, golds: Sequence[str]) -> float:
+    """By how much F1 is better where something is said than where nothing is."""
+    spoken, silent = (max(overlap_f1(words, gold) for gold in golds) for words in (said, ""))
+    return spoken - silent
+
+
+def _best_margin(said: np.ndarray) -> float:
+    """(rows, 2) of a span's score and what is gained by saying it -> the score above which most is gained in all."""
+    scores, gains = said[np.argsort(said[:, 0], kind="stable")].T
+    edges = np.concatenate([[min(scores[0] - 2, 0.0)], scores, [max(scores[-1] + 2, 0.0)]])
+    low, high = edges[:-1], edges[1:]  # between two neighbours lies the same set of spans
+    limits = np.where((low <= 0) & (high > 0), 0.0, (low + high) / 2)
+    totals = np.append(np.cumsum(gains[::-1])[::-1], 0.0)
+    totals[1:-1][np.diff(scores) == 0] = -np.inf  # no limit lies between equal scores
+    best = np.flatnonzero(totals >= totals.max() - 1e-9)
+    return float(limits[best[np.abs(limits[best]).argmin()]])
 
 
 def exact_match(said: str, gold: str) -> float:

@@ -107,7 +107,7 @@ class Generate(Task):
         confidence = 1 / (1 + math.exp(-_odds(raw.chance) / scale))
         return Decision(text=raw.text, confidence=confidence, likelihood=raw.likelihood)
 
-    def calibrate(self, raws: Sequence[Any], golds: Sequence[Any], modalities: Sequence[str]) -> Calibration:
+    def calibrate(self, raws: Sequence[Any], records: Sequence[Record], modalities: Sequence[str]) -> Calibration:
         """Greedy search writes the right answer exactly where each of its tokens is the likeliest: that needs no
         writing to know."""
         logits = np.array([[_odds(raw.chance), 0.0] for raw in raws])

@@ -91,9 +91,10 @@ class Match(Task):
     def gold(self, record: Record) -> Any:
         return None if record.target.labels is None else list(record.target.labels)
 
-    def calibrate(self, raws: Sequence[Any], golds: Sequence[Any], modalities: Sequence[str]) -> Calibration:
+    def calibrate(self, raws: Sequence[Any], records: Sequence[Record], modalities: Sequence[str]) -> Calibration:
         """One temperature, from the records that have one right candidate among several."""
-        rows = [(raw, int(gold[0])) for raw, gold in zip(raws, golds, strict=True) if len(gold) == 1 and len(raw) > 1]
+        known = zip(raws, map(self.gold, records), strict=True)
+        rows = [(raw, int(gold[0])) for raw, gold in known if len(gold) == 1 and len(raw) > 1]
         if not rows:
             return Calibration()
         width = max(len(raw) for raw, _ in rows)

@@ -71,9 +71,9 @@ class Multilabel(Task):
     def gold(self, record: Record) -> Any:
         return None if record.target.labels is None else list(record.target.labels)
 
-    def calibrate(self, raws: Sequence[Any], golds: Sequence[Any], modalities: Sequence[str]) -> Calibration:
+    def calibrate(self, raws: Sequence[Any], records: Sequence[Record], modalities: Sequence[str]) -> Calibration:
         """For each label the threshold of best F1 on the validation rows; halfway between two probabilities."""
-        chances, truth = _sigmoid(np.stack(raws)), np.stack([self._row(gold) for gold in golds]) > 0
+        chances, truth = _sigmoid(np.stack(raws)), np.stack([self._row(self.gold(record)) for record in records]) > 0
         return Calibration(
             thresholds={
                 label: _best_threshold(chances[:, index], truth[:, index])

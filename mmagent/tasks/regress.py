@@ -60,8 +60,9 @@ class Regress(Task):
     def gold(self, record: Record) -> Any:
         return record.target.value
 
-    def calibrate(self, raws: Sequence[Any], golds: Sequence[Any], modalities: Sequence[str]) -> Calibration:
-        near = np.abs(np.array(raws) - np.array(golds)) < self.deviation / 2
+    def calibrate(self, raws: Sequence[Any], records: Sequence[Record], modalities: Sequence[str]) -> Calibration:
+        golds = np.array([self.gold(record) for record in records])
+        near = np.abs(np.array(raws) - golds) < self.deviation / 2
         return Calibration(near_share=float((near.sum() + 1) / (len(near) + 2)))
 
     def right(self, outcome: Outcome) -> bool:

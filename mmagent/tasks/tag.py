@@ -113,12 +113,11 @@ class Tag(Task):
             return None
         return sorted([int(span["start"]), int(span["end"]), str(span["label"])] for span in record.target.spans)
 
-    def calibrate(self, raws: Sequence[Any], golds: Sequence[Any], modalities: Sequence[str]) -> Calibration:
+    def calibrate(self, raws: Sequence[Any], records: Sequence[Record], modalities: Sequence[str]) -> Calibration:
         """A temperature for the tags of single tokens."""
         logits, tags = [], []
-        for (places, rows), gold in zip(raws, golds, strict=True):
-            spans = [{"start": start, "end": end, "label": label} for start, end, label in gold]
-            target = self.target(_spans_only(spans), View(np.zeros(len(places)), places))
+        for (places, rows), record in zip(raws, records, strict=True):
+            target = self.target(record, View(np.zeros(len(places)), places))
             assert target is not None
             logits.append(rows)
             tags.append(target["tags"])
@@ -169,12 +168,6 @@ class Tag(Task):
             "macro_f1": metrics.mean_where(metrics.f1(both, said, truth), said + truth > 0),
             "exact": sums[:, -1] / sums[:, -2],
         }
-
-
-def _spans_only(spans: Sequence[Mapping[str, Any]]) -> Record:
-    from mmagent.record import Target
-
-    return Record("", (), target=Target(spans=tuple(spans)))
 
 
 def _viterbi(scores: np.ndarray) -> np.ndarray:

@@ -144,8 +144,8 @@ class Task(ABC):
         """The task's labels, and after them those of `labels` that it does not know: they count as never found."""
         return (*self.labels, *sorted(set(labels) - set(self.labels)))
 
-    def calibrate(self, raws: Sequence[Any], golds: Sequence[Any], modalities: Sequence[str]) -> Calibration:
-        """What makes the confidence mean what it says, from validation rows."""
+    def calibrate(self, raws: Sequence[Any], records: Sequence[Record], modalities: Sequence[str]) -> Calibration:
+        """What makes the confidence mean what it says, from validation rows whose right answer is known."""
         return Calibration()
 
 
