@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jobs.engine import Engine
 from jobs.language import leave
-from jobs.loop import Plan
+from jobs.loop import Plan, Step
 from jobs.workers import Group
 from mmagent import alignment, freeze, lora, text, towers
 from mmagent.alignment import KINDS, Alignment
@@ -32,8 +32,8 @@ _TOWERS = {"image": ("image_tower", "image"), "audio": ("audio_tower", "speech")
 class Pairs(Inputs):
     """Reads pairs, which have words and no task."""
 
-    def _views(self, record: Record, ids: np.ndarray | None) -> tuple[View, ...]:
-        return (View(self.tokenize([text.words(record)])[0] if ids is None else ids),)
+    def _views(self, record: Record, read: View | None) -> tuple[View, ...]:
+        return (read or self.reader.whole(record),)
 
 
 def model_of(config: Config, encoder: TextEncoder, *, weights: bool = True) -> Alignment:
@@ -81,13 +81,13 @@ class Aligned:
         found = (self._sample(row, None)[0] for table in tables for row in table.to_pylist())
         return [sample for sample in found if sample.weight > 0]
 
-    def steps(self, tables: Iterator[pa.Table]) -> Iterator[tuple[list[Batch], int]]:
+    def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
         size = self._config.train.micro_batch
         for table in tables:
             read = [self._sample(row, row["epoch"]) for row in table.to_pylist()]
             samples = [sample for sample, _ in read]
             made = [self._make(samples[at : at + size]) for at in range(0, len(samples), size)]
-            yield made, sum(bad for _, bad in read)
+            yield Step(made, sum(bad for _, bad in read), sum(sample.cut > 0 for sample in samples))
 
     def loss(self, out: Batch, batch: Batch) -> Tensor:
         return alignment.loss(out, batch, self._config.train.micro_batch)
@@ -152,7 +152,9 @@ class Aligned:
             self.last_error = f"row {row['id']!r}: {row['error']}"
             return blank, True
         try:
-            sample = self._inputs.sample(Record.from_row(row), np.asarray(row["ids"], dtype=np.int64))
+            sample = self._inputs.sample(
+                Record.from_row(row), View(np.asarray(row["ids"], dtype=np.int64), cut=row["cut"])
+            )
         except PartError as error:
             self.last_error = f"row {row['id']!r}: {error}"
             return blank, True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jobs.engine import Engine
-from jobs.loop import Plan
+from jobs.loop import Plan, Step
 from jobs.workers import Group
 from mmagent import freeze, language, lora, storage, text
 from mmagent.config import Config
@@ -75,11 +75,11 @@ class Language:
     def rows(self, tables: Iterator[pa.Table]) -> list[Row]:
         return [row for table in tables for row in _rows(table) if row[2] > 0]
 
-    def steps(self, tables: Iterator[pa.Table]) -> Iterator[tuple[list[Batch], int]]:
+    def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
         size = self._config.train.micro_batch
         for table in tables:
             rows, epoch = _rows(table), table["epoch"][0].as_py()
-            yield [self.make(rows[at : at + size], epoch) for at in range(0, len(rows), size)], 0
+            yield Step([self.make(rows[at : at + size], epoch) for at in range(0, len(rows), size)])
 
     def make(self, rows: list[Row], epoch: int) -> Batch:
         """The tensors of a micro-batch: ids, mask, targets (rows, tokens), weight (rows,). What is hidden in a text is

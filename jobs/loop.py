@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,14 @@ WORST_LOSS = 1e30
 PERFECT = 1.0  # no score is higher
 STOP_FILE = "stop"  # in the run's folder: the loop saves and ends at the next step
 _LOG_EVERY_S = 5.0
+
+
+class Step(NamedTuple):
+    """What a rank learns from between two updates of the weights."""
+
+    micros: list[Batch]
+    bad_rows: int = 0  # that could not be read
+    cut_rows: int = 0  # whose text is longer than the config allows
 
 
 class Learner(Protocol):
@@ -60,8 +68,8 @@ class Learner(Protocol):
         """The rows of a validation stream, kept for all validations."""
         ...
 
-    def steps(self, tables: Iterator[pa.Table]) -> Iterator[tuple[list[Batch], int]]:
-        """For each table of a stream its micro-batches, and how many rows could not be read."""
+    def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
+        """For each table of a stream its micro-batches."""
         ...
 
     def loss(self, out: Batch, batch: Batch) -> torch.Tensor:
@@ -120,7 +128,8 @@ class State:
     best_loss: float = WORST_LOSS
     gained_score: float = UNSCORED  # the last that was better by `train.min_gain`
     unimproved: int = 0
-    bad_rows: int = 0
+    bad_rows: int = 0  # of all that were read, each as often as it was
+    cut_rows: int = 0  # likewise
 
 
 def train(group: Group, plan: Plan) -> None:
@@ -156,12 +165,12 @@ def train(group: Group, plan: Plan) -> None:
     feed = Feed(learner.steps(group.blocks("train")))
     done, stopping, stage = state.step >= plan.total_steps, 0.0, -1
     while not done:
-        micros, bad = feed.next(meter)
+        taught = feed.next(meter)
         torch.manual_seed(step_seed(config.seed, state.step, group.rank))
         if (opened := freeze.stage(model, config.freeze, state.step, plan.total_steps)) != stage:
             freeze.thaw(model, config.freeze, stage := opened)
         rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config), stage)
-        for batch in micros:
+        for batch in taught.micros:
             out = engine.forward(batch)
             loss = learner.loss(out, batch)
             meter.add(*learner.hits(out, batch), config.train.micro_batch, loss)
@@ -173,8 +182,8 @@ def train(group: Group, plan: Plan) -> None:
         stop = (plan.folder / STOP_FILE).exists() if group.rank == 0 else False
         due = state.step % config.train.eval_every_steps == 0 or state.step >= plan.total_steps
         log_due = group.rank == 0 and (meter.since_log_s() >= _LOG_EVERY_S or due)
-        stopping, logging, bad_rows = group.sum([float(stop), float(log_due), float(bad)])
-        state.bad_rows += int(bad_rows)
+        stopping, logging, bad, cut = group.sum([stop, log_due, taught.bad_rows, taught.cut_rows])
+        state.bad_rows, state.cut_rows = state.bad_rows + int(bad), state.cut_rows + int(cut)
         if state.bad_rows > plan.max_bad_rows:
             raise BadRowsError(
                 f"{state.bad_rows} rows could not be read, more than data.max_bad_share={config.data.max_bad_share} "
@@ -189,6 +198,8 @@ def train(group: Group, plan: Plan) -> None:
                     "total_steps": plan.total_steps,
                     "lr": rate,
                     "epoch": state.position.epoch,
+                    "bad_rows": state.bad_rows,
+                    "cut_rows": state.cut_rows,
                     **figures,
                 }
             )
@@ -221,26 +232,26 @@ def train(group: Group, plan: Plan) -> None:
 class Feed:
     """Makes the next steps' batches in a thread while this one computes; the errors of the thread are raised here."""
 
-    def __init__(self, steps: Iterator[tuple[list[Batch], int]]) -> None:
+    def __init__(self, steps: Iterator[Step]) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=2)
         self._closed = False
         self._thread = threading.Thread(target=self._fill, args=(steps,), daemon=True, name="feed")
         self._thread.start()
 
-    def next(self, meter: Meter) -> tuple[list[Batch], int]:
+    def next(self, meter: Meter) -> Step:
         started = time.perf_counter()
         item = self._queue.get()
         waited = time.perf_counter() - started
         if isinstance(item, BaseException):
             raise item
         meter.waited(waited)
-        batches, bad = item
-        return batches, bad
+        step: Step = item
+        return step
 
     def close(self) -> None:
         self._closed = True
 
-    def _fill(self, steps: Iterator[tuple[list[Batch], int]]) -> None:
+    def _fill(self, steps: Iterator[Step]) -> None:
         try:
             for item in steps:
                 self._put(item)

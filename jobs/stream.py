@@ -87,8 +87,9 @@ def layout_of(config: Config) -> Layout:
 
 
 def training_stream(order: Order, layout: Layout, position: Position, steps: int) -> ray.data.Dataset:
-    """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``rank``,
-    ``epoch``, and ``error`` (why its media cannot be read, or empty). To be split among ranks by `split_in_turn`."""
+    """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``cut``
+    (how many were left out), ``rank``, ``epoch``, and ``error`` (why its media cannot be read, or empty). To be split
+    among ranks by `split_in_turn`."""
     parts = list(order.parts(position, steps, layout.global_batch))
     read = functools.partial(read_part, order=order, layout=layout, parts=parts)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a busy cluster may never have.
@@ -210,13 +211,14 @@ def _laid_out(rows: np.ndarray, steps: int, layout: Layout) -> tuple[np.ndarray,
 def _annotate(rows: pa.Table, layout: Layout, epoch: int, rank: np.ndarray, factor: np.ndarray) -> pa.Table:
     tokenizer = text.shared_tokenizer(layout.tokenizer)
     words = [text.words(Record.from_row({"id": "", "messages": row})) for row in rows["messages"].to_pylist()]
-    ids = dict(zip(unique := sorted(set(words)), text.tokenize(tokenizer, unique, layout.max_text_tokens), strict=True))
+    known = dict(zip(unique := sorted(set(words)), text.fitted(tokenizer, unique, layout.max_text_tokens), strict=True))
     errors = _media_errors(rows, layout.limits)
     factor = factor * np.array([not error for error in errors], np.float32)
     weight = pc.multiply(pc.fill_null(rows["weight"], 1.0).combine_chunks(), pa.array(factor))
     rows = rows.set_column(rows.schema.get_field_index("weight"), "weight", weight)
     extra = {
-        "ids": pa.array([ids[word] for word in words], pa.list_(pa.int64())),
+        "ids": pa.array([known[word][0] for word in words], pa.list_(pa.int64())),
+        "cut": pa.array([known[word][1] for word in words], pa.int32()),
         "error": pa.array(errors),
         "rank": pa.array(rank, pa.int32()),
         "epoch": pa.array(np.full(len(rows), epoch), pa.int32()),

@@ -69,6 +69,8 @@ def _notes(block: Mapping[str, Any]) -> list[str]:
             f"without {blind['without']}: confidence {percent(blind['mean_confidence'])}, right "
             f"{percent(blind['accuracy'])}, gap {percent(blind['gap'])} ({blind['n']:,} questions)"
         )
+    if block["cut"]:
+        lines.append(wording.cut(block))
     lines += [f"not answered: {count} x {reason}" for reason, count in block["errors"]["reasons"].items()]
     if block["unknown_labels"]:
         named = [f"{label} ({rows:,})" for label, rows in block["unknown_labels"].items()]

@@ -12,7 +12,7 @@ import torch
 
 from jobs.engine import Engine
 from jobs.export import export
-from jobs.loop import Plan
+from jobs.loop import Plan, Step
 from jobs.validation import answers, calibrations, validate
 from jobs.workers import Group
 from mmagent import freeze, lora, targets, text
@@ -55,7 +55,7 @@ class Supervised:
         found = (self._batches.sample(row, None)[0] for table in tables for row in table.to_pylist())
         return [sample for sample in found if sample.weight > 0]
 
-    def steps(self, tables: Iterator[pa.Table]) -> Iterator[tuple[list[Batch], int]]:
+    def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
         return self._batches.steps(tables)
 
     def loss(self, out: Batch, batch: Batch) -> torch.Tensor:
@@ -145,14 +145,14 @@ class Batches:
         record = Record("", (Message("user", ""),), task="", weight=0.0)
         self.blank = Sample(record, (View(inputs.tokenize([""])[0]),), False, (), (), 0.0)
 
-    def steps(self, tables: Iterator[pa.Table]) -> Iterator[tuple[list[Batch], int]]:
-        """For each table of a stream its micro-batches, and how many rows could not be read."""
+    def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
+        """For each table of a stream its micro-batches."""
         size = self.config.train.micro_batch
         for table in tables:
             pairs = [self.sample(row, row["epoch"]) for row in table.to_pylist()]
             samples = [sample for sample, _ in pairs]
             made = [self.make(samples[at : at + size], train=True) for at in range(0, len(samples), size)]
-            yield made, sum(bad for _, bad in pairs)
+            yield Step(made, sum(bad for _, bad in pairs), sum(sample.cut > 0 for sample in samples))
 
     def sample(self, row: dict[str, Any], epoch: int | None) -> tuple[Sample, bool]:
         """A row decoded, augmented where `epoch` is given; a blank of weight 0 and True where it cannot be read."""
@@ -162,7 +162,7 @@ class Batches:
         record = Record.from_row(row)
         try:
             targets.check(record)
-            sample = self.inputs.sample(record, np.asarray(row["ids"], dtype=np.int64))
+            sample = self.inputs.sample(record, View(np.asarray(row["ids"], dtype=np.int64), cut=row["cut"]))
         except (PartError, TargetError) as error:
             self.last_error = f"row {row['id']!r}: {error}"
             return self._blank(row["id"]), True

@@ -120,6 +120,7 @@ class Follower:
         self._seen = file.stat().st_size if file.exists() else 0
         self._rates: list[float] = []
         self._terminal = sys.stdout.isatty()
+        self._told_cut = False
 
     def show(self) -> None:
         if not self._file.exists():
@@ -136,6 +137,14 @@ class Follower:
         if row["kind"] == "validation":
             print(("\r\x1b[K" if self._terminal else "") + validated(row), flush=True)
             return
+        if row["cut_rows"] and not self._told_cut:
+            self._told_cut = True
+            seen = row["step"] * row["samples"] / row["steps"]
+            print(
+                f"{row['cut_rows']:,} of the first {seen:,.0f} samples are longer than data.max_text_tokens or "
+                "data.max_answer_tokens allows, and are cut",
+                flush=True,
+            )
         step, total = row["step"], row["total_steps"]
         self._rates = [*self._rates[-5:], row["samples_per_s"]]
         per_step = row["samples"] / row["steps"]

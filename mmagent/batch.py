@@ -59,6 +59,11 @@ class Sample:
     def task(self) -> str:
         return self.record.task
 
+    @property
+    def cut(self) -> int:
+        """Tokens of its text that no view has room for."""
+        return sum(view.cut for view in self.views)
+
     def media(self, view: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         """Pictures and sounds of one view: the record's, then its own."""
         images, audios = self.more[view] if self.more else ((), ())
@@ -109,15 +114,15 @@ class Inputs:
                 with _named(f"{kind}[{index}]"):
                     look(media.read(), self.data.media)
 
-    def sample(self, record: Record, ids: np.ndarray | None = None) -> Sample:
-        """Decodes a record; `ids` saves tokenising where a stream did it before.
+    def sample(self, record: Record, read: View | None = None) -> Sample:
+        """Decodes a record; `read` saves tokenising where a stream did it before.
 
         Raises:
             PartError: media that cannot be decoded or is over a limit, a task that the model has not, or a record that
                 lacks what its task reads.
         """
         words = text.words(record)
-        views = self._views(record, ids)
+        views = self._views(record, read)
         transcript = record.meta.get("transcript") if record.audios and self._aligns else None
         return Sample(
             record=record,
@@ -130,14 +135,14 @@ class Inputs:
             more=tuple(self._of_candidate(item, i) for i, item in enumerate(record.candidates)),
         )
 
-    def _views(self, record: Record, ids: np.ndarray | None) -> tuple[View, ...]:
+    def _views(self, record: Record, read: View | None) -> tuple[View, ...]:
         task = self.tasks.get(record.task)
         if task is None:
             known = ", ".join(self.tasks)
             raise PartError(f"this model has no task {record.task!r}; it has {known}", "task")
         soft = self.model.join == "input"
-        if task.reads_whole and ids is not None and not soft:
-            return (View(ids),)
+        if task.reads_whole and read is not None and not soft:
+            return (read,)
         try:
             check_question(record)
             with self._tokenizing:

@@ -8,7 +8,8 @@ nats::
     {"format_version": 1, "bundle": str, "data": str, "split": str,
      "task": "classify", "kind": "classify", "main": the metric to look at first, "n": int,
      "metrics": {NAME: {"value", "low", "high"}}, low and high null where no interval is honest
-     "abstained": float, "errors": {"n": int, "reasons": {REASON: int}},
+     "abstained": float, "cut": rows whose text is longer than the model reads,
+     "errors": {"n": int, "reasons": {REASON: int}},
      "unknown_labels": {LABEL: rows}, right answers that no answer can be: wrong; "unknown_rows": int,
      "per_class": {LABEL: {"precision", "recall", "f1", "support"}},
      "slices": {"COLUMN=VALUE": {"n": int, "metrics": {...}}},
@@ -180,6 +181,7 @@ def _block(
         "n": len(found),
         "metrics": found.measure(None, seed),
         "abstained": float(np.mean(answered["abstained"].to_numpy(zero_copy_only=False))),
+        "cut": pc.sum(pc.greater(answered["cut"], 0)).as_py() or 0,
         "errors": errors,
         "unknown_labels": dict(sorted(Counter(label for labels in unknown for label in labels).items())),
         "unknown_rows": sum(map(bool, unknown)),

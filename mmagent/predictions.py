@@ -42,6 +42,7 @@ def schema(slices: Sequence[str]) -> pa.Schema:
         ("confidence", pa.float64()),
         ("probabilities", pa.list_(pa.float32())),  # in the order of the task's labels; null where it has none
         ("abstained", pa.bool_()),
+        ("cut", pa.int32()),  # tokens of its text that the model had no room for
         ("error", pa.string()),
     ]
     return pa.schema([*fields, *((_SLICE + name, pa.string()) for name in slices)])
@@ -98,6 +99,7 @@ def judged(task: Task, gold: Any, answer: Answer) -> dict[str, Any]:
         "confidence": answer.confidence,
         "probabilities": [chances[label] for label in task.labels] if listed else None,
         "abstained": answer.abstained,
+        "cut": answer.cut,
     }
 
 

@@ -53,6 +53,7 @@ class Answer:
     value: float | None = None
     text: str | None = None
     spans: tuple[Mapping[str, Any], ...] | None = None
+    cut: int = 0  # tokens of the text that the model had no room for
     likelihood: tuple[float, int] | None = None  # of the right answer, where the record brought it: see `Decision`
     probabilities: Mapping[str, float] = field(default_factory=dict)  # every label, likeliest first
     timings_ms: Mapping[str, float] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class Answer:
             "confidence": self.confidence,
             "abstained": self.abstained,
             "bundle": self.bundle,
+            **({"cut_tokens": self.cut} if self.cut else {}),
             **({"timings_ms": dict(self.timings_ms)} if timings else {}),
         }
 
@@ -283,6 +285,7 @@ class Predictor:
             value=said.value,
             text=said.text,
             spans=said.spans,
+            cut=sample.cut,
             likelihood=said.likelihood,
             probabilities=said.probabilities,
             timings_ms=timings_ms,

@@ -65,10 +65,11 @@ class Reader:
     def whole(self, record: Record) -> View:
         """A record's words as they are, pictures and sounds at their places where they join at the input."""
         if not self.soft:
-            return View(text.tokenize(self.tokenizer, [text.words(record)], self.max_tokens)[0])
+            [(ids, cut)] = text.fitted(self.tokenizer, [text.words(record)], self.max_tokens)
+            return View(ids, cut=cut)
         opening, closing = self._frame()
-        ids, cut = self._fitted(self._pieces(text.parts(record)), len(opening) + len(closing))
-        return View(_some([*opening, *ids, *closing], self.tokenizer), cut=cut)
+        inner, cut = self._fitted(self._pieces(text.parts(record)), len(opening) + len(closing))
+        return View(_some([*opening, *inner, *closing], self.tokenizer), cut=cut)
 
     def prompt(self, record: Record) -> View:
         """A record as what a reply follows: by the tokenizer's chat template where it has one, else its words, on a
@@ -174,10 +175,12 @@ class Reader:
 
     def beside(self, words: str, candidate: str, index: int) -> View:
         """A text and one candidate, as a pair of sentences; the longer of the two is cut first."""
-        ids = self.tokenizer(
-            words, candidate or None, truncation="longest_first" if candidate else True, max_length=self.max_tokens
-        )["input_ids"]
-        return View(_some(ids, self.tokenizer), index=index)
+        pair = (words, candidate) if candidate else (words,)
+        ids = self.tokenizer(*pair, truncation="longest_first" if candidate else True, max_length=self.max_tokens)[
+            "input_ids"
+        ]
+        cut = text.length(self.tokenizer, *pair) - len(ids) if len(ids) >= self.max_tokens else 0
+        return View(_some(ids, self.tokenizer), index=index, cut=cut)
 
     def strides(self, record: Record) -> tuple[View, ...]:
         """The message that spans count in, with its characters' places, after the words of the other messages; a long
@@ -201,7 +204,7 @@ class Reader:
                 "spans need: a folder with tokenizer.json is wanted (AutoTokenizer.from_pretrained(..., use_fast=True))"
             )
         shown = _PLACEHOLDER.sub(lambda m: m[0] if len(m[1]) % 2 else m[1] + " " * len(m[2]), content)
-        question = self._short(question)
+        question, cut = self._short(question)
         found = self.tokenizer(
             *((question, shown) if question else (shown,)),
             truncation="only_second" if question else True,
@@ -214,14 +217,15 @@ class Reader:
         for index, ids in enumerate(found["input_ids"]):
             offsets = np.array(found["offset_mapping"][index], np.int64).reshape(-1, 2)
             mine = [part == (1 if question else 0) for part in found.sequence_ids(index)]
-            views.append(View(_some(ids, self.tokenizer), _trimmed(offsets, mine, shown, places), index))
+            placed = _trimmed(offsets, mine, shown, places)
+            views.append(View(_some(ids, self.tokenizer), placed, index, cut=0 if index else cut))
         return tuple(views)
 
-    def _short(self, question: str) -> str:
-        """At most half of the room is for the question."""
+    def _short(self, question: str) -> tuple[str, int]:
+        """At most half of the room is for the question; and how many of its tokens are left out."""
         found = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         spare = len(found) - self.max_tokens // 2
-        return question[found[spare][0] :] if spare > 0 else question
+        return (question[found[spare][0] :], spare) if spare > 0 else (question, 0)
 
     def _stride(self, question: str) -> int:
         taken = len(self.tokenizer(question, "" if question else None)["input_ids"])

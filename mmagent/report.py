@@ -254,6 +254,8 @@ def _footer(evaluation: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]
     )
     parts: list[Child] = [tag("p", notes)]
     for block in tasks.values():
+        if block["cut"]:
+            parts.append(tag("p", wording.cut(block)))
         for reason, rows in block["errors"]["reasons"].items():
             parts.append(tag("p", f"Not answered: {rows} x {reason}"))
         if block["unknown_labels"]:

@@ -22,8 +22,8 @@ from mmagent.pretrained import BackboneError, locate
 from mmagent.record import Record, segments
 
 __all__ = [
-    "BackboneError", "FrozenStates", "TextEncoder", "check", "load_encoder", "load_tokenizer", "locate",
-    "parts", "shared_tokenizer", "stop_id", "stop_ids", "tokenize", "words",
+    "BackboneError", "FrozenStates", "TextEncoder", "check", "fitted", "length", "load_encoder", "load_tokenizer",
+    "locate", "parts", "shared_tokenizer", "stop_id", "stop_ids", "tokenize", "words",
 ]  # fmt: skip
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "tekken.json")
@@ -226,9 +226,24 @@ def stop_ids(tokenizer: Any, model: Any) -> list[int]:
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
     """Token ids of each text, cut on the left: int64 arrays of (tokens,)."""
+    return [ids for ids, _ in fitted(tokenizer, texts, max_tokens)]
+
+
+def fitted(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[tuple[np.ndarray, int]]:
+    """As `tokenize`, each with the number of tokens that were left out."""
     out = tokenizer(list(texts), truncation=True, max_length=max_tokens, add_special_tokens=True)["input_ids"]
     # A tokenizer without special tokens gives nothing for an empty text; one token is the least a model takes.
-    return [np.asarray(ids if len(ids) else [tokenizer.pad_token_id], dtype=np.int64) for ids in out]
+    kept = [np.asarray(ids if len(ids) else [tokenizer.pad_token_id], dtype=np.int64) for ids in out]
+    # Only what fills the room can have been cut: it is counted whole, which most texts never need.
+    return [
+        (ids, length(tokenizer, words) - len(ids) if len(ids) >= max_tokens else 0)
+        for ids, words in zip(kept, texts, strict=True)
+    ]
+
+
+def length(tokenizer: Any, *words: str) -> int:
+    """How many tokens a text, or a pair of them, has uncut, the tokenizer's own signs with it."""
+    return len(tokenizer(*words, verbose=False)["input_ids"])
 
 
 def _max_tokens(model: Any) -> int | None:

@@ -92,3 +92,11 @@ def beside(block: Mapping[str, Any]) -> list[str]:
 def answers(kind: str, count: int) -> str:
     """What a task of this kind answers, in a few words; `count`: its labels."""
     return _ANSWERS[kind].format(count=count)
+
+
+def cut(block: Mapping[str, Any]) -> str:
+    """How many rows were longer than the model reads."""
+    return (
+        f"{block['cut']:,} of {block['n']:,} rows are longer than the model reads (data.max_text_tokens, "
+        "data.max_answer_tokens): their oldest words, or the end of what is to be written, are left out"
+    )

@@ -37,6 +37,9 @@ class Extension(BaseModel):
     confidence: float = Field(description="calibrated probability that the answer is right", examples=[0.98])
     abstained: bool = Field(description="less sure than the bundle asks for: better ask a person")
     bundle: str = Field(examples=["demo"])
+    cut_tokens: int | None = Field(
+        None, exclude_if=_is_none, description="of the text: the oldest, which the model has no room for"
+    )
     channel: str | None = Field(description="the channel this service follows", examples=["production"])
     timings_ms: dict[str, float] = Field(
         description="decode, queue (waiting for the batch), forward, total", examples=[{"forward": 9.1, "total": 12.5}]

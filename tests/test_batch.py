@@ -12,6 +12,7 @@ import pytest
 from mmagent import text
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.config import resolve
+from mmagent.reading import View
 from mmagent.record import Record
 from mmagent.rows import parse
 from tests.conftest import classify
@@ -68,9 +69,11 @@ def test_a_picture_alone_says_nothing_in_words(make_inputs: Make, make_png: Any)
 def test_tokens_made_before_are_taken(make_inputs: Make) -> None:
     inputs = make_inputs()
     record = parse({"text": "is it red?"})
-    made = inputs.tokenize([text.words(record)])[0]
-    assert inputs.sample(record, made).views[0].ids is made
-    np.testing.assert_array_equal(inputs.sample(record).views[0].ids, made)
+    made = View(inputs.tokenize([text.words(record)])[0], cut=3)
+    sample = inputs.sample(record, made)
+    assert sample.views == (made,)
+    assert sample.cut == 3
+    np.testing.assert_array_equal(inputs.sample(record).views[0].ids, made.ids)
 
 
 def test_the_encoding_of_a_sound_does_not_matter(make_inputs: Make, make_wav: Any) -> None:

@@ -85,6 +85,8 @@ def test_the_format() -> None:
     assert found["metrics"]["accuracy"]["value"] == 0.75
     assert set(found["metrics"]["accuracy"]) == {"value", "low", "high"}
     assert found["abstained"] == 0.25
+    assert found["cut"] == 0
+    assert evaluate(FOUR[0] | {"cut": 0}, FOUR[1] | {"cut": 7}, *FOUR[2:])["cut"] == 1
     assert found["per_class"]["blue"] == {"precision": pytest.approx(2 / 3), "recall": 1.0, "f1": 0.8, "support": 2}
     assert found["confusion"]["labels"] == ["blue", "red"]
     assert {"truth": "red", "predicted": "blue", "count": 1} in found["confusion"]["cells"]

@@ -140,6 +140,14 @@ def test_a_long_text_keeps_its_newest_words(tiny_backbone: Path) -> None:
     assert len(empty) >= 1
 
 
+def test_what_is_left_out_is_counted(tiny_backbone: Path) -> None:
+    tokenizer = text.load_tokenizer(str(tiny_backbone))
+    texts = ["the shape " * 30 + "is red", "the shape the shape is red", "is red", ""]
+    found = text.fitted(tokenizer, texts, 8)
+    assert [cut for _, cut in found] == [62 + 2 - 8, 0, 0, 0]
+    assert [len(ids) for ids, _ in found] == [8, 8, 4, 2]
+
+
 def test_a_tokenizer_that_adds_nothing_still_gives_an_empty_text_a_token(own_backbone: Path) -> None:
     tokenizer = text.load_tokenizer(str(own_backbone))
     tokenizer.backend_tokenizer.post_processor = None

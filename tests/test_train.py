@@ -32,9 +32,11 @@ def command(
     ray_cluster: cluster.Cluster, storage: Path, tiny_recipe: dict[str, Any], tmp_path: Path,
     make_dataset: Callable[..., Dataset], make_records: Callable[..., list[Record]],
 ) -> Iterator[Command]:  # fmt: skip
-    """``command("name", "key=value", ...)``: the exit status of a training on 96 rows, of which one is damaged."""
+    """``command("name", "key=value", ...)``: the exit status of a training on 96 rows, one damaged, one too long."""
     rows = make_records(96)
     rows[5] = replace(rows[5], images=(Media(b"no picture"),))
+    said = rows[7].messages[0]
+    rows[7] = replace(rows[7], messages=(replace(said, content="is it red? " * 50 + said.content),))
     splits = {"train": rows, "validation": make_records(16, "validation"), "test": make_records(24, "test")}
     make_dataset(storage / "data" / "tiny", splits)
     recipe = {
@@ -95,11 +97,13 @@ def test_a_run_stopped_and_gone_on_is_the_run_that_was_not(
         assert (straight / file).stat().st_size > 0, file
     assert json.loads((straight / "evaluation.json").read_text())["n"] == 24
 
-    # the bad row was counted, in both epochs, and cost nothing else
+    # the bad row and the long one were counted, in both epochs, and cost nothing else
+    assert "samples are longer than data.max_text_tokens" in shown
+    assert (last["bad_rows"], last["cut_rows"]) == (2, 2)
     checkpoints = Checkpoints(straight / "checkpoints", rank=0, barrier=bool, keep_last=1)
     latest = checkpoints.latest()
     assert latest is not None
-    assert (latest.step, latest.loop["bad_rows"]) == (STEPS, 2)
+    assert (latest.step, latest.loop["bad_rows"], latest.loop["cut_rows"]) == (STEPS, 2, 2)
 
     found = bundle.load("straight")
     assert (found.manifest["run"], found.manifest["data"]) == ("straight", "tiny")
