@@ -130,7 +130,7 @@ def test_a_shard_made_by_other_hands_is_checked_row_by_row(
     whole = {"classify": Target(label="x"), "regress": Target(value=1.0), "tag": Target(spans=())}[task]
     record = replace(parse({"id": "7", "text": "hello"}), task=task)
     rows = [as_streamed(replace(record, target=target)), as_streamed(replace(record, target=whole))]
-    [(micros, bad)] = made.steps(iter([pa.Table.from_pylist(rows)]))
+    [(micros, bad, _)] = made.steps(iter([pa.Table.from_pylist(rows)]))
     assert bad == 1
     assert micros[0]["weight"].tolist() == [0.0, 1.0]
     assert "row '7'" in made.last_error
@@ -162,7 +162,7 @@ def test_ten_thousand_classes(storage: Path, tiny_recipe: dict[str, Any], tiny_b
     made = batches(prepared.config, tiny_backbone, {"classify": info})
     part = next(prepared.dataset.read("train")).to_pylist()[:8]
     streamed = [as_streamed(Record.from_row(row)) for row in part]
-    [(micros, bad)] = made.steps(iter([pa.Table.from_pylist(streamed)]))
+    [(micros, bad, _)] = made.steps(iter([pa.Table.from_pylist(streamed)]))
     assert bad == 0
     task = make_all({"classify": info})["classify"]
     logits = torch.zeros(8, CLASSES)

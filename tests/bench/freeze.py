@@ -124,7 +124,7 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
     for step in range(STEPS):
         if step == WARM_STEPS:
             started = time.perf_counter()
-        micros, _ = feed.next(meter)
+        micros = feed.next(meter).micros
         stage = freeze.stage(model, config.freeze, step, STEPS)
         freeze.thaw(model, config.freeze, stage)
         engine.set_lr(1.0, stage)

@@ -121,7 +121,7 @@ def plain(overrides: list[str]) -> float:
     for step in range(STEPS):
         if step == WARM_STEPS:
             started = time.perf_counter()
-        micros, _ = feed.next(meter)
+        micros = feed.next(meter).micros
         engine.set_lr(1.0)
         for batch in micros:
             engine.backward(supervised.loss_of(engine.forward(batch), batch, tasks, config))
