@@ -103,7 +103,8 @@ def prepare(
     config, notes = defaults.settle(config, dataset)
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
-    parts = _check_model(config, dataset.tasks)
+    tasks = defaults.described(config, dataset)
+    parts = _check_model(config, tasks)
     hold(config, folder)
     order = training_order(dataset, config)
     steps = total_steps(order, config)
@@ -111,7 +112,7 @@ def prepare(
         learner=Supervised,
         root=storage.root(),
         config=config,
-        tasks=dataset.tasks,
+        tasks=tasks,
         task=dataset.task,
         label_weights={name: _label_weights(info, config.train.class_balance) for name, info in dataset.tasks.items()},
         folder=folder,

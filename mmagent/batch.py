@@ -44,7 +44,7 @@ class Sample:
 
     record: Record
     views: tuple[View, ...]
-    has_words: bool
+    has_words: bool  # of its messages
     images: tuple[np.ndarray, ...]  # (height, width, 3) uint8 each
     audios: tuple[np.ndarray, ...]  # (frames, channels) each, see `mmagent.sounds`
     weight: float = 1.0
@@ -65,9 +65,15 @@ class Sample:
         return sum(view.cut for view in self.views)
 
     def media(self, view: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """Pictures and sounds of one view: the record's, then its own."""
-        images, audios = self.more[view] if self.more else ((), ())
-        return (*self.images, *images), (*self.audios, *audios)
+        """Pictures and sounds of one view: the record's, then those of its candidate."""
+        read = self.views[view]
+        images, audios = self.more[read.index] if self.more and read.index >= 0 else ((), ())
+        return (images, audios) if read.alone else ((*self.images, *images), (*self.audios, *audios))
+
+    def speaks(self, view: int) -> bool:
+        """Whether there are words in a view."""
+        read = self.views[view]
+        return read.offers or (self.has_words and not read.alone)
 
 
 class Inputs:
@@ -127,7 +133,7 @@ class Inputs:
         return Sample(
             record=record,
             views=views,
-            has_words=bool(words) or bool(record.candidates),
+            has_words=bool(words),
             images=tuple(self._image(media, f"images[{i}]") for i, media in enumerate(record.images)),
             audios=tuple(self._audio(media, f"audios[{i}]") for i, media in enumerate(record.audios)),
             weight=record.weight,
@@ -154,8 +160,9 @@ class Inputs:
             raise PartError(str(error), _READ_BESIDES.get(task.kind, "messages")) from error
 
     def _fronted(self, record: Record, view: View) -> View:
-        own = record.candidates[view.index] if record.candidates else {}
-        images, audios = len(record.images) + bool(own.get("image")), len(record.audios) + bool(own.get("audio"))
+        own = record.candidates[view.index] if record.candidates and view.index >= 0 else {}
+        asked = (0, 0) if view.alone else (len(record.images), len(record.audios))
+        images, audios = asked[0] + bool(own.get("image")), asked[1] + bool(own.get("audio"))
         return self.reader.fronted(view, images if self.pictures else 0, audios if self.sounds else 0)
 
     def _of_candidate(
@@ -192,7 +199,7 @@ class Inputs:
             "ids": ids,
             "mask": mask,
             "keep": mask.bool(),
-            "has_words": torch.tensor([sample.has_words for _, sample, _ in rows]),
+            "has_words": torch.tensor([sample.speaks(view) for _, sample, view in rows]),
             "weight": torch.tensor([sample.weight / len(sample.views) for _, sample, _ in rows], dtype=torch.float32),
             "sample_row": torch.tensor([index for index, _, _ in rows]),
         }

@@ -21,7 +21,11 @@ class Calibration(BaseModel):
     temperature: float = Field(1.0, gt=0, description="logits are divided by it, of what validation never saw")
     by_modalities: dict[str, float] = Field({}, description="in its place, by what validation saw: text+image")
     thresholds: dict[str, float] = Field({}, description="multilabel: the probability from which a label is said")
-    no_answer: float = Field(0.0, description="extract: how much likelier than no answer a span must be, as a logit")
+    least: float = Field(
+        0.0,
+        description="the score from which something is said. extract: of a span, above that of no answer; match, read "
+        "apart: of a lone candidate",
+    )
     near_share: float = Field(0.5, ge=0, le=1, description="regress: share of answers less than half a deviation away")
     abstain_below: float = Field(0.5, ge=0, le=1, description="confidence under which an answer counts as abstained")
 

@@ -166,6 +166,13 @@ class ModelConfig(_Section):
     projector: Literal["linear", "mlp"] = Field(
         "mlp", description="join at the input: what makes the language model's tokens of a tower's"
     )
+    match: Literal["auto", "cross", "dual"] = Field(
+        "auto",
+        description="the task match: each candidate is read beside what is asked (cross; the more exact where a row "
+        "brings several), or both apart, as vectors to compare (dual; learns from the other candidates of a "
+        "micro-batch, which are wrong ones: give train.micro_batch what memory holds). auto: by the data set: dual "
+        "where training rows bring one candidate each",
+    )
     width: int = Field(256, gt=0, description="channels of the fusion layers")
     layers: int = Field(2, ge=1, description="fusion layers")
     heads: int = Field(4, ge=1, description="attention heads of a fusion layer")

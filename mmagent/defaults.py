@@ -4,14 +4,17 @@ and how often to validate. Settled once, before a run begins; what was settled s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from mmagent import text
 from mmagent.config import Config, override
 from mmagent.shards import Dataset
-from mmagent.targets import kind
+from mmagent.targets import TaskInfo, kind
 
 SMALL = 200_000_000  # parameters of a language model that trains as a whole on one machine
 _LORA = "lora:16"
@@ -58,6 +61,11 @@ def settle(config: Config, dataset: Dataset) -> tuple[Config, list[str]]:
     if config.model.join == "auto":
         found["model.join"], why = _join(dataset, towers=bool(towers), learns=strategy not in _OUTSIDE)
         notes.append(f"model.join={found['model.join']}: {why}")
+    if config.model.match == "auto" and any(kind(task) == "match" for task in dataset.tasks):
+        pairs = _pairs(dataset)
+        found["model.match"] = "dual" if pairs else "cross"
+        if pairs:
+            notes.append("model.match=dual: training rows bring one candidate each")
     if config.train.epochs == "auto":
         scratch = any(tower.checkpoint is None for tower in towers)
         found["train.epochs"], why = _epochs(round(dataset.rows("train") * config.data.share), scratch=scratch)
@@ -67,6 +75,12 @@ def settle(config: Config, dataset: Dataset) -> tuple[Config, list[str]]:
         steps = max(config.train.eval_every_steps, round(config.train.eval_every_epochs * epoch))
         found |= {"train.eval_every_steps": steps, "train.eval_every_epochs": None}
     return (override(config, found) if found else config), notes
+
+
+def described(config: Config, dataset: Dataset) -> dict[str, TaskInfo]:
+    """The tasks of a data set as a settled config trains them."""
+    dual = config.model.match == "dual"
+    return {name: replace(info, dual=dual and info.kind == "match") for name, info in dataset.tasks.items()}
 
 
 def settle_unlabelled(config: Config, *, aligned: bool) -> Config:
@@ -89,6 +103,15 @@ def _join(dataset: Dataset, *, towers: bool, learns: bool) -> tuple[str, str]:
     if not towers and learns:
         return "input", "the head reads the language model's own states"
     return "output", "fusion layers learn over the language model's states"
+
+
+def _pairs(dataset: Dataset) -> bool:
+    """Whether there are rows with candidates in training, and none with several."""
+    most = 0
+    for file in dataset.shard_files("train"):
+        column = pq.ParquetFile(file).read(columns=["candidates.list.element.content"])["candidates"]
+        most = max(most, pc.max(pc.list_value_length(column)).as_py() or 0)
+    return most == 1
 
 
 def _epochs(rows: int, *, scratch: bool) -> tuple[float, str]:

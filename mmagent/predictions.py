@@ -17,7 +17,7 @@ from mmagent.predictor import Answer
 from mmagent.record import Record
 from mmagent.targets import words_of
 from mmagent.tasks import Decision, Outcome, Task
-from mmagent.tasks.task import focus
+from mmagent.tasks.task import Placed, focus
 
 MAX_SLICES = 200  # of one column: more is an id, not a slice
 _SLICE = "slice."  # column prefix, so that a slice named "label" is no other column
@@ -85,6 +85,9 @@ def judged(task: Task, gold: Any, answer: Answer) -> dict[str, Any]:
         said["text"] = answer.text
     if answer.likelihood is not None:
         said["likelihood"] = list(answer.likelihood)
+    if answer.placed is not None:
+        asked, offered = ([round(float(x), 4) for x in side] for side in answer.placed[:2])
+        said["placed"] = [asked, offered, list(answer.placed.keys)]
     if answer.labels is not None:
         said["labels"] = list(answer.labels)
     if answer.spans is not None:
@@ -127,6 +130,7 @@ def decision(
         probabilities=ranked,
         confidence=confidence,
         likelihood=None if weighed is None else (float(weighed[0]), int(weighed[1])),
+        placed=Placed(placed[0], placed[1], (placed[2][0], placed[2][1])) if (placed := said.get("placed")) else None,
     )
 
 

@@ -32,6 +32,7 @@ from mmagent.soft import SoftModel
 from mmagent.targets import TaskInfo
 from mmagent.tasks import Task, make_all
 from mmagent.tasks.generate import Written
+from mmagent.tasks.task import Placed
 from mmagent.text import FrozenStates, TextEncoder
 
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
@@ -55,6 +56,7 @@ class Answer:
     spans: tuple[Mapping[str, Any], ...] | None = None
     cut: int = 0  # tokens of the text that the model had no room for
     likelihood: tuple[float, int] | None = None  # of the right answer, where the record brought it: see `Decision`
+    placed: Placed | None = None  # see `Decision`
     probabilities: Mapping[str, float] = field(default_factory=dict)  # every label, likeliest first
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
@@ -287,6 +289,7 @@ class Predictor:
             spans=said.spans,
             cut=sample.cut,
             likelihood=said.likelihood,
+            placed=said.placed,
             probabilities=said.probabilities,
             timings_ms=timings_ms,
         )

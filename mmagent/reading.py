@@ -40,6 +40,9 @@ class View:
     index: int = 0  # of the candidate, or of the stride
     reply: np.ndarray | None = None  # (reply,) int64: what is to be written, where it is known
     cut: int = 0  # tokens that were left out
+    offers: bool = False  # there are words of a candidate in it
+    alone: bool = False  # a candidate without what is asked
+    key: int = 0  # equal where what is read is the same, pictures and sounds with it; of what is read apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +183,12 @@ class Reader:
             "input_ids"
         ]
         cut = text.length(self.tokenizer, *pair) - len(ids) if len(ids) >= self.max_tokens else 0
-        return View(_some(ids, self.tokenizer), index=index, cut=cut)
+        return View(_some(ids, self.tokenizer), index=index, cut=cut, offers=bool(candidate))
+
+    def alone(self, words: str) -> View:
+        """Words by themselves."""
+        [(ids, cut)] = text.fitted(self.tokenizer, [words], self.max_tokens)
+        return View(ids, cut=cut)
 
     def strides(self, record: Record) -> tuple[View, ...]:
         """The message that spans count in, with its characters' places, after the words of the other messages; a long

@@ -47,6 +47,7 @@ class TaskInfo:
     mean: float | None = None  # of the values (regress)
     deviation: float | None = None  # of the values, with n in the denominator (regress)
     rows: Mapping[str, int] = field(default_factory=dict)  # split -> rows of this task
+    dual: bool = False  # match: what is asked and what is offered are read apart; a run settles it (model.match)
 
     @property
     def kind(self) -> str:
@@ -60,6 +61,7 @@ class TaskInfo:
             "counts": dict(self.counts),
             "mean": self.mean,
             "deviation": self.deviation,
+            **({"dual": True} if self.dual else {}),
         }
 
     @classmethod
@@ -71,6 +73,7 @@ class TaskInfo:
             raw.get("mean"),
             raw.get("deviation"),
             dict(raw.get("rows") or {}),
+            bool(raw.get("dual")),
         )
 
 

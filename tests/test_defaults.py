@@ -92,6 +92,19 @@ def test_words_alone_are_read_by_the_head_where_the_language_model_learns(
     assert defaults.settle(recipe, prepared(WORDS))[0].model.join == join
 
 
+@pytest.mark.parametrize(("offered", "match"), [([["red"]], "dual"), ([["red"], ["red", "blue"]], "cross")])
+def test_pairs_are_read_apart(
+    prepared: Prepared, tiny_recipe: dict[str, Any], offered: list[list[str]], match: str
+) -> None:
+    dataset = prepared([{"text": "which colour?", "candidates": each, "label": "0"} for each in offered])
+    config, notes = defaults.settle(resolve(tiny_recipe, {}), dataset)
+    assert config.model.match == match
+    assert any(note.startswith("model.match=dual") for note in notes) == (match == "dual")
+    assert defaults.described(config, dataset)["match"].dual == (match == "dual")
+    stays = resolve(tiny_recipe, {"model.match": "cross"})
+    assert not defaults.described(defaults.settle(stays, dataset)[0], dataset)["match"].dual
+
+
 def test_what_writes_joins_at_the_input(prepared: Prepared, tiny_recipe: dict[str, Any]) -> None:
     rows = [{"task": "generate", "text": "a red", "answer": "un rouge"}]
     recipe = resolve(tiny_recipe, {"freeze.strategy": "connector", "model.join": "auto"})

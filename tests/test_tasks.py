@@ -73,6 +73,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         question("match", {"text": "is it?", "candidates": [{"content": "red"}, {"content": "no"}]}, labels=["1"]),
     ],
 }
+ROWS["match:apart"] = [{**row, "task": "match:apart"} for row in ROWS["match"]]
 LABELS = {
     "classify": ("blue", "red"), "multilabel": ("blue", "green", "red"), "tag": ("COLOUR", "THING"),
     "relate": ("has", "in"),
@@ -80,7 +81,7 @@ LABELS = {
 
 
 def info(task: str) -> TaskInfo:
-    return TaskInfo(task, LABELS.get(task, ()), mean=20.0, deviation=8.0)
+    return TaskInfo(task, LABELS.get(task, ()), mean=20.0, deviation=8.0, dual=task == "match:apart")
 
 
 def records(task: str, **media: bytes) -> list[Record]:
@@ -408,7 +409,7 @@ def test_what_is_no_answer_is_tuned(
 def test_without_need_no_answer_stays_where_it_was() -> None:
     task, messages = make(TaskInfo("extract")), parse(context("what is red?")).messages
     row = Record("", messages, target=Target(texts=("red",)))
-    assert task.calibrate([[(7.0, 4, 7)], []], [row, row], ["text"] * 2).no_answer == 0.0
+    assert task.calibrate([[(7.0, 4, 7)], []], [row, row], ["text"] * 2).least == 0.0
 
 
 def test_an_answer_that_stands_nowhere_is_no_answer() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from mmagent.targets import TaskInfo, kind
 from mmagent.tasks.classify import Classify
+from mmagent.tasks.dual import DualMatch
 from mmagent.tasks.extract import Extract
 from mmagent.tasks.generate import Generate
 from mmagent.tasks.match import Match
@@ -28,7 +29,7 @@ _KINDS: Mapping[str, type[Task]] = {
 
 def make(info: TaskInfo) -> Task:
     """The task of a data set's description."""
-    return _KINDS[kind(info.task)](info)
+    return (DualMatch if info.dual else _KINDS[kind(info.task)])(info)
 
 
 def make_all(infos: Mapping[str, TaskInfo]) -> dict[str, Task]:

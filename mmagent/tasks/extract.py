@@ -91,7 +91,7 @@ class Extract(Task):
 
     def decide(self, raw: Any, record: Record, calibration: Calibration, modalities: str) -> Decision:
         """The likeliest span, or no answer (an empty text); the confidence is its share among the best and none."""
-        least = calibration.no_answer
+        least = calibration.least
         scores = np.array([least, *(score for score, _, _ in raw)]) / calibration.temperature
         chances = np.exp(scores - scores.max())
         chances /= chances.sum()
@@ -110,7 +110,7 @@ class Extract(Task):
             for raw, record in zip(raws, records, strict=True)
             if len(raw)
         ]
-        return Calibration(no_answer=_best_margin(np.array(said))) if said else Calibration()
+        return Calibration(least=_best_margin(np.array(said))) if said else Calibration()
 
     def gold(self, record: Record) -> Any:
         return None if record.target.texts is None else list(record.target.texts)

@@ -33,7 +33,7 @@ class Match(Task):
             raise TargetError("no candidates", "the row has no candidates to choose from: give `candidates`, a list")
         words = text.words(record)
         return tuple(
-            reader.beside(words, _content(record, index) or "", index) for index in range(len(record.candidates))
+            reader.beside(words, content_of(record, index) or "", index) for index in range(len(record.candidates))
         )
 
     def head(self, width: int) -> nn.Module:
@@ -77,13 +77,16 @@ class Match(Task):
         if len(raw) == 1:
             fits = float(1 / (1 + np.exp(-raw[0] / calibration.temperature)))
             return Decision(
-                label="0", text=_content(record, 0), probabilities={"0": round(fits, 6)}, confidence=max(fits, 1 - fits)
+                label="0",
+                text=content_of(record, 0),
+                probabilities={"0": round(fits, 6)},
+                confidence=max(fits, 1 - fits),
             )
         chances = calibration.probabilities(raw[None], [modalities])[0]
         order = np.argsort(-chances, kind="stable")
         return Decision(
             label=str(order[0]),
-            text=_content(record, int(order[0])),
+            text=content_of(record, int(order[0])),
             probabilities={str(index): round(float(chances[index]), 6) for index in order},
             confidence=float(chances[order[0]]),
         )
@@ -113,9 +116,7 @@ class Match(Task):
         records with a right candidate; auc over all pairs of a record and a candidate."""
         ranked = [o for o in outcomes if o.gold]
         columns = np.zeros((len(ranked), 2 + len(_CUTS)))
-        for row, outcome in zip(columns, ranked, strict=True):
-            order = list(outcome.decision.probabilities)
-            rank = 1 + min(order.index(label) for label in outcome.gold)
+        for row, rank in zip(columns, self.ranks(ranked), strict=True):
             row[:] = (1, 1 / rank, *(rank <= cut for cut in _CUTS))
         groups = [o.group for o in ranked]
         out = metrics.of_sums(columns, _from_sums, groups=groups, seed=seed, resamples=resamples) if ranked else {}
@@ -129,6 +130,14 @@ class Match(Task):
             out["auc"] = metrics.point(float(roc_auc_score(truth, chances)))
         return out
 
+    def ranks(self, outcomes: Sequence[Outcome]) -> list[int]:
+        """Of each record's first right candidate among its own."""
+        out = []
+        for outcome in outcomes:
+            order = list(outcome.decision.probabilities)
+            out.append(1 + min(order.index(label) for label in outcome.gold))
+        return out
+
 
 def _from_sums(sums: np.ndarray) -> dict[str, np.ndarray]:
     return {
@@ -137,7 +146,7 @@ def _from_sums(sums: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _content(record: Record, index: int) -> str | None:
+def content_of(record: Record, index: int) -> str | None:
     """The words of a candidate; the places of its pictures and sounds are left out."""
     parts = segments(record.candidates[index].get("content") or "")
     return "".join(words for part, words in parts if part == "text").strip() or None

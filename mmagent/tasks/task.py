@@ -27,6 +27,14 @@ class Fused(NamedTuple):
     tokens: Tensor | None  # (rows, tokens, width): of the text's tokens, where a head of the model wants them
 
 
+class Placed(NamedTuple):
+    """Where what is asked and what is offered lie, so that rows may be compared with each other's."""
+
+    asked: Sequence[float]  # (channels,)
+    offered: Sequence[float]  # (channels,)
+    keys: tuple[int, int]  # of both: see `View.key`
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What a task answers; it fills the fields that are its own."""
@@ -39,6 +47,7 @@ class Decision:
     probabilities: Mapping[str, float] = field(default_factory=dict)  # likeliest first
     confidence: float = 0.0
     likelihood: tuple[float, int] | None = None  # of the right answer: its logarithm, and of how many tokens
+    placed: Placed | None = None  # match, a lone candidate that was read apart
 
     @property
     def words(self) -> str:
