@@ -32,7 +32,7 @@ from mmagent.shards import Dataset
 
 _PACE_S = 0.03
 
-COLUMNS = ["id", "task", "messages", "images", "audios", "target", "weight", "meta"]
+COLUMNS = ["id", "task", "messages", "images", "audios", "candidates", "target", "weight", "meta"]
 
 
 class Pace(ExecutionCallback):

@@ -15,8 +15,8 @@ from jobs.export import export
 from jobs.loop import Plan, Step
 from jobs.validation import answers, calibrations, validate
 from jobs.workers import Group
-from mmagent import freeze, lora, targets, text
-from mmagent.assembly import Model, assemble, load_language
+from mmagent import freeze, lora, targets
+from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.augment import Words, augment
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.config import Config
@@ -37,7 +37,7 @@ class Supervised:
         self._plan, self._config = plan, config
         self._tasks = make_all(plan.tasks)
         self._encoder = load_language(config.model, self._tasks, dropout=config.model.backbone_dropout)
-        self._tokenizer = text.load_tokenizer(config.model.backbone)
+        self._tokenizer = load_reading(config.model)
         self._inputs = Inputs(config.model, config.data, self._tokenizer, self._tasks, self._encoder)
         self.model = build(config, self._tasks, self._encoder)
         scores = {task.score for task in self._tasks.values()}

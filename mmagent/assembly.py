@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from mmagent import text
+from mmagent import conversations, native, text
 from mmagent.config import ModelConfig
 from mmagent.model import MultimodalModel
+from mmagent.native import Native, NativeModel
 from mmagent.soft import SoftModel
 from mmagent.targets import kind
 from mmagent.tasks import Task
@@ -29,13 +31,25 @@ def load_language(
     Raises:
         BackboneError: see `mmagent.text.load_encoder` and `mmagent.writer.load_writer`.
     """
-    load = load_writer if _writes(tasks) else text.load_encoder
+    load: Callable[..., TextEncoder] = load_writer if _writes(tasks) else text.load_encoder
+    if config.join == "native":
+        load = native.load
     return load(place or config.backbone, weights=weights, dropout=dropout)
+
+
+def load_reading(config: ModelConfig, *, place: str | None = None) -> Any:
+    """What makes a model's tokens of words: the backbone's tokenizer, or a native model's processor.
+
+    Raises:
+        BackboneError: see `mmagent.text.load_tokenizer` and `mmagent.conversations.load_processor`.
+    """
+    load = conversations.load_processor if config.join == "native" else text.load_tokenizer
+    return load(place or config.backbone)
 
 
 def inside(config: ModelConfig) -> bool:
     """Whether the language model is part of the module in any case: it computes on what the towers make."""
-    return config.join == "input"
+    return config.join in ("input", "native")
 
 
 def assemble(
@@ -51,6 +65,9 @@ def assemble(
     Raises:
         ValueError: tasks that the join cannot serve.
     """
+    if config.join == "native":
+        assert isinstance(encoder, Native)
+        return NativeModel(config, tasks, encoder)
     if inside(config):
         return SoftModel(config, tasks, encoder, weights=weights)
     if _writes(tasks):

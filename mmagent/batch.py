@@ -7,21 +7,23 @@ Augmentation (`mmagent.augment`) happens between the two.
 from __future__ import annotations
 
 import hashlib
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmagent import pictures, sounds, text
+from mmagent import pictures, pretrained, sounds, text
 from mmagent.config import DataConfig, ModelConfig
+from mmagent.conversations import Conversations
 from mmagent.media import MediaError, MediaTooLarge, check_audio, check_image
 from mmagent.reading import Reader, TooLongError, View
-from mmagent.record import Media, Record, RecordError
+from mmagent.record import Media, Message, Record, RecordError
 from mmagent.targets import TargetError, check_question
 from mmagent.tasks import Task
 from mmagent.text import TextEncoder
@@ -38,6 +40,13 @@ class PartError(ValueError):
         self.too_large = too_large
 
 
+class Processed(NamedTuple):
+    """What a native model's processor made, and of which pictures and sounds: augmentation may change them after."""
+
+    row: Mapping[str, Tensor]
+    media: tuple[np.ndarray, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One record, decoded: what its task reads of it, in one view or several."""
@@ -50,6 +59,7 @@ class Sample:
     weight: float = 1.0
     transcript: np.ndarray | None = None  # (tokens,) int64: the words spoken, where known
     more: tuple[tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]], ...] = ()  # a view's own pictures and sounds
+    processed: Processed | None = None  # of a native model
 
     @property
     def id(self) -> str:
@@ -82,7 +92,7 @@ class Inputs:
     Args:
         model: its section of the config.
         data: limits, text length, size of the cache of decoded media.
-        tokenizer: of the model's backbone.
+        tokenizer: of the model's backbone; of a native model its processor.
         tasks: what the model answers, by name.
         encoder: the backbone, which says how long a text may be and whether it decodes, where the join is at its input.
 
@@ -96,11 +106,19 @@ class Inputs:
     ) -> None:  # fmt: skip
         self.model = model
         self.data = data
+        self.conversations: Conversations | None = None
+        if model.join == "native":
+            with pretrained.refusing(model.backbone, model.backbone, "model.backbone"):
+                self.conversations = Conversations(tokenizer, data.max_text_tokens)
+            tokenizer = tokenizer.tokenizer
         self.tokenizer = tokenizer
         self.tasks = tasks
         self.reader = _reader(model, data, tokenizer, encoder, any(task.generates for task in tasks.values()))
         self.pictures = pictures.of(model.image) if model.image else None
         self.sounds = sounds.of(model.audio) if model.audio else None
+        takes = {"image": self.pictures, "audio": self.sounds}
+        own = self.conversations.kinds if self.conversations else ()
+        self.modalities = ("text", *(kind for kind, made in takes.items() if made is not None or kind in own))
         self._cache = _Cache(data.cache_mb << 20)
         self._tokenizing = threading.Lock()  # a tokenizer keeps its truncation as state, which differs between tasks
 
@@ -110,12 +128,12 @@ class Inputs:
         Raises:
             PartError: media that is none or over a limit, or that the model cannot take.
         """
-        for kind, medias, tower, look in (
-            ("images", record.images, self.model.image, check_image),
-            ("audios", record.audios, self.model.audio, check_audio),
+        for kind, medias, modality, look in (
+            ("images", record.images, "image", check_image),
+            ("audios", record.audios, "audio", check_audio),
         ):
             for index, media in enumerate(medias):
-                if tower is None:
+                if modality not in self.modalities:
                     raise PartError(f"this model takes no {kind}", f"{kind}[{index}]")
                 with _named(f"{kind}[{index}]"):
                     look(media.read(), self.data.media)
@@ -130,7 +148,7 @@ class Inputs:
         words = text.words(record)
         views = self._views(record, read)
         transcript = record.meta.get("transcript") if record.audios and self._aligns else None
-        return Sample(
+        sample = Sample(
             record=record,
             views=views,
             has_words=bool(words),
@@ -140,6 +158,15 @@ class Inputs:
             transcript=self.tokenize([transcript])[0] if transcript else None,
             more=tuple(self._of_candidate(item, i) for i, item in enumerate(record.candidates)),
         )
+        return sample if self.conversations is None else self._conversed(sample, self.conversations)
+
+    def _conversed(self, sample: Sample, made: Conversations) -> Sample:
+        """A sample of a native model: its view holds what is to be written alone."""
+        with self._tokenizing:
+            row, cut = made.row(sample.record, sample.images, sample.audios)
+        [view] = sample.views
+        view = replace(view, ids=np.zeros(0, np.int64), cut=cut + view.cut)
+        return replace(sample, views=(view,), processed=Processed(row, (*sample.images, *sample.audios)))
 
     def _views(self, record: Record, read: View | None) -> tuple[View, ...]:
         task = self.tasks.get(record.task)
@@ -147,6 +174,8 @@ class Inputs:
             known = ", ".join(self.tasks)
             raise PartError(f"this model has no task {record.task!r}; it has {known}", "task")
         soft = self.model.join == "input"
+        if self.conversations is not None:
+            return (task.replied(record, self.reader),)
         if task.reads_whole and read is not None and not soft:
             return (read,)
         try:
@@ -183,7 +212,7 @@ class Inputs:
         with self._tokenizing:
             return len(self.tokenizer.tokenize(words))
 
-    def batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def batch(self, samples: Sequence[Sample], *, stand_ins: bool = True) -> dict[str, Tensor]:
         """Stacks the views of samples. Keys and shapes (r rows, a row for each view; t tokens, n pictures and m sounds
         of all rows together):
 
@@ -192,7 +221,16 @@ class Inputs:
         image_real (n,), image_slots () · audios (m, frames, channels), audio_frames, audio_row, audio_slot, audio_real
         (m,), audio_slots () · transcript_ids, transcript_mask (m, t) where the model is taught by words spoken.
         Where a batch has no picture (or sound), one stand-in of zeros is there with ``real`` false.
+
+        Of a native model there are ids, mask and ``media/NAME``, what its processor makes, in place of images and
+        audios, and the stand-in is a row of weight 0 behind all.
+
+        Args:
+            stand_ins: of a native model: whether there are such rows. Without them its towers run where there is
+                something for them alone, which ranks that share weights cannot.
         """
+        if self.conversations is not None:
+            return self._conversed_batch(samples, self.conversations, stand_ins)
         rows = [(index, sample, view) for index, sample in enumerate(samples) for view in range(len(sample.views))]
         ids, mask = self._pad([sample.views[view].ids for _, sample, view in rows])
         out = {
@@ -218,6 +256,36 @@ class Inputs:
                 out["transcript_ids"], out["transcript_mask"] = self._pad(spoken or [None])
         return out
 
+    def _conversed_batch(self, samples: Sequence[Sample], made: Conversations, stand_ins: bool) -> dict[str, Tensor]:
+        given: list[Mapping[str, Tensor]] = []
+        for sample in samples:
+            media = (*sample.images, *sample.audios)
+            known = sample.processed
+            if known is None or len(known.media) != len(media) or any(map(operator.is_not, known.media, media)):
+                with self._tokenizing:
+                    given.append(made.row(sample.record, sample.images, sample.audios)[0])
+            else:
+                given.append(known.row)
+        weights = [sample.weight for sample in samples]
+        for kind in made.kinds if stand_ins else ():
+            if not any(sample.images if kind == "image" else sample.audios for sample in samples):
+                one = [made.stand_in(kind)]
+                record = Record("", (Message("user", f"<{kind}>"),))
+                with self._tokenizing:
+                    given.append(made.row(record, one if kind == "image" else [], one if kind == "audio" else [])[0])
+                weights.append(0.0)
+        out = made.collate(given, self.tokenizer.pad_token_id)
+        out |= {
+            "keep": out["mask"].bool(),
+            "has_words": torch.tensor([True] * len(given)),
+            "weight": torch.tensor(weights, dtype=torch.float32),
+            "sample_row": torch.arange(len(given)),
+        }
+        for name, task in self.tasks.items():
+            targets = [task.target(s.record, s.views[0]) if s.task == name else None for s in samples]
+            out |= task.collate([*targets, *[None] * (len(given) - len(samples))], out["ids"].shape[1])
+        return out
+
     @property
     def _aligns(self) -> bool:
         return self.model.join == "output" and self.model.audio is not None and self.model.audio.align > 0
@@ -232,16 +300,16 @@ class Inputs:
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def _image(self, media: Media, place: str) -> np.ndarray:
-        made = self.pictures
-        if made is None:
+        made = self.conversations or self.pictures
+        if made is None or "image" not in self.modalities:
             raise PartError("this model takes no pictures", place)
         with _named(place):
             data = media.read()
             return self._cache.get(data, lambda: made.pixels(data, self.data.media))
 
     def _audio(self, media: Media, place: str) -> np.ndarray:
-        made = self.sounds
-        if made is None:
+        made = self.conversations or self.sounds
+        if made is None or "audio" not in self.modalities:
             raise PartError("this model takes no sound", place)
         with _named(place):
             data = media.read()
@@ -252,6 +320,8 @@ def _reader(model: ModelConfig, data: DataConfig, tokenizer: Any, encoder: TextE
     if model.join == "output":
         return Reader(tokenizer, data.max_text_tokens)
     assert encoder is not None, "how long a text may be is the language model's to say"
+    if model.join == "native":
+        return Reader(tokenizer, data.max_text_tokens, data.max_answer_tokens, decodes=True)
     table = encoder.model.get_input_embeddings().weight  # type: ignore[operator]
     if writes and (stop := text.stop_id(tokenizer)) >= table.shape[0]:
         raise text.BackboneError(

@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmagent import storage, text, towers
-from mmagent.assembly import Model, assemble, load_language
+from mmagent import conversations, storage, towers
+from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.calibration import Calibration
 from mmagent.config import Config, ConfigError, resolve
 from mmagent.targets import TaskInfo
@@ -111,7 +111,7 @@ def save(
             "task": task,
             "tasks": sorted(tasks),
             "labels": list(tasks[task].labels),
-            "modalities": modalities(config),
+            "modalities": modalities(config, tokenizer),
             **origin,
         }
         _seal(draft, manifest)
@@ -190,7 +190,7 @@ def load_model(bundle: Bundle) -> tuple[Model, TextEncoder, Any]:
     """
     place = str(bundle.path / "backbone")
     encoder = load_language(bundle.config.model, bundle.tasks, place=place)
-    tokenizer = text.load_tokenizer(place)
+    tokenizer = load_reading(bundle.config.model, place=place)
     model = assemble(bundle.config.model, make_all(bundle.tasks), encoder, weights=False)
     state = load_file(bundle.path / "model.safetensors")
     if model.backbone is not None:
@@ -202,7 +202,10 @@ def load_model(bundle: Bundle) -> tuple[Model, TextEncoder, Any]:
     return model, encoder, tokenizer
 
 
-def modalities(config: Config) -> list[str]:
+def modalities(config: Config, tokenizer: Any) -> list[str]:
+    """What a model takes; of a native one its processor says it."""
+    if config.model.join == "native":
+        return ["text", *conversations.kinds(tokenizer)]
     kinds = (("image", config.model.image), ("audio", config.model.audio))
     return ["text", *(kind for kind, tower in kinds if tower is not None)]
 

@@ -151,12 +151,13 @@ class AudioTowerConfig(TowerConfig):
 
 class ModelConfig(_Section):
     backbone: str = Field(description="folder, hub id, or package:NAME/FOLDER of a Transformers language model")
-    join: Literal["auto", "output", "input"] = Field(
+    join: Literal["auto", "output", "input", "native"] = Field(
         "output",
         description="where pictures and sounds meet the language model: at its output, in fusion layers over its "
         "states (best where it is frozen), or at its input, as tokens among the words (what generate needs; the "
-        "fusion layers' keys, image.alone and audio.align say nothing then). auto: by the data set: input where there "
-        "are words alone and the language model learns, and where it writes; else output",
+        "fusion layers' keys, image.alone and audio.align say nothing then). native: backbone is a multimodal model, "
+        "with towers, a processor and a chat template of its own (such as Llava, Qwen-VL, Qwen-Audio). auto: by the "
+        "data set: input where there are words alone and the language model learns, and where it writes; else output",
     )
     pooling: Literal["auto", "mean", "first", "last"] = Field(
         "auto",

@@ -48,7 +48,9 @@ def settle(config: Config, dataset: Dataset) -> tuple[Config, list[str]]:
     for name, tower, words in (("image", config.model.image, "pictures"), ("audio", config.model.audio, "sound")):
         if tower is None:
             continue
-        if name in there:
+        if config.model.join == "native":
+            found[f"model.{name}"] = None
+        elif name in there:
             towers.append(tower)
         else:
             found[f"model.{name}"] = None
@@ -133,10 +135,12 @@ def _strategy(config: Config, dataset: Dataset, *, towers: bool) -> tuple[str, s
     """What trains, and why: a frozen language model's states can be kept, which makes training with towers fast; where
     the answer lies in the words, they have to learn."""
     words = sorted({kind(task) for task in dataset.tasks} & set(_OF_WORDS))
-    if towers and not words and config.model.join != "input":
+    if towers and not words and config.model.join not in ("input", "native"):
         return "connector", "towers learn, the language model's states are kept"
     size = _size(config.model.backbone)
     why = f"{' and '.join(words)} ask for single words" if words else "all there is to learn from is text"
+    if config.model.join == "native":
+        why = "the model's own towers join at its language model"
     if config.model.join == "input":
         why = "towers join at the language model's input"
     if size <= SMALL:

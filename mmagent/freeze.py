@@ -20,6 +20,7 @@ from mmagent.alignment import Alignment
 from mmagent.assembly import Model
 from mmagent.config import Config, FreezeConfig
 from mmagent.language import LanguageModel
+from mmagent.native import Native
 from mmagent.text import TextEncoder
 
 Trained = Model | LanguageModel | Alignment  # what a run teaches
@@ -41,6 +42,19 @@ def needs_backbone(strategy: str) -> bool:
     return strategy not in ("head", "connector", *TOWERS)
 
 
+def parts_of(model: Trained) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """The named parameters of each part, a weight of two parts (tied) the first one's: of the model's children, and of
+    a native model those that stand inside it, named as the children of other models are."""
+    out: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    known: set[int] = set()
+    for name, child in model.named_children():
+        inner = child.parts() if isinstance(child, Native) else {name: list(child.named_parameters())}
+        for part, own in inner.items():
+            out.setdefault(part, []).extend(pair for pair in own if id(pair[1]) not in known)
+        known.update(id(parameter) for own in inner.values() for _, parameter in own)
+    return out
+
+
 def apply(model: Trained, config: FreezeConfig) -> None:
     """Sets `requires_grad` of every parameter that trains at some time of the run, and adds the products of `lora:R`.
 
@@ -57,13 +71,19 @@ def apply(model: Trained, config: FreezeConfig) -> None:
         elif name in TOWERS and strategy not in ("all", name):
             for pretrained in lora.pretrained(part):
                 pretrained.requires_grad_(False)
-    if strategy in TOWERS and getattr(model, strategy) is None:
-        raise ValueError(f"freeze.strategy={strategy}, but the model has none: give the section model.{strategy[:5]}")
+    if strategy in TOWERS and not parts_of(model).get(strategy):
+        told = f"give the section model.{strategy[:5]}"
+        told = "its checkpoint takes no such media" if isinstance(model.backbone, Native) else told
+        raise ValueError(f"freeze.strategy={strategy}, but the model has none: {told}")
+    if isinstance(model.backbone, Native):
+        for name, own in model.backbone.parts().items():
+            for _, parameter in own:
+                parameter.requires_grad_(strategy != "head" and (name not in TOWERS or strategy in ("all", name)))
     if model.backbone is not None:
         _open_backbone(model.backbone, strategy, argument)
     if strategy == "lora":
         for name in config.lora_parts:
-            lora.add(model, name, int(argument), config)
+            lora.add(_module(model, name), name, int(argument), config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"freeze.strategy={config.strategy} leaves nothing of this model to train: what writes is the "
@@ -73,7 +93,8 @@ def apply(model: Trained, config: FreezeConfig) -> None:
 
 
 def _open_backbone(backbone: TextEncoder, strategy: str, argument: str) -> None:
-    backbone.requires_grad_(strategy in ("all", "towers", "gradual"))
+    for _, parameter in backbone.own():
+        parameter.requires_grad_(strategy in ("all", "towers", "gradual"))
     if strategy == "top":
         depth, blocks = int(argument), backbone.blocks()
         if depth > len(blocks):
@@ -81,13 +102,23 @@ def _open_backbone(backbone: TextEncoder, strategy: str, argument: str) -> None:
         for block in blocks[-depth:]:
             block.requires_grad_(True)
     if strategy == "bias":
-        biases = [parameter for name, parameter in backbone.named_parameters() if _is_bias(name)]
+        biases = [parameter for name, parameter in backbone.own() if _is_bias(name)]
         if not biases:
             raise ValueError(
                 "freeze.strategy=bias, but this language model has no biases: lora:8 learns as few numbers"
             )
         for parameter in biases:
             parameter.requires_grad_(True)
+
+
+def _module(model: Trained, part: str) -> nn.Module | None:
+    """A part that holds something pretrained, where the model has it."""
+    if not isinstance(model.backbone, Native):
+        found: nn.Module | None = getattr(model, part)
+        return found
+    if part == "backbone":
+        return model.backbone.language
+    return next((tower for name, tower in model.backbone.towers() if name == part), None)
 
 
 def _is_bias(name: str) -> bool:
@@ -137,7 +168,7 @@ def thaw(model: Trained, config: FreezeConfig, stage: int) -> None:
     """Opens what a gradual run trains at a stage and closes the rest; any other strategy is as `apply` left it."""
     if config.strategy == "gradual" and model.backbone is not None:
         opens = _stages(model.backbone)
-        for parameter in model.backbone.parameters():
+        for _, parameter in model.backbone.own():
             parameter.requires_grad_(opens[id(parameter)] <= stage)
     set_modes(model)
 
@@ -145,7 +176,7 @@ def thaw(model: Trained, config: FreezeConfig, stage: int) -> None:
 def _stages(backbone: TextEncoder) -> dict[int, int]:
     """When a gradual run opens each parameter, by its identity: layers from the last, then all that is none."""
     blocks = backbone.blocks()
-    out = dict.fromkeys(map(id, backbone.parameters()), len(blocks) + 1)
+    out = {id(parameter): len(blocks) + 1 for _, parameter in backbone.own()}
     for place, block in enumerate(reversed(blocks), start=1):
         out |= dict.fromkeys(map(id, block.parameters()), place)
     return out
@@ -158,7 +189,7 @@ def _layers_above(backbone: TextEncoder) -> dict[int, int]:
     layer = {id(parameter): index for index, block in enumerate(blocks) for parameter in block.parameters()}
     out: dict[int, int] = {}
     reached = False
-    for parameter in backbone.parameters():
+    for _, parameter in backbone.own():
         reached = reached or id(parameter) in layer
         outside = 0 if reached else len(blocks)
         out[id(parameter)] = len(blocks) - 1 - layer[id(parameter)] if id(parameter) in layer else outside
@@ -175,10 +206,8 @@ def table(model: Trained, encoder: TextEncoder | None = None) -> tuple[Part, ...
         [] if model.backbone is not None or encoder is None else [Part("backbone", 0, _count(encoder.parameters()))]
     )
     rows = []
-    known: set[int] = set()  # a weight of two parts, tied, is the first one's
-    for name, part in model.named_children():
-        own = [parameter for parameter in part.parameters() if id(parameter) not in known]
-        known.update(map(id, own))
+    for name, named in parts_of(model).items():
+        own = [parameter for _, parameter in named]
         rows.append(Part(name, _count(each for each in own if each.requires_grad), _count(own)))
     return (*outside, *(row for row in rows if row.total))
 
@@ -225,9 +254,8 @@ def groups(model: Trained, config: Config) -> list[dict[str, Any]]:
     above = _layers_above(model.backbone) if model.backbone is not None else {}
     opens = _stages(model.backbone) if model.backbone is not None and config.freeze.strategy == "gradual" else {}
     members: dict[tuple[str, float, int, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for first, parameter in ((name, each) for name, own in parts_of(model).items() for _, each in own):
         if parameter.requires_grad:
-            first = name.split(".")[0]
             part = "backbone" if first == "backbone" else "towers" if first in TOWERS else "rest"
             rate = rates[part] * optim.layer_decay ** above.get(id(parameter), 0)
             key = (part, rate, opens.get(id(parameter), 0), parameter.ndim > 1)

@@ -24,15 +24,17 @@ def pretrained(part: nn.Module) -> list[nn.Module]:
     return [module for module in part.modules() if isinstance(module, PreTrainedModel)]
 
 
-def add(model: nn.Module, part: str, rank: int, config: FreezeConfig) -> None:
+def add(owner: nn.Module | None, part: str, rank: int, config: FreezeConfig) -> None:
     """Stands products of a rank beside every linear layer of the blocks of a part's pretrained model.
+
+    Args:
+        owner: the part, where the model has it; `part` is its name.
 
     Raises:
         ValueError: the model lacks the part, or nothing in it is pretrained or linear.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    owner = getattr(model, part)
     found = pretrained(owner) if owner is not None else []
     linear = _linear_layers(found[0]) if found else []
     if not linear:

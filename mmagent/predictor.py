@@ -21,7 +21,7 @@ import torch
 from mmagent import bundle as bundles
 from mmagent import record as records
 from mmagent import text
-from mmagent.assembly import Model, assemble, load_language
+from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.calibration import Calibration
 from mmagent.config import Config
@@ -137,7 +137,7 @@ class Predictor:
     def untrained(cls, config: Config, infos: Mapping[str, TaskInfo], task: str, *, device: str = "auto") -> Predictor:
         """The model before fine-tuning: the pretrained backbone, and towers, join and head as the seed made them."""
         tasks = make_all(infos)
-        encoder, tokenizer = load_language(config.model, tasks), text.load_tokenizer(config.model.backbone)
+        encoder, tokenizer = load_language(config.model, tasks), load_reading(config.model)
         torch.manual_seed(config.seed)
         model = assemble(config.model, tasks, encoder)
         return cls(
@@ -156,7 +156,7 @@ class Predictor:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return tuple(bundles.modalities(self.config))
+        return self.inputs.modalities
 
     def check(self, record: Record) -> None:
         """Reads the headers of a record's media, no more.
@@ -255,7 +255,7 @@ class Predictor:
         return out
 
     def _batch(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        batch = self.inputs.batch(samples)
+        batch = self.inputs.batch(samples, stand_ins=False)
         if self._states is not None:
             batch["text_states"] = self._states(batch["ids"], batch["mask"])
         return {key: value.to(self.device) for key, value in batch.items()}

@@ -115,7 +115,7 @@ def load(name: str, kind: Kind, *, key: str, weights: bool = True, dropout: floa
     with refusing(name, place, key), quietly():
         with torch.device("meta"):
             whole = AutoModel.from_config(copy.deepcopy(config))
-        prefix, outline = _find(whole, kind, name)
+        prefix, outline = find(whole, kind, name)
         if not weights:
             return Part(type(outline)(outline.config), outline, config, prefix, frozenset(), place)
         check_weights(name)
@@ -142,7 +142,31 @@ def load_writing(name: str, *, key: str, weights: bool = True, dropout: float | 
             f"are) or an encoder-decoder (as T5 and BART are): give another {key}"
         )
     settle(config, dropout)
-    auto: Any = AutoModelForCausalLM if decodes(config) else AutoModelForSeq2SeqLM
+    auto = AutoModelForCausalLM if decodes(config) else AutoModelForSeq2SeqLM
+    return _whole(auto, name, place, config, key, weights)
+
+
+def load_multimodal(name: str, *, key: str, weights: bool = True, dropout: float | None = None) -> Part:
+    """The whole of a checkpoint that reads text with pictures or sounds and continues it; arguments as of `load`.
+
+    Raises:
+        BackboneError: see `load`; also where the checkpoint is no such model.
+    """
+    from transformers import AutoModelForMultimodalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    place, config = locate(name), config_of(name, key)
+    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING or config.is_encoder_decoder:
+        raise BackboneError(
+            f"model.join=native, but {name!r} ({config.model_type}) is no multimodal decoder of Transformers (as "
+            f"Llava, Qwen-VL and Qwen-Audio are): give one as {key}, or set model.join=input with towers of its own"
+        )
+    settle(config, dropout)
+    return _whole(AutoModelForMultimodalLM, name, place, config, key, weights)
+
+
+def _whole(auto: Any, name: str, place: str, config: Any, key: str, weights: bool) -> Part:
+    """A checkpoint as an auto class makes it."""
     with refusing(name, place, key), quietly():
         with torch.device("meta"):
             outline = auto.from_config(copy.deepcopy(config))
@@ -265,7 +289,7 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _find(whole: Any, kind: Kind, name: str) -> tuple[str, Any]:
+def find(whole: Any, kind: Kind, name: str) -> tuple[str, Any]:
     """The outermost Transformers model inside `whole` that takes the wanted input and no other."""
     from transformers import PreTrainedModel
 

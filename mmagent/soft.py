@@ -18,7 +18,7 @@ from mmagent.reading import PLACES
 from mmagent.tasks import Fused, Task
 from mmagent.text import TextEncoder
 from mmagent.towers import audio_tower, image_tower
-from mmagent.writer import Writer
+from mmagent.writer import Scored, Writer
 
 _WORD_SIZE = 0.02  # deviation of an embedding's entries where the checkpoint's are not at hand
 
@@ -57,17 +57,16 @@ class SoftModel(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """batch: see `mmagent.batch.Inputs.batch` -> for each task's name its output, rows first."""
-        embeds, mask = self._embed(batch), batch["mask"]
+        mask = batch["mask"]
         out: dict[str, Tensor] = {}
         states: Tensor | None
         if self._written:
-            assert isinstance(self.backbone, Writer)
             # Several tasks that write share the pass: a row has a reply of one of them at most.
             replies = torch.stack(_level([batch[f"{name}/reply"] for name in self._written])).amax(0)
-            logits, states = self.backbone.score(embeds, mask, replies, states=bool(self.heads))
+            logits, states = self._score(batch, replies)
             out |= {name: logits[:, logits.shape[1] - batch[f"{name}/reply"].shape[1] :] for name in self._written}
         else:
-            states = self.backbone.read(embeds, mask)
+            states = self._read(batch)
         if self.heads:
             assert states is not None
             fused = Fused(self.dropout(self._pooled(states, mask)), self.dropout(states))
@@ -85,8 +84,16 @@ class SoftModel(nn.Module):
     def features(self, batch: Batch) -> list[Tensor]:
         """The mean state of each row, (rows, width): what a linear probe sees."""
         mask = batch["mask"].to(torch.float32)[..., None]
-        states = self.backbone.read(self._embed(batch), batch["mask"])
+        states = self._read(batch)
         return [(states * mask).sum(1) / mask.sum(1).clamp(min=1)]
+
+    def _read(self, batch: Batch) -> Tensor:
+        """(rows, tokens, width): the language model's states."""
+        return self.backbone.read(self._embed(batch), batch["mask"])
+
+    def _score(self, batch: Batch, replies: Tensor) -> Scored:
+        assert isinstance(self.backbone, Writer)
+        return self.backbone.score(self._embed(batch), batch["mask"], replies, states=bool(self.heads))
 
     def _embed(self, batch: Batch) -> Tensor:
         """(rows, tokens, width): words, and the towers' tokens at their places. Towers run on a stand-in where a batch

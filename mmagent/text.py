@@ -46,6 +46,15 @@ def load_tokenizer(name: str) -> Any:
         )
     with pretrained.refusing(name, place, _KEY):
         tokenizer = AutoTokenizer.from_pretrained(place)
+    return settled(tokenizer, name)
+
+
+def settled(tokenizer: Any, name: str) -> Any:
+    """A tokenizer that can pad, and truncates on the left (the newest words are kept).
+
+    Raises:
+        BackboneError: there is no token to pad with.
+    """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise BackboneError(f"the tokenizer of {name!r} has neither a padding nor an end token: set pad_token")
@@ -152,6 +161,10 @@ class TextEncoder(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The layers, first to last (see `blocks`)."""
         return blocks(self.model)
+
+    def own(self) -> list[tuple[str, nn.Parameter]]:
+        """The named parameters of the language model itself, where there is more."""
+        return list(self.named_parameters())
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Takes the weights of an encoder of the same kind; of tied ones each once."""

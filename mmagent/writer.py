@@ -6,7 +6,7 @@ own last token, and its places are counted from the row's first: the rows of a b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class Writer(TextEncoder):
     def _continue(self, embeds: Tensor, mask: Tensor, reply: Tensor, states: bool) -> Scored:
         said = reply != IGNORED
         whole = torch.cat([embeds, self.embed(reply.clamp(min=0)).to(embeds.dtype)], dim=1)
-        aligned, keep, order = _to_the_end(whole, torch.cat([mask.bool(), said], dim=1))
+        aligned, keep, order = aligned_at_the_end(whole, torch.cat([mask.bool(), said], dim=1))
         kept = reply.shape[1] + 1
         options: dict[str, Any] = {"logits_to_keep": kept} if "logits_to_keep" in self._accepts else {}
         out = self.model(
@@ -98,31 +98,39 @@ class Writer(TextEncoder):
             stops: ids that end a text.
             pad: id that fills shorter rows.
         """
-        from transformers import LogitsProcessorList
         from transformers.modeling_outputs import BaseModelOutput
 
-        recorder = _Recorder()
         if self._decoder:
-            embeds, keep, _ = _to_the_end(embeds, mask.bool())
+            embeds, keep, _ = aligned_at_the_end(embeds, mask.bool())
             given: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": keep.long()}
         else:
             given = {
                 "encoder_outputs": BaseModelOutput(last_hidden_state=self.read(embeds, mask)), "attention_mask": mask,
             }  # fmt: skip
-        with pretrained.quietly():
-            rows = self.model.generate(  # type: ignore[operator]
-                **given, max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=list(stops),
-                pad_token_id=pad, logits_processor=LogitsProcessorList([recorder]), use_cache=True,
-            )  # fmt: skip
-        written = rows[:, rows.shape[1] - len(recorder.chances) :].tolist()
-        chances = torch.stack(recorder.chances, dim=1).tolist()
-        return [_until(row, chance, stops) for row, chance in zip(written, chances, strict=True)]
+        return greedily(self.model, given, max_tokens=max_tokens, stops=stops, pad=pad)
 
     def _places(self, keep: Tensor) -> dict[str, Tensor]:
         """Places counted from each row's first token; without them a model counts the padding too."""
         if "position_ids" not in self._accepts:
             return {}
         return {"position_ids": (keep.long().cumsum(1) - 1).clamp(min=0)}
+
+
+def greedily(
+    model: Any, given: Mapping[str, Any], *, max_tokens: int, stops: Sequence[int], pad: int
+) -> list[tuple[list[int], float]]:
+    """What a Transformers model writes after what it is given: see `Writer.write`."""
+    from transformers import LogitsProcessorList
+
+    recorder = _Recorder()
+    with pretrained.quietly():
+        rows = model.generate(
+            **given, max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=list(stops),
+            pad_token_id=pad, logits_processor=LogitsProcessorList([recorder]), use_cache=True,
+        )  # fmt: skip
+    written = rows[:, rows.shape[1] - len(recorder.chances) :].tolist()
+    chances = torch.stack(recorder.chances, dim=1).tolist()
+    return [_until(row, chance, stops) for row, chance in zip(written, chances, strict=True)]
 
 
 class _Recorder:
@@ -141,11 +149,12 @@ def _until(row: list[int], chances: list[float], stops: Sequence[int]) -> tuple[
     return row[:end], float(sum(chances[: end + 1]))
 
 
-def _to_the_end(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moves each row's kept places to its end, in their order. x (rows, n, width), keep (rows, n) -> both in the new
-    order, and the old place of each (rows, n)."""
+def aligned_at_the_end(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moves each row's kept places to its end, in their order. x (rows, n) or (rows, n, width), keep (rows, n) -> both
+    in the new order, and the old place of each (rows, n)."""
     order = keep.to(torch.uint8).argsort(dim=1, stable=True)
-    return x.gather(1, order[..., None].expand_as(x)), keep.gather(1, order), order
+    where = order if x.ndim == 2 else order[..., None].expand_as(x)
+    return x.gather(1, where), keep.gather(1, order), order
 
 
 def load_writer(name: str, *, weights: bool = True, dropout: float | None = None) -> Writer:

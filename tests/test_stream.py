@@ -16,7 +16,7 @@ from jobs import stream
 from jobs.stream import Layout
 from mmagent.config import Config, resolve
 from mmagent.order import Order, Position
-from mmagent.record import Media
+from mmagent.record import Media, Record
 from mmagent.rows import parse
 from mmagent.shards import Dataset
 
@@ -49,6 +49,23 @@ def config(tiny_recipe: dict[str, Any]) -> Config:
         {"cluster.workers": WORLD, "train.micro_batch": MICRO, "train.accumulation": ACCUMULATION,
          "data.window_rows": 36},
     )  # fmt: skip
+
+
+def test_all_that_a_task_reads_travels(tmp_path: Path, config: Config, make_dataset: Any, make_png: Any) -> None:
+    rows = [
+        {"text": "which?", "candidates": [{"content": "a"}, {"image": make_png()}], "label": "1"},
+        {"text": "a b", "spans": [{"start": 0, "end": 1, "label": "x"}], "weight": 0.5, "form": "said"},
+        {"messages": [{"role": "context", "content": "a b"}, {"role": "user", "content": "?"}], "answers": ["b"]},
+    ]
+    records = [parse({"id": str(index), "split": "train", **row}) for index, row in enumerate(rows)]
+    made = make_dataset(tmp_path / "rows", {"train": records})
+    layout = replace(stream.layout_of(config), world=1, rows_per_rank=3)
+    [table] = stream.tables(order_of(made, config), layout, Position(), 1)
+    found = {record.id: record for record in map(Record.from_row, table.to_pylist())}
+    for record in records:
+        # What fills a batch up weighs nothing; where a row came from is no concern of a task.
+        same = {"weight": 0.0, "split": "", "created_ms": 0, "origin": ""}
+        assert found[record.id].to_row() | same == record.to_row() | same
 
 
 def order_of(dataset: Dataset, config: Config) -> Order:

@@ -46,11 +46,12 @@ class Generate(Task):
     main: ClassVar[str] = "chrf"
 
     def views(self, record: Record, reader: Reader) -> tuple[View, ...]:
-        view = reader.prompt(record)
-        if not (golds := _golds(record)):
-            return (view,)
-        reply, cut = reader.reply(golds[0])
-        return (View(view.ids, reply=reply, cut=view.cut + cut),)
+        view, answer = reader.prompt(record), self.replied(record, reader)
+        return (View(view.ids, reply=answer.reply, cut=view.cut + answer.cut),)
+
+    def replied(self, record: Record, reader: Reader) -> View:
+        reply, cut = reader.reply(golds[0]) if (golds := _golds(record)) else (None, 0)
+        return View(np.zeros(0, np.int64), reply=reply, cut=cut)
 
     def head(self, width: int) -> nn.Module:
         """Raises: AssertionError: the language model's own output layer answers."""

@@ -100,6 +100,10 @@ class Task(ABC):
         """What the model reads of a record: one view, or several whose outputs `raw` puts together."""
         return (reader.whole(record),)
 
+    def replied(self, record: Record, reader: Reader) -> View:
+        """A view without what is read, which others make: with what is to be written alone, where that is known."""
+        return View(np.zeros(0, np.int64))
+
     @abstractmethod
     def head(self, width: int) -> nn.Module:
         """A module from (`Fused`, batch) to this task's output: a tensor whose first axis is rows."""

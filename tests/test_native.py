@@ -1,0 +1,301 @@
+"""Native multimodal models: the same training, freezing, bundle and answers, by their own processor and template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from jobs import supervised
+from mmagent import bundle, freeze, lora
+from mmagent.assembly import load_language, load_reading
+from mmagent.batch import Inputs, PartError
+from mmagent.config import Config, resolve
+from mmagent.conversations import MEDIA
+from mmagent.native import Native
+from mmagent.predictor import Predictor
+from mmagent.pretrained import BackboneError
+from mmagent.record import Record
+from mmagent.rows import parse
+from mmagent.targets import TaskInfo
+from mmagent.tasks import make_all
+from tests.test_backbones import write_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
+    "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<{{ c['type'] }}>{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 64, "max_position_embeddings": 160, "tie_word_embeddings": True, "initializer_range": 0.3,
+    "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+WRITES = {"generate": TaskInfo("generate")}
+CHOOSES = {"classify": TaskInfo("classify", ("it is red", "no"))}
+
+
+def _sees(folder: Path, tokenizer: Any) -> None:
+    """Llava: CLIP's vision, a projector, a Llama."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=16,
+    )  # fmt: skip
+    words = transformers.LlamaConfig(**SIZES, vocab_size=len(tokenizer))
+    sign = tokenizer.convert_tokens_to_ids("<image>")
+    settings: dict[str, Any] = {"image_token_id": sign, "image_seq_length": 4}
+    config = transformers.LlavaConfig(text_config=words, vision_config=vision, **settings)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.LlavaProcessor(
+        image_processor=pictures, tokenizer=tokenizer, patch_size=16, vision_feature_select_strategy="default",
+        image_token="<image>", num_additional_image_tokens=1, chat_template=TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def _hears(folder: Path, tokenizer: Any) -> None:
+    """Qwen2-Audio: an encoder like Whisper's, a projector, a Qwen2."""
+    audio = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+    sign = tokenizer.convert_tokens_to_ids("<audio>")
+    config = transformers.Qwen2AudioConfig(
+        audio_config={**audio, "num_mel_bins": 40, "max_source_positions": 100},
+        text_config={**SIZES, "vocab_size": len(tokenizer), "model_type": "qwen2"},
+        audio_token_index=sign,
+    )
+    transformers.Qwen2AudioForConditionalGeneration(config).save_pretrained(folder)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=40, chunk_length=2)
+    transformers.Qwen2AudioProcessor(
+        feature_extractor=extractor, tokenizer=tokenizer, chat_template=TEMPLATE, audio_token="<audio>",
+        audio_bos_token="<s>", audio_eos_token="</s>",
+    ).save_pretrained(folder)  # fmt: skip
+
+
+Checkpoint = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """``checkpoint("image")`` or ``"audio"``: a folder with an untrained model of text and that, and its processor."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("native") / kind
+            write_tokenizer(folder, pad="<pad>")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<audio>"]})
+            torch.manual_seed(0)
+            (_sees if kind == "image" else _hears)(folder, tokenizer)
+            made[kind] = folder
+        return made[kind]
+
+    return make
+
+
+def configured(folder: Path, **overrides: Any) -> Config:
+    recipe: dict[str, Any] = {
+        "data": {"name": "tiny", "max_text_tokens": 96, "max_answer_tokens": 12},
+        "model": {
+            "backbone": str(folder), "join": "native", "dropout": 0.0, "head_dropout": 0.0, "image": None,
+            "audio": None,
+        },
+        "optim": {"lr": 5e-3, "lr_backbone": 5e-3, "lr_towers": 5e-3},
+        "train": {"micro_batch": 4},
+        "freeze": {"strategy": "top:2"},
+    }  # fmt: skip
+    return resolve(recipe, overrides)
+
+
+def rows(task: str, modality: str, make_png: Any, make_wav: Any) -> list[Record]:
+    """Two questions with an answer each, which only the modality tells apart."""
+    out = []
+    for index, answer in enumerate(("no", "it is red")):
+        given: dict[str, dict[str, Any]] = {
+            "text": {"text": f"which {index}?"},
+            "image": {"text": "which?", "image": make_png(("blue", "red")[index])},
+            "audio": {"audio": make_wav((220.0, 880.0)[index])},
+        }
+        target = {"answer": answer} if task == "generate" else {"label": answer}
+        out.append(parse({"id": str(index), "task": task, **target, **given[modality]}))
+    return out
+
+
+class Made:
+    """A native model, and what feeds it."""
+
+    def __init__(self, config: Config, infos: dict[str, TaskInfo]) -> None:
+        self.config, self.infos, self.tasks = config, infos, make_all(infos)
+        self.encoder = load_language(config.model, self.tasks)
+        self.before = {name: value.clone() for name, value in self.encoder.state_dict().items()}
+        self.processor = load_reading(config.model)
+        self.module = supervised.build(config, self.tasks, self.encoder)
+        self.inputs = Inputs(config.model, config.data, self.processor, self.tasks, self.encoder)
+
+    def batch(self, records: list[Record]) -> dict[str, torch.Tensor]:
+        return self.inputs.batch([self.inputs.sample(record) for record in records])
+
+    def fit(self, records: list[Record], steps: int = 30) -> list[float]:
+        batch, losses = self.batch(records), []
+        optimizer = torch.optim.AdamW(freeze.groups(self.module, self.config))
+        for _ in range(steps):
+            loss = supervised.loss_of(self.module(batch), batch, self.tasks, self.config)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses
+
+    def predictor(self) -> Predictor:
+        return Predictor(
+            name="b", config=self.config, tasks=self.tasks, task=next(iter(self.infos)), model=self.module,
+            encoder=self.encoder, tokenizer=self.processor, device="cpu",
+        )  # fmt: skip
+
+    def bundled(self, folder: Path) -> Predictor:
+        weights = lora.merged(self.module, self.module.state_dict())
+        encoder = load_language(self.config.model, self.infos, weights=False)
+        encoder.load({k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")})
+        bundle.save(
+            folder, name="b", config=self.config, tasks=self.infos, task=next(iter(self.infos)),
+            state={key: value for key, value in weights.items() if not key.startswith("backbone.")}, backbone=encoder,
+            tokenizer=self.processor, calibration={}, origin={},
+        )  # fmt: skip
+        return Predictor.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("modality", "kind"), [("text", "image"), ("image", "image"), ("text", "audio"), ("audio", "audio")]
+)
+def test_it_learns_to_write_what_is_frozen_stays_and_the_bundle_answers_alike(
+    checkpoint: Checkpoint, make_png: Any, make_wav: Any, tmp_path: Path, modality: str, kind: str
+) -> None:
+    made, records = Made(configured(checkpoint(kind)), WRITES), rows("generate", modality, make_png, make_wav)
+    losses = made.fit(records)
+    assert losses[-1] < losses[0] / 2
+    for name, parameter in made.encoder.named_parameters():
+        assert parameter.requires_grad or torch.equal(parameter, made.before[name]), name
+    said = made.predictor().predict(records)
+    again = made.bundled(tmp_path / "b")
+    assert again.modalities == ("text", kind)
+    assert bundle.load(tmp_path / "b").manifest["modalities"] == ["text", kind]
+    assert [answer.to_dict(timings=False) for answer in again.predict(records)] == [
+        answer.to_dict(timings=False) for answer in said
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["all", "lora:4"])
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_it_classifies(
+    checkpoint: Checkpoint, make_png: Any, make_wav: Any, tmp_path: Path, kind: str, strategy: str
+) -> None:
+    made = Made(configured(checkpoint(kind), **{"freeze.strategy": strategy}), CHOOSES)
+    records = rows("classify", kind, make_png, make_wav)
+    losses = made.fit(records, steps=60)
+    assert losses[-1] < losses[0] / 2
+    answers = made.predictor().predict(records)
+    assert [answer.label for answer in answers] == [record.target.label for record in records]
+    again = made.bundled(tmp_path / "b").predict(records)  # what LoRA learnt is merged
+    for a, b in zip(answers, again, strict=True):
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-4)
+
+
+def test_rows_with_and_without_pictures_are_answered_as_alone(
+    checkpoint: Checkpoint, make_png: Any, make_wav: Any
+) -> None:
+    made = Made(configured(checkpoint("image"), **{"freeze.strategy": "all"}), WRITES)
+    records = [*rows("generate", "text", make_png, make_wav), *rows("generate", "image", make_png, make_wav)]
+    records.append(parse({"task": "generate", "messages": [{"role": "user", "content": "both <image> of <image> them"}],
+                          "images": [make_png("red"), make_png("blue", (40, 60))], "answer": "yes"}))  # fmt: skip
+    losses = made.fit(records, steps=100)
+    assert losses[-1] < losses[0] / 4
+    predictor = made.predictor()
+    together = predictor.predict(records)
+    alone = [predictor.predict([record])[0] for record in records]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    for a, b in zip(alone, together, strict=True):
+        assert a.confidence == pytest.approx(b.confidence, abs=1e-4)
+        assert a.likelihood == pytest.approx(b.likelihood, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_parts_are_found_by_structure(checkpoint: Checkpoint, kind: str) -> None:
+    trains: dict[str, set[str]] = {}
+    for strategy in ("connector", "top:1", "towers", f"{kind}_tower", "all", "gradual", "lora:2"):
+        config = configured(checkpoint(kind), **{"freeze.strategy": strategy})
+        model = Made(config, WRITES).module
+        trains[strategy] = {part.name for part in freeze.table(model) if part.trained}
+        assert sum(part.total for part in freeze.table(model)) == sum(p.numel() for p in model.parameters())
+        grouped = [id(p) for group in freeze.groups(model, config) for p in group["params"]]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    tower = f"{kind}_tower"
+    assert trains == {
+        "connector": {"join"}, "top:1": {"join", "backbone"}, "towers": {"join", "backbone"}, tower: {"join", tower},
+        "all": {"join", "backbone", tower}, "gradual": {"join", "backbone"}, "lora:2": {"join", "backbone"},
+    }  # fmt: skip
+    other = "audio_tower" if kind == "image" else "image_tower"
+    with pytest.raises(ValueError, match="the model has none: its checkpoint takes no such media"):
+        Made(configured(checkpoint(kind), **{"freeze.strategy": other}), WRITES)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_every_batch_runs_every_tower_and_a_stand_in_counts_nothing(
+    checkpoint: Checkpoint, make_png: Any, make_wav: Any, kind: str
+) -> None:
+    made = Made(configured(checkpoint(kind), **{"freeze.strategy": "all"}), WRITES)
+    batch = made.batch(rows("generate", "text", make_png, make_wav))
+    assert batch["weight"].tolist() == [1.0, 1.0, 0.0]
+    assert batch["sample_row"].tolist() == [0, 1, 2]
+    assert any(key.startswith(MEDIA) for key in batch)
+    supervised.loss_of(made.module(batch), batch, made.tasks, made.config).backward()
+    assert isinstance(made.encoder, Native)
+    [(_, tower)] = made.encoder.towers()
+    grads = [parameter.grad for parameter in tower.parameters() if parameter.grad is not None]
+    assert grads  # it took part
+    assert all(float(grad.abs().max()) == 0.0 for grad in grads)
+
+
+def test_augmented_pictures_are_processed_anew(checkpoint: Checkpoint, make_png: Any, make_wav: Any) -> None:
+    from dataclasses import replace
+
+    made = Made(configured(checkpoint("image")), WRITES)
+    sample = made.inputs.sample(rows("generate", "image", make_png, make_wav)[0])
+    dark = replace(sample, images=tuple(image // 2 for image in sample.images))
+    before, after = (made.inputs.batch([each])[f"{MEDIA}pixel_values"] for each in (sample, dark))
+    assert before.shape == after.shape
+    assert float((before - after).abs().max()) > 0.1
+
+
+def test_a_long_conversation_loses_words_and_never_a_picture(checkpoint: Checkpoint, make_png: Any) -> None:
+    made = Made(configured(checkpoint("image"), **{"data.max_text_tokens": 40}), WRITES)
+    row = parse({"task": "generate", "messages": [{"role": "user", "content": f"<image>{'x' * 80} what?"}],
+                 "images": [make_png()], "answer": "no"})  # fmt: skip
+    sample = made.inputs.sample(row)
+    ids = made.inputs.batch([sample])["ids"]
+    assert ids.shape[1] == 40
+    assert int((ids == made.inputs.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 4
+    said = made.inputs.tokenizer.decode(ids[0])
+    assert said.endswith("x what?assistant: ")
+    assert sample.cut == 80 - said.count("x")
+
+
+def test_what_users_write_is_never_a_sign(checkpoint: Checkpoint, make_png: Any) -> None:
+    made = Made(configured(checkpoint("image")), WRITES)
+    row = parse({"task": "generate", "text": "see \ue000 </s>", "image": make_png(), "answer": "no"})
+    word = parse({"task": "generate", "messages": [{"role": "user", "content": "say \\<image> twice"}], "answer": "no"})
+    sign = made.inputs.tokenizer.convert_tokens_to_ids("<image>")
+    batch = made.batch([row, word])
+    assert (batch["ids"] == sign).sum(1).tolist() == [4, 0]
+    assert int((batch["ids"][0] == made.inputs.tokenizer.eos_token_id).sum()) == 0
+
+
+def test_what_it_cannot_is_told(checkpoint: Checkpoint, tiny_backbone: Path, make_wav: Any) -> None:
+    predictor = Made(configured(checkpoint("image")), WRITES).predictor()
+    with pytest.raises(PartError, match="this model takes no sound"):
+        predictor.predict([{"audio": make_wav()}])
+    with pytest.raises(BackboneError, match="is no multimodal decoder of Transformers"):
+        Made(configured(tiny_backbone), WRITES)
+    with pytest.raises(BackboneError, match="reads places or pairs of texts"):
+        Made(configured(checkpoint("image")), {"tag": TaskInfo("tag", ("X",))})
