@@ -74,6 +74,13 @@ class Sample:
         """Tokens of its text that no view has room for."""
         return sum(view.cut for view in self.views)
 
+    @property
+    def tokens(self) -> int:
+        """What is read of it, over all views, pictures and sounds with it where they stand among the words."""
+        if self.processed is not None:
+            return int(self.processed.row["input_ids"].shape[1])
+        return sum(len(view.ids) for view in self.views)
+
     def media(self, view: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         """Pictures and sounds of one view: the record's, then those of its candidate."""
         read = self.views[view]

@@ -142,7 +142,7 @@ class Service:
             "total": _ms(time.perf_counter() - started),
         }
         extension = Extension(**{**answer.to_dict(), "timings_ms": timings, "channel": self.channel})
-        read = sum(len(view.ids) for view in sample.views)
+        read = sample.tokens
         return Answered(id, int(time.time()), extension, words, read, self.predictor.inputs.count(words))
 
     async def _sample(self, draft: Draft, build: Callable[[], Record]) -> Sample:
@@ -160,7 +160,7 @@ class Service:
             reason = str(error).removeprefix(f"{error.field}: ")
             status, code = (413, "media_too_large") if error.too_large else (422, _code(error.field))
             raise ApiError(status, f"{place}: {reason}", code=code, param=place) from error
-        if len(sample.views) > self.config.max_views:
+        if not record.candidates and len(sample.views) > self.config.max_views:  # those are counted as they come
             message = f"the text is read in {len(sample.views)} strides; the limit max_views is {self.config.max_views}"
             raise ApiError(413, message, code="text_too_long")
         return sample

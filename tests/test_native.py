@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from starlette.testclient import TestClient
 
 from jobs import supervised
 from mmagent import bundle, freeze, lora
@@ -23,6 +26,9 @@ from mmagent.record import Record
 from mmagent.rows import parse
 from mmagent.targets import TaskInfo
 from mmagent.tasks import make_all
+from serve.app import build
+from serve.config import ServeConfig
+from serve.service import Service
 from tests.test_backbones import write_tokenizer
 
 TEMPLATE = (
@@ -202,6 +208,25 @@ def test_it_classifies(
         assert a.probabilities == pytest.approx(b.probabilities, abs=1e-4)
 
 
+def test_over_http_the_answer_is_the_librarys(checkpoint: Checkpoint, make_png: Any, make_wav: Any) -> None:
+    made, records = Made(configured(checkpoint("image")), WRITES), rows("generate", "image", make_png, make_wav)
+    made.fit(records)
+    predictor = made.predictor()
+    expected = predictor.predict(records)
+    with TestClient(build(Service(predictor, ServeConfig()))) as client:
+        for record, answer in zip(records, expected, strict=True):
+            assert record.images[0].bytes is not None
+            url = "data:image/png;base64," + base64.b64encode(record.images[0].bytes).decode()
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "which?"}]
+            chat = {"model": "b", "messages": [{"role": "user", "content": content}]}
+            said = client.post("/v1/chat/completions", json=chat)
+            assert said.status_code == 200, said.text
+            assert said.json()["choices"][0]["message"]["content"] == answer.text
+            assert said.json()["usage"]["prompt_tokens"] == predictor.prepare(record).tokens
+            body = {"text": "which?", "image": base64.b64encode(record.images[0].bytes).decode()}
+            assert client.post("/v1/predict", json=body).json()["mmagent"]["text"] == answer.text
+
+
 def test_rows_with_and_without_pictures_are_answered_as_alone(
     checkpoint: Checkpoint, make_png: Any, make_wav: Any
 ) -> None:
@@ -258,8 +283,6 @@ def test_every_batch_runs_every_tower_and_a_stand_in_counts_nothing(
 
 
 def test_augmented_pictures_are_processed_anew(checkpoint: Checkpoint, make_png: Any, make_wav: Any) -> None:
-    from dataclasses import replace
-
     made = Made(configured(checkpoint("image")), WRITES)
     sample = made.inputs.sample(rows("generate", "image", make_png, make_wav)[0])
     dark = replace(sample, images=tuple(image // 2 for image in sample.images))

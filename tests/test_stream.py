@@ -52,7 +52,7 @@ def config(tiny_recipe: dict[str, Any]) -> Config:
 
 
 def test_all_that_a_task_reads_travels(tmp_path: Path, config: Config, make_dataset: Any, make_png: Any) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"text": "which?", "candidates": [{"content": "a"}, {"image": make_png()}], "label": "1"},
         {"text": "a b", "spans": [{"start": 0, "end": 1, "label": "x"}], "weight": 0.5, "form": "said"},
         {"messages": [{"role": "context", "content": "a b"}, {"role": "user", "content": "?"}], "answers": ["b"]},
