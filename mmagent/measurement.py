@@ -7,6 +7,7 @@ Shares and ratios are fractions of one, times seconds or ms as the id says, accu
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import operator
 import os
 import platform
@@ -59,9 +60,18 @@ class Row:
         }
 
 
-def publish(bench: str, rows: Sequence[Row], checkout: Path) -> None:
-    """Writes ``bench/BENCH.json`` in the storage root and a copy in ``runs/bench`` of the checkout."""
-    value = {"bench": bench, "machine": machine(), "rows": [row.to_dict() for row in rows]}
+def publish(bench: str, rows: Sequence[Row], checkout: Path, *, keep: bool = False) -> None:
+    """Writes ``bench/BENCH.json`` in the storage root and a copy in ``runs/bench`` of the checkout.
+
+    Args:
+        keep: whether rows of an earlier file stay that are not measured anew, where it was made on the same machine
+            with the same packages: a long measurement can be made in parts.
+    """
+    made, new = machine(), {row.id: row.to_dict() for row in rows}
+    file = checkout / "runs" / "bench" / f"{bench}.json"
+    known = json.loads(file.read_text()) if keep and file.exists() else {}
+    before = {row["id"]: row for row in known["rows"]} if known.get("machine") == made else {}
+    value = {"bench": bench, "machine": made, "rows": [*(before | new).values()]}
     for folder in (storage.root() / "bench", checkout / "runs" / "bench"):
         storage.publish_json(folder / f"{bench}.json", value)
 

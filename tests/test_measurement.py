@@ -47,3 +47,19 @@ def test_figures_are_written_and_pasted(storage: Path, tmp_path: Path) -> None:
     assert "kept" in pasted
     assert figures.paste(pasted, tmp_path / "runs" / "bench")[0] == pasted
     assert "MISSED" not in measurement.table(rows)
+
+
+def test_a_long_measurement_can_be_made_in_parts(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ids() -> list[tuple[str, float]]:
+        found = json.loads((tmp_path / "runs" / "bench" / "quality.json").read_text())
+        return [(row["id"], row["value"]) for row in found["rows"]]
+
+    measurement.publish("quality", [Row("a", 1.0, "%", "x"), Row("b", 2.0, "%", "x")], tmp_path, keep=True)
+    measurement.publish("quality", [Row("a", 3.0, "%", "x"), Row("c", 4.0, "%", "x")], tmp_path, keep=True)
+    assert ids() == [("a", 3.0), ("b", 2.0), ("c", 4.0)]
+    other = measurement.machine() | {"cores": 1024}
+    monkeypatch.setattr(measurement, "machine", lambda: other)
+    measurement.publish("quality", [Row("a", 5.0, "%", "x")], tmp_path, keep=True)
+    assert ids() == [("a", 5.0)]  # what another machine made does not stand beside it
