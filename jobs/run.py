@@ -21,8 +21,9 @@ from jobs.loop import STOP_FILE, Plan, train
 from jobs.supervised import Supervised, build
 from mmagent import bundle as bundles
 from mmagent import defaults, freeze, storage, text, towers
-from mmagent.assembly import load_language
+from mmagent.assembly import load_language, load_reading
 from mmagent.config import Config, resolve
+from mmagent.conversations import kinds
 from mmagent.order import Order, Position
 from mmagent.shards import Dataset
 from mmagent.targets import TaskInfo
@@ -105,6 +106,8 @@ def prepare(
     towers.check(config.model)
     tasks = defaults.described(config, dataset)
     parts = _check_model(config, tasks)
+    if config.model.join == "native":
+        _check_media(config, dataset)
     hold(config, folder)
     order = training_order(dataset, config)
     steps = total_steps(order, config)
@@ -214,6 +217,16 @@ def _check_model(config: Config, infos: Mapping[str, TaskInfo]) -> tuple[freeze.
             return freeze.table(build(config, make_all(infos), encoder, weights=False), encoder)
     except ValueError as error:
         raise RunError(str(error)) from error
+
+
+def _check_media(config: Config, dataset: Dataset) -> None:
+    """Whether a native model takes what the rows bring; one with towers of ours is given those that they need."""
+    takes = {"text", *kinds(load_reading(config.model))}
+    if dataset.info["splits"]["train"].get("modalities") and (more := defaults.modalities(dataset) - takes):
+        raise RunError(
+            f"{dataset.name} holds {' and '.join(sorted(more))}, but {config.model.backbone} takes "
+            f"{', '.join(sorted(takes))}: prepare the data without it, or give another model.backbone"
+        )
 
 
 def hold(config: Config, folder: Path) -> None:

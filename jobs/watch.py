@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mmagent import storage, wording
+from mmagent import defaults, storage, wording
 from mmagent.config import Config
 
 if TYPE_CHECKING:  # they bring Ray, which reads its environment when it is imported
@@ -196,13 +196,15 @@ def _evaluate(work: Run) -> None:
         print("the data set has no test split: no evaluation")
         return
     assert work.plan.bundle is not None
+    takes = json.loads((work.plan.bundle / "manifest.json").read_text())["modalities"]
+    shown = defaults.modalities(work.dataset).intersection(takes)
     result = evaluate(
         work.plan.bundle,
         work.dataset,
         "test",
         out=work.folder,
         before=True,
-        without="image" if work.config.model.image is not None else None,
+        without="image" if "image" in shown else None,
         workers=work.config.cluster.workers,
         threads=work.config.cluster.threads,
         seed=work.config.seed,

@@ -67,6 +67,8 @@ def augment(sample: Sample, config: AugmentConfig, words: Words, rng: np.random.
     if sample.audios and (sample.has_words or sample.images) and rng.random() < config.audio_drop:
         sample = replace(sample, audios=(), views=tuple(without(view, "audio") for view in sample.views))
     of_text = any(view.offsets is not None or sample.record.candidates for view in sample.views)  # it asks of its words
+    if sample.processed is not None:  # its words are a native model's processor's
+        return sample
     if sample.has_words and not of_text and (sample.images or sample.audios) and rng.random() < config.text_drop:
         sample = replace(sample, views=tuple(_silent(view, words) for view in sample.views), has_words=False)
     if sample.has_words and config.word_drop:
@@ -128,8 +130,9 @@ def _recolour(image: np.ndarray, share: float, rng: np.random.Generator) -> np.n
 
 
 def _sound(frames: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """frames: (frames, mels). Changes speed by resampling the frames, the speaker's pitch and tract by shifting and
-    stretching the mel axis (vocal tract length perturbation, Jaitly & Hinton 2013), adds noise, masks stripes."""
+    """frames: (frames, mels), or (samples, 1) of a waveform. Changes speed by resampling the frames, the speaker's
+    pitch and tract by shifting and stretching the mel axis (vocal tract length perturbation, Jaitly & Hinton 2013),
+    adds noise, masks stripes."""
     x = frames.astype(np.float32)
     if config.audio_tempo:
         length = max(2, round(len(x) * (1 + rng.uniform(-config.audio_tempo, config.audio_tempo))))
@@ -140,7 +143,8 @@ def _sound(frames: np.ndarray, config: AugmentConfig, rng: np.random.Generator) 
         stretch = 1 + rng.uniform(-config.audio_pitch, config.audio_pitch)
         x = _resample(x.T, np.clip(np.arange(bins) * stretch + shift, 0, bins - 1)).T
     if config.audio_noise:
-        x = x + rng.standard_normal(x.shape, dtype=np.float32) * rng.uniform(0, config.audio_noise)
+        loudness = x.std() if x.shape[1] == 1 else 1.0  # of a waveform; features are of one size already
+        x = x + rng.standard_normal(x.shape, dtype=np.float32) * rng.uniform(0, config.audio_noise) * loudness
     for axis in (0, 1) * config.audio_masks:
         width = int(rng.uniform(0, config.audio_mask_share) * x.shape[axis])
         start = rng.integers(0, x.shape[axis] - width + 1)

@@ -43,7 +43,7 @@ def settle(config: Config, dataset: Dataset) -> tuple[Config, list[str]]:
     """
     found: dict[str, Any] = {}
     notes = []
-    there = _modalities(dataset)
+    there = modalities(dataset)
     towers = []
     for name, tower, words in (("image", config.model.image, "pictures"), ("audio", config.model.audio, "sound")):
         if tower is None:
@@ -123,7 +123,7 @@ def _epochs(rows: int, *, scratch: bool) -> tuple[float, str]:
     return round(min(most, max(fewest, samples / max(1, rows))), 1), f"{rows:,} rows, {why}"
 
 
-def _modalities(dataset: Dataset) -> set[str]:
+def modalities(dataset: Dataset) -> set[str]:
     """What some row of training holds: text, image, audio; also where only candidates hold it."""
     counted: Mapping[str, int] = dataset.info["splits"]["train"].get("modalities") or {}
     if not counted:  # made by hand: nothing is known

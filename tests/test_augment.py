@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 
 from mmagent import text
 from mmagent.augment import Words, augment, drop_words
-from mmagent.batch import Sample
+from mmagent.batch import Processed, Sample
 from mmagent.config import AugmentConfig, Config, resolve
 from mmagent.order import sample_rng
 from mmagent.reading import View
@@ -234,3 +234,20 @@ def test_augmented_sound_stays_sound(words: Words, frames: int) -> None:
     assert min(lengths) >= max(1, 0.8 * frames - 1)
     assert max(lengths) <= max(2, 1.2 * frames + 1)
     assert frames < 7 or len(lengths) > 1
+
+
+def test_noise_is_as_loud_as_a_waveform_asks_for(words: Words) -> None:
+    config = AugmentConfig(audio_noise=0.5)
+    wave = np.sin(np.linspace(0, 200, 4000, dtype=np.float32))[:, None]
+    for loudness in (0.01, 1.0):
+        sample = replace(full(words), audios=(wave * loudness,))
+        changed = augment(sample, config, words, sample_rng(0, 0, "a")).audios[0].astype(np.float32)
+        assert 0.001 < (changed - wave * loudness).std() / (wave * loudness).std() < 0.6
+
+
+def test_words_of_a_native_model_are_left_to_its_processor(words: Words) -> None:
+    media = (np.zeros((1, 1), np.float32),)
+    native = replace(full(words), views=(View(np.zeros(0, np.int64)),), processed=Processed({}, media))
+    changed = augment(native, AugmentConfig(word_drop=0.9, text_drop=0.9), words, sample_rng(0, 0, "a"))
+    assert changed.has_words
+    assert len(changed.views[0].ids) == 0

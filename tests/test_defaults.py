@@ -105,6 +105,17 @@ def test_pairs_are_read_apart(
     assert not defaults.described(defaults.settle(stays, dataset)[0], dataset)["match"].dual
 
 
+def test_a_native_model_has_towers_of_its_own(
+    prepared: Prepared, tiny_recipe: dict[str, Any], make_png: Callable[..., bytes]
+) -> None:
+    dataset = prepared([{"text": "hm?", "image": encoded(make_png), "label": label} for label in ("red", "blue")])
+    recipe = resolve(tiny_recipe, {"model.join": "native", "freeze.strategy": "auto"})
+    config, notes = defaults.settle(recipe, dataset)
+    assert (config.model.image, config.model.audio) == (None, None)
+    assert config.freeze.strategy == "all"
+    assert any("the model's own towers" in note for note in notes)
+
+
 def test_what_writes_joins_at_the_input(prepared: Prepared, tiny_recipe: dict[str, Any]) -> None:
     rows = [{"task": "generate", "text": "a red", "answer": "un rouge"}]
     recipe = resolve(tiny_recipe, {"freeze.strategy": "connector", "model.join": "auto"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import transformers
 from starlette.testclient import TestClient
 
-from jobs import supervised
+from jobs import prepare, run, supervised
 from mmagent import bundle, freeze, lora
 from mmagent.assembly import load_language, load_reading
 from mmagent.batch import Inputs, PartError
@@ -322,3 +323,18 @@ def test_what_it_cannot_is_told(checkpoint: Checkpoint, tiny_backbone: Path, mak
         Made(configured(tiny_backbone), WRITES)
     with pytest.raises(BackboneError, match="reads places or pairs of texts"):
         Made(configured(checkpoint("image")), {"tag": TaskInfo("tag", ("X",))})
+
+
+def test_rows_with_what_it_does_not_take_are_told_before_the_first_step(
+    checkpoint: Checkpoint, storage: Path, make_wav: Any
+) -> None:
+    wave = "data:audio/wav;base64," + base64.b64encode(make_wav()).decode()
+    lines = [
+        json.dumps({"text": f"{word}?", "audio": wave, "label": word, "split": split})
+        for split in ("train", "validation", "test") for word in ("yes", "no")
+    ]  # fmt: skip
+    (storage / "rows.jsonl").write_text("\n".join(lines))
+    assert prepare.main(["--source", f"jsonl:{storage / 'rows.jsonl'}", "--name", "tiny"]) == 0
+    with pytest.raises(run.RunError, match=r"tiny holds audio, but .* takes image, text"):
+        run.prepare(configured(checkpoint("image")), storage / "runs" / "r")
+    run.prepare(configured(checkpoint("audio")), storage / "runs" / "s")
