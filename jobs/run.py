@@ -6,7 +6,7 @@ runs/NAME/{config.yaml, metrics.jsonl, tb/, checkpoints/step_N/, evaluation.json
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from jobs.supervised import Supervised, build
 from mmagent import bundle as bundles
 from mmagent import defaults, freeze, storage, text, towers
 from mmagent.assembly import load_language, load_reading
+from mmagent.batch import Inputs
 from mmagent.config import Config, resolve
-from mmagent.conversations import kinds
 from mmagent.order import Order, Position
 from mmagent.shards import Dataset
 from mmagent.targets import TaskInfo
@@ -105,9 +105,9 @@ def prepare(
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
     tasks = defaults.described(config, dataset)
-    parts = _check_model(config, tasks)
+    parts, takes = _check_model(config, tasks)
     if config.model.join == "native":
-        _check_media(config, dataset)
+        _check_media(config, dataset, takes)
     hold(config, folder)
     order = training_order(dataset, config)
     steps = total_steps(order, config)
@@ -208,24 +208,25 @@ def _check_splits(dataset: Dataset) -> None:
         raise RunError(f"the validation split of {dataset.path} has labels that training never has: {unknown[:5]}")
 
 
-def _check_model(config: Config, infos: Mapping[str, TaskInfo]) -> tuple[freeze.Part, ...]:
-    """Builds the model without its weights: a config that makes none is told here, by one process. What its parts
-    train is known then."""
+def _check_model(config: Config, infos: Mapping[str, TaskInfo]) -> tuple[tuple[freeze.Part, ...], tuple[str, ...]]:
+    """Builds the model without its weights, and what feeds it: a config that makes none is told here, by one process.
+    What its parts train, and the modalities it takes."""
     try:
+        tasks = make_all(infos)
         with torch.device("meta"):
             encoder = load_language(config.model, infos, weights=False, dropout=config.model.backbone_dropout)
-            return freeze.table(build(config, make_all(infos), encoder, weights=False), encoder)
+            parts = freeze.table(build(config, tasks, encoder, weights=False), encoder)
+        return parts, Inputs(config.model, config.data, load_reading(config.model), tasks, encoder).modalities
     except ValueError as error:
         raise RunError(str(error)) from error
 
 
-def _check_media(config: Config, dataset: Dataset) -> None:
+def _check_media(config: Config, dataset: Dataset, takes: Sequence[str]) -> None:
     """Whether a native model takes what the rows bring; one with towers of ours is given those that they need."""
-    takes = {"text", *kinds(load_reading(config.model))}
-    if dataset.info["splits"]["train"].get("modalities") and (more := defaults.modalities(dataset) - takes):
+    if dataset.info["splits"]["train"].get("modalities") and (more := defaults.modalities(dataset) - set(takes)):
         raise RunError(
             f"{dataset.name} holds {' and '.join(sorted(more))}, but {config.model.backbone} takes "
-            f"{', '.join(sorted(takes))}: prepare the data without it, or give another model.backbone"
+            f"{', '.join(takes)}: prepare the data without it, or give another model.backbone"
         )
 
 

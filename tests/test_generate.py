@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import torch
 from PIL import Image
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_bleu, corpus_chrf
+from transformers import AutoTokenizer
 
-from jobs import supervised
+from jobs import prepare, run, supervised
 from mmagent import bundle, freeze, text
 from mmagent.assembly import load_language
 from mmagent.batch import Inputs
@@ -235,3 +238,19 @@ def test_freezing_finds_both_halves_of_an_encoder_decoder(
     assert any(name.startswith("backbone.model.decoder.block.1.") for name in open_)
     assert not any(name.startswith("backbone.model.encoder.block.") for name in open_)
     assert {part.name: part.total for part in freeze.table(model)}["backbone"] > 0
+
+
+def test_an_end_that_the_language_model_does_not_know_is_told_before_the_first_step(
+    writers: dict[str, Path], tiny_recipe: dict[str, Any], storage: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "decoder"
+    shutil.copytree(writers["decoder"], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<the end>"})
+    tokenizer.save_pretrained(folder)
+    lines = [json.dumps({"text": "hm?", "answer": "no", "split": split}) for split in ("train", "validation", "test")]
+    (storage / "rows.jsonl").write_text("\n".join(lines))
+    assert prepare.main(["--source", f"jsonl:{storage / 'rows.jsonl'}", "--name", "rows"]) == 0
+    config = configured(tiny_recipe, folder, **{"data.name": "rows"})
+    with pytest.raises(run.RunError, match="ends a text with '<the end>', number"):
+        run.prepare(config, storage / "runs" / "r")

@@ -335,6 +335,6 @@ def test_rows_with_what_it_does_not_take_are_told_before_the_first_step(
     ]  # fmt: skip
     (storage / "rows.jsonl").write_text("\n".join(lines))
     assert prepare.main(["--source", f"jsonl:{storage / 'rows.jsonl'}", "--name", "tiny"]) == 0
-    with pytest.raises(run.RunError, match=r"tiny holds audio, but .* takes image, text"):
+    with pytest.raises(run.RunError, match=r"tiny holds audio, but .* takes text, image"):
         run.prepare(configured(checkpoint("image")), storage / "runs" / "r")
     run.prepare(configured(checkpoint("audio")), storage / "runs" / "s")
