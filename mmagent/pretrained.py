@@ -136,6 +136,10 @@ def load_writing(name: str, *, key: str, weights: bool = True, dropout: float | 
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     place, config = locate(name), config_of(name, key)
+    if not (decodes(config) or writes_behind_encoder(config)) and multimodal(config):
+        raise BackboneError(
+            f"{name!r} ({config.model_type}) is a multimodal model, which writes as a whole alone: set model.join=native"
+        )
     if not (decodes(config) or writes_behind_encoder(config)):
         raise BackboneError(
             f"{name!r} ({config.model_type}) only reads: the task generate wants a decoder (as GPT-2, Llama and Qwen "
@@ -153,10 +157,9 @@ def load_multimodal(name: str, *, key: str, weights: bool = True, dropout: float
         BackboneError: see `load`; also where the checkpoint is no such model.
     """
     from transformers import AutoModelForMultimodalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
     place, config = locate(name), config_of(name, key)
-    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING or config.is_encoder_decoder:
+    if not multimodal(config):
         raise BackboneError(
             f"model.join=native, but {name!r} ({config.model_type}) is no multimodal decoder of Transformers (as "
             f"Llava, Qwen-VL and Qwen-Audio are): give one as {key}, or set model.join=input with towers of its own"
@@ -188,6 +191,13 @@ def decodes(config: Any) -> bool:
     if config.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return False
     return kind not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", False))
+
+
+def multimodal(config: Any) -> bool:
+    """Whether a checkpoint of this config reads text with pictures or sounds, and continues it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    return type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and not config.is_encoder_decoder
 
 
 def writes_behind_encoder(config: Any) -> bool:

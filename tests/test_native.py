@@ -321,6 +321,8 @@ def test_what_it_cannot_is_told(checkpoint: Checkpoint, tiny_backbone: Path, mak
         predictor.predict([{"audio": make_wav()}])
     with pytest.raises(BackboneError, match="is no multimodal decoder of Transformers"):
         Made(configured(tiny_backbone), WRITES)
+    with pytest.raises(BackboneError, match=r"is a multimodal model, .* set model.join=native"):
+        Made(configured(checkpoint("image"), **{"model.join": "input"}), WRITES)
     with pytest.raises(BackboneError, match="reads places or pairs of texts"):
         Made(configured(checkpoint("image")), {"tag": TaskInfo("tag", ("X",))})
 
