@@ -138,7 +138,7 @@ def load_writing(name: str, *, key: str, weights: bool = True, dropout: float | 
     place, config = locate(name), config_of(name, key)
     if not (decodes(config) or writes_behind_encoder(config)) and multimodal(config):
         raise BackboneError(
-            f"{name!r} ({config.model_type}) is a multimodal model, which writes as a whole alone: set model.join=native"
+            f"{name!r} ({config.model_type}) is a multimodal model, which writes as a whole: set model.join=native"
         )
     if not (decodes(config) or writes_behind_encoder(config)):
         raise BackboneError(
