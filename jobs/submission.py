@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs import cluster
 from mmagent import storage
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STOP_TIMEOUT_S = 60.0
 RETRY_S = 2.0
+AGENT_TIMEOUT_S = 60.0  # in which the part of a new Ray that starts jobs is there, also on a busy machine
 # How long Ray lets a job write its last checkpoint when it is stopped; its own choice is 3 seconds.
 JOB_STOP_WAIT_S = 30
 
@@ -60,7 +61,7 @@ def run(address: str, command: Sequence[str], working_dir: Path) -> float:
     else:
         print(f"$ {as_typed(address, command, variables)}")
         runtime_env = {"working_dir": str(working_dir), "env_vars": variables}
-        job_id = client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
+        job_id = _submit(client, address, shlex.join(command), runtime_env)
     sys.stdout.flush()
     try:
         asyncio.run(_follow(client, job_id))
@@ -121,6 +122,23 @@ def _only(address: str) -> Iterator[None]:
             del os.environ["RAY_API_SERVER_ADDRESS"]
         else:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def _submit(client: JobSubmissionClient, address: str, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """A Ray that has just begun answers before it can start a job."""
+    end = time.monotonic() + AGENT_TIMEOUT_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            if time.monotonic() > end:
+                raise NoCluster(
+                    f"Ray at {address} starts no job: no agent of it was there for {AGENT_TIMEOUT_S:.0f} s; look at "
+                    "dashboard_agent.log in its folder of logs, or stop it and start another"
+                ) from error
+        time.sleep(RETRY_S)
 
 
 def _running(client: JobSubmissionClient, entrypoint: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -203,7 +204,11 @@ def test_ctrl_c_stops_the_job_before_it_leaves(ray_cluster: Cluster, storage: Pa
         "from pathlib import Path; from jobs import submission;"
         f"submission.run({ray_cluster.dashboard!r}, ['python', '-c', {job!r}], Path('jobs/recipes').resolve())"
     )
-    command = subprocess.Popen([sys.executable, "-c", script], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+    command = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True,
+        # What a shell runs in the background ignores Ctrl-C, and so do its children: a suite may be run so.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert command.stdout
     for line in command.stdout:
         if line.startswith("job runs"):
@@ -212,6 +217,31 @@ def test_ctrl_c_stops_the_job_before_it_leaves(ray_cluster: Cluster, storage: Pa
     command.communicate(timeout=90)
     assert command.returncode != 0
     assert (tmp_path / "ended").exists()
+
+
+class _Late:
+    """A Ray whose agent comes late."""
+
+    def __init__(self, refusals: int, why: str) -> None:
+        self.refusals, self.why = refusals, why
+
+    def submit_job(self, **_: Any) -> str:
+        self.refusals -= 1
+        if self.refusals >= 0:
+            raise RuntimeError(f"Request failed with status code 500: {self.why}.")
+        return "job-1"
+
+
+def test_a_ray_that_has_just_begun_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission, "RETRY_S", 0.01)
+    why = "No available agent to submit job, please try again later"
+    late: Any = _Late(3, why)
+    assert submission._submit(late, "http://ray", "true", {}) == "job-1"
+    with pytest.raises(RuntimeError, match="bad runtime environment"):
+        submission._submit(cast(Any, _Late(1, "bad runtime environment")), "http://ray", "true", {})
+    monkeypatch.setattr(submission, "AGENT_TIMEOUT_S", 0.05)
+    with pytest.raises(submission.NoCluster, match="no agent of it was there"):
+        submission._submit(cast(Any, _Late(10_000, why)), "http://ray", "true", {})
 
 
 def test_a_command_that_already_runs_is_followed_not_started_twice(
