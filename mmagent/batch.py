@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from mmagent import pictures, pretrained, sounds, text
@@ -120,6 +121,7 @@ class Inputs:
             tokenizer = tokenizer.tokenizer
         self.tokenizer = tokenizer
         self.tasks = tasks
+        self._positions = encoder.max_tokens if encoder is not None else None
         self.reader = _reader(model, data, tokenizer, encoder, any(task.generates for task in tasks.values()))
         self.pictures = pictures.of(model.image) if model.image else None
         self.sounds = sounds.of(model.audio) if model.audio else None
@@ -169,8 +171,19 @@ class Inputs:
 
     def _conversed(self, sample: Sample, made: Conversations) -> Sample:
         """A sample of a native model: its view holds what is to be written alone."""
-        with self._tokenizing:
-            row, cut = made.row(sample.record, sample.images, sample.audios)
+        try:
+            with self._tokenizing:
+                row, cut = made.row(sample.record, sample.images, sample.audios)
+        except (TemplateError, ValueError) as error:
+            raise PartError(f"the model's own processor refuses it: {error}", "messages") from error
+        tokens = int(row["input_ids"].shape[1])
+        room = self.data.max_answer_tokens if self.tasks[sample.task].generates else 0
+        if self._positions is not None and tokens + room > self._positions:
+            raise PartError(
+                f"with its pictures and sounds it takes {tokens} tokens, which leaves too little of the "
+                f"{self._positions} that the language model has places for: send fewer or smaller ones",
+                "messages",
+            )
         [view] = sample.views
         view = replace(view, ids=np.zeros(0, np.int64), cut=cut + view.cut)
         return replace(sample, views=(view,), processed=Processed(row, (*sample.images, *sample.audios)))
@@ -192,6 +205,8 @@ class Inputs:
                 if soft and not task.reads_whole:
                     views = tuple(self._fronted(record, view) for view in views)
                 return views
+        except TemplateError as error:
+            raise PartError(f"the model's chat template refuses it: {error}", "messages") from error
         except (TargetError, TooLongError) as error:
             raise PartError(str(error), _READ_BESIDES.get(task.kind, "messages")) from error
 

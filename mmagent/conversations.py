@@ -87,10 +87,13 @@ class Conversations:
     ) -> tuple[dict[str, Tensor], int]:
         """What the processor makes of a conversation (tensors of one row), and how many tokens were left out."""
         there = {"image": bool(images), "audio": bool(audios)}
-        messages = [
-            {"role": _ROLES.get(message.role, message.role), "content": self._marked(message.content, there)}
-            for message in record.messages
-        ]
+        messages: list[dict[str, str]] = []
+        for message in record.messages:
+            role, content = _ROLES.get(message.role, message.role), self._marked(message.content, there)
+            if messages and messages[-1]["role"] == role:  # many templates want roles in turn
+                messages[-1]["content"] += f"\n{content}"
+            else:
+                messages.append({"role": role, "content": content})
         cut = 0
         found = self._processed(messages, images, audios)
         for _ in range(_TRIES):

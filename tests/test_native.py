@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -313,6 +314,27 @@ def test_what_users_write_is_never_a_sign(checkpoint: Checkpoint, make_png: Any)
     batch = made.batch([row, word])
     assert (batch["ids"] == sign).sum(1).tolist() == [4, 0]
     assert int((batch["ids"][0] == made.inputs.tokenizer.eos_token_id).sum()) == 0
+
+
+def test_roles_come_in_turn_and_what_the_template_refuses_costs_one_row(
+    checkpoint: Checkpoint, tmp_path: Path, make_png: Any
+) -> None:
+    folder = tmp_path / "strict"
+    shutil.copytree(checkpoint("image"), folder)
+    strict = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{% if not loop.first and m['role'] == loop.previtem['role'] %}{{ raise_exception('in turn') }}{% endif %}"
+    ) + TEMPLATE.removeprefix("{% for m in messages %}")
+    (folder / "chat_template.jinja").write_text(strict)
+    predictor = Made(configured(folder, **{"data.max_answer_tokens": 100}), WRITES).predictor()
+    twice = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
+    system = {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}
+    many = {"text": "c", "images": [make_png()] * 14}
+    records = [parse({"task": "generate", **row}, default_id="1") for row in (twice, system, many)]
+    answered, refused, long = predictor.attempt(records)
+    assert not isinstance(answered, PartError)
+    assert "the model's own processor refuses it: no system here" in str(refused)
+    assert "which leaves too little of the 160 that the language model has places for" in str(long)
 
 
 def test_what_it_cannot_is_told(checkpoint: Checkpoint, tiny_backbone: Path, make_wav: Any) -> None:
