@@ -110,8 +110,9 @@ class TextEncoder(nn.Module):
         self.model = model
         self._whole, self._prefix = config, prefix
         # A pooler makes one vector that nothing here reads; left in, its parameters would never get a gradient.
-        if getattr(model, "pooler", None) is not None:
-            model.pooler = None  # type: ignore[assignment]
+        for part in (model, getattr(model, "encoder", None)):  # of a pair made of two checkpoints it stands inside
+            if getattr(part, "pooler", None) is not None:
+                part.pooler = None  # type: ignore[union-attr, assignment]
         self.max_tokens = _max_tokens(model)
         # A decoder would keep every layer's keys and values for a next token that nobody asks for.
         self._options = {"use_cache": False} if "use_cache" in pretrained.takes(model) else {}

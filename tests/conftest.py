@@ -197,10 +197,13 @@ def tiny_backbones(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of language models with their output layers: decoders (Qwen2, and GPT-2, which counts places), and an
-    encoder-decoder (T5), each of 2 layers, 32 wide, untrained, with a byte-level tokenizer."""
+    """Folders of language models with their output layers: decoders (Qwen2, and GPT-2, which counts places), and
+    encoder-decoders (T5, and a pair of BERTs), each of 2 layers, 32 wide, untrained, with a byte-level tokenizer."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import (
+        BertConfig,
+        EncoderDecoderConfig,
+        EncoderDecoderModel,
         GPT2Config,
         GPT2LMHeadModel,
         PreTrainedTokenizerFast,
@@ -220,6 +223,12 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     t5 = T5Config(vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, pad_token_id=1)
     t5.decoder_start_token_id, t5.eos_token_id = 1, 0
+    half = BertConfig(
+        vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        pad_token_id=1,
+    )  # fmt: skip
+    pair = EncoderDecoderConfig.from_encoder_decoder_configs(half, half)
+    pair.decoder_start_token_id, pair.eos_token_id, pair.pad_token_id = 1, 0, 1
     models: dict[str, Any] = {
         "decoder": Qwen2ForCausalLM(
             Qwen2Config(
@@ -231,6 +240,7 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
         ),
         "encoder-decoder": T5ForConditionalGeneration(t5),
+        "pair": EncoderDecoderModel(pair),
     }  # fmt: skip
     folders = {kind: tmp_path_factory.mktemp(f"writer-{kind}") for kind in models}
     for kind, model in models.items():

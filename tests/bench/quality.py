@@ -25,20 +25,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.svm import SVC
+from sklearn.svm import SVC, SVR
 
 from jobs import cluster, evaluate, prepare, train
 from jobs.speech import Clip, render
 from mmagent import storage
 from mmagent.arguments import Parser
 from mmagent.measurement import Row, publish, table
-from tests.bench import templates
+from tests.bench import pair, templates
 
 CHECKOUT = Path(__file__).parents[2]
 RECIPE = CHECKOUT / "jobs/recipes/small.yaml"
 SMALL = os.environ.get("SCALE") == "small"
 SHUFFLED = "shuffled"
-_ANSWERS = ("label", "spans", "answers")  # columns of a row that are its answer
+_ANSWERS = ("label", "spans", "answers", "value", "candidates", "answer")  # columns of a row that are its answer
 
 
 class Case(NamedTuple):
@@ -50,6 +50,10 @@ class Case(NamedTuple):
     reference: float | None  # percent
     what: str
     goal: str | None
+    overrides: tuple[str, ...] = ()  # of the recipe
+    writes: tuple[
+        str, ...
+    ] = ()  # texts that a decoder from scratch shall know the letters of; none: the recipe's model
 
 
 def _templates(kind: str, metric: str) -> Case:
@@ -58,30 +62,93 @@ def _templates(kind: str, metric: str) -> Case:
     return Case(rows, metric, chance, None, f"{kind}: sentences of forms; test's names never seen", ">= 95.0")
 
 
+class _Digits:
+    """The handwritten digits of scikit-learn, split by a fixed order."""
+
+    def __init__(self) -> None:
+        found = load_digits()
+        self.pixels, self.labels = found.images, found.target
+        self._flat = found.images.reshape(len(found.images), -1)
+        order = np.random.default_rng(0).permutation(len(self.labels))[: 200 if SMALL else None]
+        self.train, self.test = order[: int(len(order) * 0.7)], order[int(len(order) * 0.8) :]
+        self.parts = {"train": self.train, "validation": order[len(self.train) : -len(self.test)], "test": self.test}
+
+    def rows(self, answer: Callable[[int, random.Random], dict[str, Any]]) -> list[dict[str, Any]]:
+        rng = random.Random(0)
+        return [
+            {"image": _uri("image/png", _png(self.pixels[i])), "split": split, **answer(int(self.labels[i]), rng)}
+            for split, part in self.parts.items()
+            for i in part
+        ]
+
+    def reached(self, model: Any) -> float:
+        """What a model of scikit-learn reaches on the pixels, percent: accuracy, or R2."""
+        fitted = model.fit(self._flat[self.train], self.labels[self.train])
+        return 100 * float(fitted.score(self._flat[self.test], self.labels[self.test]))
+
+
 def _pictures() -> Case:
-    """The handwritten digits of scikit-learn, against its own support vectors on the pixels."""
-    found = load_digits()
-    pixels, labels = found.images, found.target
-    order = np.random.default_rng(0).permutation(len(labels))[: 200 if SMALL else None]
-    train, test = order[: int(len(order) * 0.7)], order[int(len(order) * 0.8) :]
-    flat = pixels.reshape(len(pixels), -1)
-    reference = SVC(gamma=0.001).fit(flat[train], labels[train]).score(flat[test], labels[test])
-    rows = [
-        {"image": _uri("image/png", _png(pixels[index])), "label": f"digit {labels[index]}", "split": split}
-        for split, part in (("train", train), ("validation", order[len(train) : -len(test)]), ("test", test))
-        for index in part
-    ]
+    digits = _Digits()
+    rows = digits.rows(lambda digit, _: {"label": f"digit {digit}"})
     what = "classify: handwritten digits of scikit-learn, towers from scratch; reference: an RBF SVM on the pixels"
-    return Case(rows, "accuracy", _commonest(rows), 100 * reference, what, ">= 97.0")
+    return Case(rows, "accuracy", _commonest(rows), digits.reached(SVC(gamma=0.001)), what, ">= 97.0")
+
+
+def _numbers() -> Case:
+    digits = _Digits()
+    rows = digits.rows(lambda digit, _: {"value": float(digit)})
+    what = "regress: the number that a handwritten digit shows; reference: support vector regression on the pixels"
+    return Case(rows, "r2", 0.0, digits.reached(SVR(gamma=0.001, C=10.0)), what, ">= 90.0")
+
+
+def _captions() -> Case:
+    """Pictures and their captions, one candidate a row: learnt from the other rows, ranked among all of the test."""
+
+    def caption(digit: int, rng: random.Random) -> dict[str, Any]:
+        words = f"a {rng.choice(_HANDS)} handwritten {_WORDS[digit]}"
+        return {"task": "match", "candidates": [words], "label": words}
+
+    what = "match: handwritten digits and their captions, one right one a row, four that cannot be told apart"
+    chance = 100 * 5 / (len(_HANDS) * len(_WORDS))
+    return Case(_Digits().rows(caption), "recall_at_5", chance, None, what, ">= 97.0")
+
+
+def _open_questions() -> Case:
+    """easy-VQA with its answers written out, word by word."""
+    import easy_vqa
+
+    rows: list[dict[str, Any]] = []
+    for split, asked, images in (
+        ("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
+        ("test", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
+    ):
+        order = random.Random(0).sample(range(len(asked[0])), (120, 40)[split == "test"] if SMALL else _OPEN[split])
+        for place, index in enumerate(order):
+            own = "validation" if split == "train" and place % 12 == 0 else split
+            known = {"text": asked[0][index], "answer": _sentence(asked[0][index], asked[1][index])}
+            rows.append({**known, "image": str(images[asked[2][index]]), "task": "generate", "split": own})
+    told = Counter(row["answer"] for row in rows if row["split"] == "test")
+    best = Counter((row["text"], row["answer"]) for row in rows if row["split"] == "test")
+    blind: dict[str, int] = {}
+    for (question, _), count in best.items():
+        blind[question] = max(blind.get(question, 0), count)
+    what = "generate: easy-VQA in its open form, MiniLM with a fresh decoder; reference: a question's commonest answer"
+    chance, reference = 100 * max(told.values()) / told.total(), 100 * sum(blind.values()) / told.total()
+    overrides = ("freeze.strategy=all", "data.max_answer_tokens=16")
+    return Case(rows, "exact", chance, reference, what, ">= 95.0", overrides, writes=True)
+
+
+def _sentence(question: str, answer: str) -> str:
+    """The answer as one would say it."""
+    return answer if answer in ("yes", "no") else f"it is {answer}"
 
 
 def _sounds() -> Case:
     """Spoken digits: synthetic voices, some heard in the test alone."""
-    words = "zero one two three four five six seven eight nine".split()
     voices = [f"{accent}+{voice}" for accent in ("en-us", "en-gb-scotland", "en-gb-x-rp") for voice in _VOICES]
     clips = {
         (word, voice, index): Clip(word, voice, 120 + 25 * index, 30 + 12 * index)
-        for word in words
+        for word in _WORDS
         for voice in (voices[:6] if SMALL else voices)
         for index in range(1 if SMALL else 4)
     }
@@ -95,6 +162,9 @@ def _sounds() -> Case:
     return Case(rows, "accuracy", _commonest(rows), None, what, ">= 95.0")
 
 
+_WORDS = "zero one two three four five six seven eight nine".split()
+_HANDS = ("neat", "hasty", "bold", "thin")
+_OPEN = {"train": 16_000, "test": 2_000}
 _VOICES = ("f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m7", "klatt2", "Andrea", "Mario", "linda")
 CASES: dict[str, Callable[[], Case]] = {
     "tag.text": lambda: _templates("tag", "micro_f1"),
@@ -102,6 +172,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "extract.text": lambda: _templates("extract", "f1"),
     "classify.image": _pictures,
     "classify.audio": _sounds,
+    "regress.image": _numbers,
+    "match.image": _captions,
+    "generate.image": _open_questions,
 }
 
 
@@ -125,8 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(name: str, case: Case, overrides: Sequence[str]) -> Iterator[Row]:
-    learned = _reached(case.rows, case.metric, overrides)
-    guessed = _reached(list(_shuffled(case.rows)), case.metric, overrides)
+    learned = _reached(case, case.rows, overrides)
+    guessed = _reached(case, list(_shuffled(case.rows)), overrides)
     yield Row(f"quality.{name}", learned, "%", f"{case.metric}, {case.what}", case.goal)
     if case.reference is not None:
         yield Row(f"quality.{name}.reference", case.reference, "%", f"{case.metric} of the reference")
@@ -134,20 +207,24 @@ def _measure(name: str, case: Case, overrides: Sequence[str]) -> Iterator[Row]:
     yield Row(f"quality.{name}.{SHUFFLED}", guessed, "%", f"{case.metric} after answers shuffled in training", limit)
 
 
-def _reached(rows: Sequence[dict[str, Any]], metric: str, overrides: Sequence[str]) -> float:
+def _reached(case: Case, rows: Sequence[dict[str, Any]], overrides: Sequence[str]) -> float:
     """The metric on the test split, percent, after the three commands."""
     with tempfile.TemporaryDirectory(prefix="mmagent-quality-") as place:
         name, file = Path(place).name, Path(place) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given = [f"data.name={name}", *case.overrides, *overrides]
+        if case.writes:
+            pair.write(Path(place) / "pair")
+            given.append(f"model.backbone={place}/pair")
         try:
             if (
                 prepare.main(["--source", f"jsonl:{file}", "--name", name])
-                or train.main(["--config", str(RECIPE), "--name", name, f"data.name={name}", *overrides])
+                or train.main(["--config", str(RECIPE), "--name", name, *given])
                 or evaluate.main(["--bundle", name, "--data", name, "--out", f"eval/{name}"])
             ):
                 raise SystemExit(2)
             found = json.loads((storage.resolve(f"eval/{name}") / "evaluation.json").read_text())
-            return 100 * float(found["metrics"][metric]["value"])
+            return 100 * float(found["metrics"][case.metric]["value"])
         finally:
             for kind in ("data", "runs", "eval"):
                 shutil.rmtree(storage.root() / kind / name, ignore_errors=True)
