@@ -106,20 +106,19 @@ def load(name: str, kind: Kind, *, key: str, weights: bool = True, dropout: floa
     Raises:
         BackboneError: see `locate`; also where weights are missing, or no part takes what is wanted.
     """
-    from transformers import AutoModel
-
     place, config = locate(name), config_of(name, key)
+    auto = _auto_class(config)
     if not settle(config, dropout) and dropout is not None:
         setting = "model.backbone_dropout" if key == "model.backbone" else f"{key.rpartition('.')[0]}.dropout"
         raise BackboneError(f"{setting}={dropout}, but the config of {name!r} has no dropout: leave it out")
     with refusing(name, place, key), quietly():
         with torch.device("meta"):
-            whole = AutoModel.from_config(copy.deepcopy(config))
+            whole = auto.from_config(copy.deepcopy(config))
         prefix, outline = find(whole, kind, name)
         if not weights:
             return Part(type(outline)(outline.config), outline, config, prefix, frozenset(), place)
         check_weights(name)
-        whole, report = AutoModel.from_pretrained(
+        whole, report = auto.from_pretrained(
             place, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True
         )
     dot = f"{prefix}." if prefix else ""
@@ -166,6 +165,23 @@ def load_multimodal(name: str, *, key: str, weights: bool = True, dropout: float
         )
     settle(config, dropout)
     return _whole(AutoModelForMultimodalLM, name, place, config, key, weights)
+
+
+def _auto_class(config: Any) -> Any:
+    """Transformers' class that makes the whole of a checkpoint: its bare model, or, where a family has none (pairs made
+    of two checkpoints), the one with an output layer."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    for name, known in (
+        ("AutoModel", modeling_auto.MODEL_MAPPING),
+        ("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+        ("AutoModelForSpeechSeq2Seq", modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING),
+        ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    ):
+        if type(config) in known:
+            return getattr(transformers, name)
+    return transformers.AutoModel  # it says what it does not know
 
 
 def _whole(auto: Any, name: str, place: str, config: Any, key: str, weights: bool) -> Part:
@@ -346,7 +362,9 @@ def _checked(path: Path, name: str) -> str:
 
 def _unloadable(name: str, place: str, key: str, error: BaseException) -> str:
     if Path(place).is_dir():
-        return f"the model folder {place} cannot be loaded ({key}): {error}"
+        # Of a kind that it does not know Transformers lists all that it does, some hundred.
+        said = str(error).split("\nModel type should be one of")[0]
+        return f"the model folder {place} cannot be loaded ({key}): {said}"
     said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return (
         f"{name!r} is no folder below {storage.root()}, and as a hub id it cannot be fetched: "

@@ -165,3 +165,22 @@ def test_dropout_is_set_where_it_is_asked_for(checkpoint: Callable[[str], Path],
     ids = torch.tensor([[5, 6, 7, 8]])
     mask = torch.ones_like(ids)
     assert torch.equal(encoder(ids, mask), encoder(ids, mask)) == (dropout == 0)
+
+
+def test_of_a_pair_of_checkpoints_the_encoder_reads(writers: dict[str, Path]) -> None:
+    whole = transformers.EncoderDecoderModel.from_pretrained(writers["pair"]).eval()
+    encoder = text.load_encoder(str(writers["pair"])).eval()
+    text.check(str(writers["pair"]), 64)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        wanted = whole.encoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(encoder(ids, torch.ones_like(ids)), wanted)
+
+
+def test_a_kind_that_transformers_does_not_know_is_told_in_a_line(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    transformers.LevitConfig().save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BackboneError) as told:
+        text.check(str(tmp_path))
+    assert len(str(told.value)) < 400
