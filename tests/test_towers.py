@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 
+from mmagent import pretrained
 from mmagent.config import AudioTowerConfig, ImageTowerConfig
 from mmagent.towers import AudioTower, Block, ImageTower
 
@@ -96,3 +100,24 @@ def test_a_masked_token_is_not_attended_to() -> None:
     changed = torch.where(keep[..., None], x, torch.full_like(x, 9.0))
     torch.testing.assert_close(block(x, keep)[:, :4], block(changed, keep)[:, :4])
     torch.testing.assert_close(block(x, keep)[:, :4], block(x[:, :4], keep[:, :4]))
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_of_a_pair_of_checkpoints_the_encoder_is_the_tower(tmp_path: Path, kind: pretrained.Kind) -> None:
+    """As models that read writing, or transcribe, are published: a vision or speech encoder with a decoder behind."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    decoder = transformers.BertConfig(**small, vocab_size=99)
+    if kind == "image":
+        sees = transformers.ViTConfig(**small, image_size=32, patch_size=8)
+        config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(sees, decoder)
+        whole = transformers.VisionEncoderDecoderModel(config)
+    else:
+        hears = transformers.Wav2Vec2Config(**small, conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3))
+        config = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(hears, decoder)
+        whole = transformers.SpeechEncoderDecoderModel(config)
+    whole.save_pretrained(tmp_path)
+    part = pretrained.load(str(tmp_path), kind, key=f"model.{kind}.checkpoint")
+    assert part.prefix == "encoder"
+    assert not part.missing
+    for name, value in whole.encoder.state_dict().items():
+        assert torch.equal(part.model.state_dict()[name], value), name
