@@ -102,7 +102,7 @@ def stop() -> int:
         print(f"nothing to stop: {file} is not there, so no Ray was started from here")
         return 0
     count = cluster.stop(found)
-    file.unlink()
+    file.unlink(missing_ok=True)
     print(f"stopped the Ray of {file}: {count} processes ended")
     return 0
 
