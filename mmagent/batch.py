@@ -180,7 +180,7 @@ class Inputs:
             audios=tuple(self._audio(media, f"audios[{i}]") for i, media in enumerate(record.audios)),
             weight=record.weight,
             transcript=self.tokenize([transcript])[0] if transcript else None,
-            more=tuple(self._of_candidate(item, i) for i, item in enumerate(record.candidates)),
+            more=tuple(self._of_candidate(item, i) for i, item in enumerate(self._offered(record))),
         )
         return sample if self.conversations is None else self._conversed(sample, self.conversations)
 
@@ -266,10 +266,15 @@ class Inputs:
             raise PartError(str(error), _READ_BESIDES.get(task.kind, "messages")) from error
 
     def _fronted(self, record: Record, view: View) -> View:
-        own = record.candidates[view.index] if record.candidates and view.index >= 0 else {}
+        offered = self._offered(record)
+        own = offered[view.index] if offered and view.index >= 0 else {}
         asked = (0, 0) if view.alone else (len(record.images), len(record.audios))
         images, audios = asked[0] + bool(own.get("image")), asked[1] + bool(own.get("audio"))
         return self.reader.fronted(view, images if self.pictures else 0, audios if self.sounds else 0)
+
+    def _offered(self, record: Record) -> Sequence[Mapping[str, Any]]:
+        """The candidates, for tasks that read them."""
+        return record.candidates if self.tasks[record.task].kind == "match" else ()
 
     def _of_candidate(
         self, candidate: Mapping[str, Any], index: int

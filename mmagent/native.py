@@ -109,10 +109,12 @@ class Native(TextEncoder):
         said = ids.new_full((len(ids), 0), IGNORED) if reply is None else reply
         if self._pair:
             return self._translate(batch, said)
-        self.check_length(ids.shape[1] + said.shape[1])
-        whole = torch.cat([ids, said.clamp(min=0)], dim=1)
-        ids, keep, order = aligned_at_the_end(whole, torch.cat([mask.bool(), said != IGNORED], dim=1))
         kept = said.shape[1] + 1
+        there = torch.cat([mask.bool(), said != IGNORED], dim=1)
+        longest = max(kept, int(there.sum(1).max()))  # the longest that is read and the longest reply may be two rows'
+        self.check_length(longest)
+        whole = torch.cat([ids, said.clamp(min=0)], dim=1)
+        ids, keep, order = (each[:, -longest:] for each in aligned_at_the_end(whole, there))
         options: dict[str, Any] = {"logits_to_keep": kept} if "logits_to_keep" in self._accepts else {}
         out = self.model(
             input_ids=ids, attention_mask=keep.long(), output_hidden_states=states, use_cache=False,
@@ -122,7 +124,8 @@ class Native(TextEncoder):
         if not states:
             return Scored(logits, None)
         last = out.hidden_states[-1]
-        back = torch.zeros_like(last).scatter(1, order[..., None].expand_as(last), last * keep[..., None])
+        back = last.new_zeros(len(last), whole.shape[1], last.shape[2])
+        back = back.scatter(1, order[..., None].expand_as(last), last * keep[..., None])
         return Scored(logits, back[:, : mask.shape[1]])
 
     def _translate(self, batch: Batch, said: Tensor) -> Scored:
