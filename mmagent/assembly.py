@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmagent import conversations, native, text
+from mmagent import native, processor, text
 from mmagent.config import ModelConfig
 from mmagent.model import MultimodalModel
 from mmagent.native import Native, NativeModel
@@ -41,9 +41,9 @@ def load_reading(config: ModelConfig, *, place: str | None = None) -> Any:
     """What makes a model's tokens of words: the backbone's tokenizer, or a native model's processor.
 
     Raises:
-        BackboneError: see `mmagent.text.load_tokenizer` and `mmagent.conversations.load_processor`.
+        BackboneError: see `mmagent.text.load_tokenizer` and `mmagent.processor.load`.
     """
-    load = conversations.load_processor if config.join == "native" else text.load_tokenizer
+    load = processor.load if config.join == "native" else text.load_tokenizer
     return load(place or config.backbone)
 
 

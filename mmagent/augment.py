@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmagent.batch import Sample
 from mmagent.config import AugmentConfig
-from mmagent.reading import View, without
+from mmagent.reading import PLACES, View, without
 
 _MARKS = ("▁", "Ġ")  # how SentencePiece and byte-level vocabularies mark a token that begins a word
 _ONE_SIGN_WORDS = ("\u3040", "\u9fff")  # kana and Chinese characters: scripts without spaces
@@ -63,11 +63,11 @@ def augment(sample: Sample, config: AugmentConfig, words: Words, rng: np.random.
     audios = tuple(_sound(audio, config, rng) for audio in sample.audios)
     sample = replace(sample, audios=audios, images=_pictures(sample.images, config, rng))
     if sample.images and (sample.has_words or sample.audios) and rng.random() < config.image_drop:
-        sample = replace(sample, images=(), views=tuple(without(view, "image") for view in sample.views))
+        sample = replace(sample, images=(), views=tuple(without(view, PLACES["image"]) for view in sample.views))
     if sample.audios and (sample.has_words or sample.images) and rng.random() < config.audio_drop:
-        sample = replace(sample, audios=(), views=tuple(without(view, "audio") for view in sample.views))
+        sample = replace(sample, audios=(), views=tuple(without(view, PLACES["audio"]) for view in sample.views))
     of_text = any(view.offsets is not None or sample.record.candidates for view in sample.views)  # it asks of its words
-    if sample.processed is not None:  # its words are a native model's processor's
+    if sample.rendered:  # its words are a native model's processor's
         return sample
     if sample.has_words and not of_text and (sample.images or sample.audios) and rng.random() < config.text_drop:
         sample = replace(sample, views=tuple(_silent(view, words) for view in sample.views), has_words=False)

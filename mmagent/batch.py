@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mmagent import pictures, pretrained, sounds, text
 from mmagent.config import DataConfig, ModelConfig
-from mmagent.conversations import Conversations
+from mmagent.conversations import Conversations, Row
 from mmagent.media import MediaError, MediaTooLarge, check_audio, check_image
-from mmagent.reading import Reader, TooLongError, View
+from mmagent.reading import MADE, Reader, TooLongError, View, opened, without
 from mmagent.record import Media, Message, Record, RecordError
 from mmagent.targets import TargetError, check_question
 from mmagent.tasks import Task
@@ -42,10 +42,20 @@ class PartError(ValueError):
 
 
 class Processed(NamedTuple):
-    """What a native model's processor made, and of which pictures and sounds: augmentation may change them after."""
+    """What a native model's processor made for a view, and of which pictures and sounds: augmentation may change them
+    after. Where the view has ids of its own, what comes before its words alone, at the places that wait for it."""
 
-    row: Mapping[str, Tensor]
+    row: Row
     media: tuple[np.ndarray, ...]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.row["input_ids"].shape[1])
+
+    def of(self, images: Sequence[np.ndarray], audios: Sequence[np.ndarray]) -> bool:
+        """Whether it was made of these."""
+        media = (*images, *audios)
+        return len(media) == len(self.media) and all(map(operator.is_, self.media, media))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +70,7 @@ class Sample:
     weight: float = 1.0
     transcript: np.ndarray | None = None  # (tokens,) int64: the words spoken, where known
     more: tuple[tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]], ...] = ()  # a view's own pictures and sounds
-    processed: Processed | None = None  # of a native model
+    processed: tuple[Processed, ...] = ()  # of a native model, for each view
 
     @property
     def id(self) -> str:
@@ -78,9 +88,14 @@ class Sample:
     @property
     def tokens(self) -> int:
         """What is read of it, over all views, pictures and sounds with it where they stand among the words."""
-        if self.processed is not None:
-            return int(self.processed.row["input_ids"].shape[1])
+        if self.rendered:
+            return sum(each.tokens for each in self.processed)
         return sum(len(view.ids) for view in self.views)
+
+    @property
+    def rendered(self) -> bool:
+        """Whether its words are in what a native model's processor made, by the chat template."""
+        return bool(self.processed) and not any(len(view.ids) for view in self.views)
 
     def media(self, view: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         """Pictures and sounds of one view: the record's, then those of its candidate."""
@@ -165,28 +180,68 @@ class Inputs:
             audios=tuple(self._audio(media, f"audios[{i}]") for i, media in enumerate(record.audios)),
             weight=record.weight,
             transcript=self.tokenize([transcript])[0] if transcript else None,
-            more=tuple(self._of_candidate(item, i) for i, item in enumerate(record.candidates)),
+            more=tuple(self._of_candidate(item, i) for i, item in enumerate(self._offered(record))),
         )
         return sample if self.conversations is None else self._conversed(sample, self.conversations)
 
     def _conversed(self, sample: Sample, made: Conversations) -> Sample:
-        """A sample of a native model: its view holds what is to be written alone."""
+        """A sample of a native model. The views of a task that reads the whole hold what is to be written alone."""
         try:
             with self._tokenizing:
-                row, cut = made.row(sample.record, sample.images, sample.audios)
+                if self.tasks[sample.task].reads_whole:
+                    return self._whole(sample, made)
+                return self._fronted_by(made, sample)
         except (TemplateError, ValueError) as error:
             raise PartError(f"the model's own processor refuses it: {error}", "messages") from error
-        tokens = int(row["input_ids"].shape[1])
-        room = self.data.max_answer_tokens if self.tasks[sample.task].generates else 0
-        if self._positions is not None and tokens + room > self._positions:
-            raise PartError(
-                f"with its pictures and sounds it takes {tokens} tokens, which leaves too little of the "
-                f"{self._positions} that the language model has places for: send fewer or smaller ones",
-                "messages",
-            )
+
+    def _whole(self, sample: Sample, made: Conversations) -> Sample:
         [view] = sample.views
-        view = replace(view, ids=np.zeros(0, np.int64), cut=cut + view.cut)
-        return replace(sample, views=(view,), processed=Processed(row, (*sample.images, *sample.audios)))
+        places = self._places_for(sample)
+        row, cut = made.row(sample.record, sample.images, sample.audios, places)
+        found = Processed(row, (*sample.images, *sample.audios))
+        if places is not None and found.tokens > places:
+            raise self._no_room(found.tokens)
+        return replace(sample, views=(replace(view, cut=cut + view.cut),), processed=(found,))
+
+    def _fronted_by(self, made: Conversations, sample: Sample) -> Sample:
+        """A sample whose views begin with what the processor makes of their pictures and sounds; of words that the
+        model has no places for beside it, the views hold fewer."""
+        task, places = self.tasks[sample.task], self._positions
+        fronts = self._fronts(sample, made)
+        longest = max(front.tokens for front in fronts)
+        if places is not None and longest + max(len(view.ids) for view in sample.views) > places:
+            room = min(self.reader.max_tokens, places - longest)
+            if room < self.reader.fewest:
+                raise self._no_room(longest)
+            sample = replace(sample, views=task.views(sample.record, replace(self.reader, max_tokens=room)))
+            fronts = self._fronts(sample, made)
+        pairs = zip(sample.views, fronts, strict=True)
+        views = tuple(opened(view, [MADE] * front.tokens, made.at) for view, front in pairs)
+        return replace(sample, views=views, processed=fronts)
+
+    def _fronts(self, sample: Sample, made: Conversations) -> tuple[Processed, ...]:
+        """For each view; strides show the same pictures and sounds, which are processed once."""
+        known: dict[tuple[int, ...], Processed] = {}
+        out = []
+        for view in range(len(sample.views)):
+            images, audios = sample.media(view)
+            key = tuple(map(id, (*images, *audios)))
+            if key not in known:
+                known[key] = Processed(made.front(images, audios), (*images, *audios))
+            out.append(known[key])
+        return tuple(out)
+
+    def _places_for(self, sample: Sample) -> int | None:
+        """How many tokens of a native model what is read may take; a decoder's reply needs places too."""
+        writes = self.tasks[sample.task].generates and self.reader.decodes
+        return None if self._positions is None else self._positions - (self.data.max_answer_tokens if writes else 0)
+
+    def _no_room(self, tokens: int) -> PartError:
+        return PartError(
+            f"with its pictures and sounds it takes {tokens} tokens, which leaves too little of the "
+            f"{self._positions} that the language model has places for: send fewer or smaller ones",
+            "messages",
+        )
 
     def _views(self, record: Record, read: View | None) -> tuple[View, ...]:
         task = self.tasks.get(record.task)
@@ -194,7 +249,7 @@ class Inputs:
             known = ", ".join(self.tasks)
             raise PartError(f"this model has no task {record.task!r}; it has {known}", "task")
         soft = self.model.join == "input"
-        if self.conversations is not None:
+        if self.conversations is not None and task.reads_whole:
             return (task.replied(record, self.reader),)
         if task.reads_whole and read is not None and not soft:
             return (read,)
@@ -211,10 +266,15 @@ class Inputs:
             raise PartError(str(error), _READ_BESIDES.get(task.kind, "messages")) from error
 
     def _fronted(self, record: Record, view: View) -> View:
-        own = record.candidates[view.index] if record.candidates and view.index >= 0 else {}
+        offered = self._offered(record)
+        own = offered[view.index] if offered and view.index >= 0 else {}
         asked = (0, 0) if view.alone else (len(record.images), len(record.audios))
         images, audios = asked[0] + bool(own.get("image")), asked[1] + bool(own.get("audio"))
         return self.reader.fronted(view, images if self.pictures else 0, audios if self.sounds else 0)
+
+    def _offered(self, record: Record) -> Sequence[Mapping[str, Any]]:
+        """The candidates, for tasks that read them."""
+        return record.candidates if self.tasks[record.task].kind == "match" else ()
 
     def _of_candidate(
         self, candidate: Mapping[str, Any], index: int
@@ -279,34 +339,52 @@ class Inputs:
         return out
 
     def _conversed_batch(self, samples: Sequence[Sample], made: Conversations, stand_ins: bool) -> dict[str, Tensor]:
-        given: list[Mapping[str, Tensor]] = []
-        for sample in samples:
-            media = (*sample.images, *sample.audios)
-            known = sample.processed
-            if known is None or len(known.media) != len(media) or any(map(operator.is_not, known.media, media)):
-                with self._tokenizing:
-                    given.append(made.row(sample.record, sample.images, sample.audios)[0])
-            else:
-                given.append(known.row)
-        weights = [sample.weight for sample in samples]
-        for kind in made.kinds if stand_ins else ():
-            if not any(sample.images if kind == "image" else sample.audios for sample in samples):
-                one = [made.stand_in(kind)]
-                record = Record("", (Message("user", f"<{kind}>"),))
-                with self._tokenizing:
-                    given.append(made.row(record, one if kind == "image" else [], one if kind == "audio" else [])[0])
-                weights.append(0.0)
+        rows = [(index, sample, view) for index, sample in enumerate(samples) for view in range(len(sample.views))]
+        found = [self._row(sample, view, made) for _, sample, view in rows]
+        given = [row for row, _ in found]
+        weights = [sample.weight / len(sample.views) for _, sample, _ in rows]
+        sample_row = [index for index, _, _ in rows]
+        media = [sample.media(view) for _, sample, view in rows]
+        for side, kind in enumerate(("image", "audio")):
+            if not stand_ins or kind not in made.kinds or any(each[side] for each in media):
+                continue
+            one = [made.stand_in(kind)]
+            record = Record("", (Message("user", f"<{kind}>"),))
+            with self._tokenizing:
+                given.append(made.row(record, one if kind == "image" else [], one if kind == "audio" else [])[0])
+            weights.append(0.0)
+            sample_row.append(sample_row[-1] + 1)
         out = made.collate(given, self.tokenizer.pad_token_id)
         out |= {
             "keep": out["mask"].bool(),
             "has_words": torch.tensor([True] * len(given)),
             "weight": torch.tensor(weights, dtype=torch.float32),
-            "sample_row": torch.arange(len(given)),
+            "sample_row": torch.tensor(sample_row),
         }
+        shown = [(sample, view) for (_, sample, _), (_, view) in zip(rows, found, strict=True)]
         for name, task in self.tasks.items():
-            targets = [task.target(s.record, s.views[0]) if s.task == name else None for s in samples]
-            out |= task.collate([*targets, *[None] * (len(given) - len(samples))], out["ids"].shape[1])
+            targets = [task.target(s.record, view) if s.task == name else None for s, view in shown]
+            out |= task.collate([*targets, *[None] * (len(given) - len(rows))], out["ids"].shape[1])
         return out
+
+    def _row(self, sample: Sample, number: int, made: Conversations) -> tuple[Row, View]:
+        """What a native model reads of a view, and the view as it is read: of pictures and sounds that augmentation
+        changed the processor makes another row, where the model has places for it."""
+        view, (images, audios) = sample.views[number], sample.media(number)
+        known = sample.processed[number] if sample.processed else Processed(made.front((), ()), ())
+        if not known.of(images, audios):
+            with self._tokenizing:
+                if sample.rendered:
+                    anew = made.row(sample.record, images, audios, places := self._places_for(sample))[0]
+                else:
+                    anew, places = made.front(images, audios), self._positions
+            words = 0 if sample.rendered else len(view.ids) - known.tokens
+            known_or_new = Processed(anew, (*images, *audios))
+            if places is None or known_or_new.tokens + words <= places:
+                known = known_or_new
+                if not sample.rendered:
+                    view = opened(without(view, MADE), [MADE] * known.tokens, made.at)
+        return (known.row if sample.rendered else made.filled(view.ids, known.row)), view
 
     @property
     def _aligns(self) -> bool:
@@ -342,14 +420,14 @@ def _reader(model: ModelConfig, data: DataConfig, tokenizer: Any, encoder: TextE
     if model.join == "output":
         return Reader(tokenizer, data.max_text_tokens)
     assert encoder is not None, "how long a text may be is the language model's to say"
-    if model.join == "native":
-        return Reader(tokenizer, data.max_text_tokens, data.max_answer_tokens, decodes=True)
     table = encoder.model.get_input_embeddings().weight  # type: ignore[operator]
     if writes and (stop := text.stop_id(tokenizer)) >= table.shape[0]:
         raise text.BackboneError(
             f"the tokenizer ends a text with {tokenizer.convert_ids_to_tokens(stop)!r}, number {stop}, but the "
             f"language model has embeddings for {table.shape[0]} tokens: set eos_token to one that it knows"
         )
+    if model.join == "native":
+        return Reader(tokenizer, data.max_text_tokens, data.max_answer_tokens, decodes=encoder.decodes)
     soft = {"image": model.image.tokens if model.image else 0, "audio": model.audio.tokens if model.audio else 0}
     return Reader(
         tokenizer, data.max_text_tokens, data.max_answer_tokens, soft, encoder.max_tokens, encoder.decodes

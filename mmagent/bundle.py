@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmagent import conversations, storage, towers
+from mmagent import processor, storage, towers
 from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.calibration import Calibration
 from mmagent.config import Config, ConfigError, resolve
@@ -205,7 +205,7 @@ def load_model(bundle: Bundle) -> tuple[Model, TextEncoder, Any]:
 def modalities(config: Config, tokenizer: Any) -> list[str]:
     """What a model takes; of a native one its processor says it."""
     if config.model.join == "native":
-        return ["text", *conversations.kinds(tokenizer)]
+        return ["text", *processor.kinds(tokenizer)]
     kinds = (("image", config.model.image), ("audio", config.model.audio))
     return ["text", *(kind for kind, tower in kinds if tower is not None)]
 

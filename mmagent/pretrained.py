@@ -150,7 +150,7 @@ def load_writing(name: str, *, key: str, weights: bool = True, dropout: float | 
 
 
 def load_multimodal(name: str, *, key: str, weights: bool = True, dropout: float | None = None) -> Part:
-    """The whole of a checkpoint that reads text with pictures or sounds and continues it; arguments as of `load`.
+    """The whole of a checkpoint that reads text with pictures or sounds and writes; arguments as of `load`.
 
     Raises:
         BackboneError: see `load`; also where the checkpoint is no such model.
@@ -160,8 +160,9 @@ def load_multimodal(name: str, *, key: str, weights: bool = True, dropout: float
     place, config = locate(name), config_of(name, key)
     if not multimodal(config):
         raise BackboneError(
-            f"model.join=native, but {name!r} ({config.model_type}) is no multimodal decoder of Transformers (as "
-            f"Llava, Qwen-VL and Qwen-Audio are): give one as {key}, or set model.join=input with towers of its own"
+            f"model.join=native, but {name!r} ({config.model_type}) is no multimodal model of Transformers that reads "
+            f"text (as Llava, Qwen-VL, Qwen-Audio and Florence-2 do): give one as {key}, or set model.join=input with "
+            "towers of its own"
         )
     settle(config, dropout)
     return _whole(AutoModelForMultimodalLM, name, place, config, key, weights)
@@ -210,10 +211,10 @@ def decodes(config: Any) -> bool:
 
 
 def multimodal(config: Any) -> bool:
-    """Whether a checkpoint of this config reads text with pictures or sounds, and continues it."""
+    """Whether a checkpoint of this config reads text with pictures or sounds, and writes."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-    return type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and not config.is_encoder_decoder
+    return type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
 def writes_behind_encoder(config: Any) -> bool:
@@ -315,12 +316,16 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def find(whole: Any, kind: Kind, name: str) -> tuple[str, Any]:
-    """The outermost Transformers model inside `whole` that takes the wanted input and no other."""
+def find(whole: Any, kind: Kind, name: str, *, pairs: bool = False) -> tuple[str, Any]:
+    """The outermost Transformers model inside `whole` that takes the wanted input and no other.
+
+    Args:
+        pairs: whether it may be an encoder with its decoder.
+    """
     from transformers import PreTrainedModel
 
     foreign = {argument for other, arguments in ARGUMENTS.items() if other != kind for argument in arguments}
-    foreign.add("decoder_input_ids")
+    foreign |= set() if pairs else {"decoder_input_ids"}
     for place, module in whole.named_modules():
         if isinstance(module, PreTrainedModel):
             accepted = takes(module)

@@ -21,6 +21,7 @@ from mmagent.targets import spanned
 _PLACEHOLDER = re.compile(r"(\\*)(<(?:image|audio)>)")
 _OVERLAP = 4  # consecutive strides share this part of their length
 PLACES: Mapping[str, int] = {"image": -1, "audio": -2}  # instead of a token's id: a tower's token comes here
+MADE = -3  # instead of a token's id: what a native model's processor makes of pictures and sounds comes here
 _FEWEST = 8  # tokens of text that pictures and sounds leave room for
 _MARK = "\ufdd0{}\ufdd1"  # around the number of a message, while a chat template sets it: no text has these characters
 _MARKED = re.compile("\ufdd0(\\d+)\ufdd1")
@@ -70,14 +71,14 @@ class Reader:
         if not self.soft:
             [(ids, cut)] = text.fitted(self.tokenizer, [text.words(record)], self.max_tokens)
             return View(ids, cut=cut)
-        opening, closing = self._frame()
+        opening, closing = text.frame(self.tokenizer)
         inner, cut = self._fitted(self._pieces(text.parts(record)), len(opening) + len(closing))
         return View(_some([*opening, *inner, *closing], self.tokenizer), cut=cut)
 
     def prompt(self, record: Record) -> View:
         """A record as what a reply follows: by the tokenizer's chat template where it has one, else its words, on a
         line of their own for a decoder. Words of users are never read as the template's own signs."""
-        opening, closing = self._frame()
+        opening, closing = text.frame(self.tokenizer)
         if getattr(self.tokenizer, "chat_template", None):
             pieces, opening, closing = self._chat(record), [], []
         else:
@@ -97,6 +98,12 @@ class Reader:
         ids = [*ids, *([] if ids and ids[-1] == stop else [stop])]
         return np.asarray(ids[: self.max_reply], np.int64), max(0, len(ids) - self.max_reply)
 
+    @property
+    def fewest(self) -> int:
+        """Tokens that a view needs at least."""
+        opening, closing = text.frame(self.tokenizer)
+        return _FEWEST + len(opening) + len(closing)
+
     def fronted(self, view: View, images: int, audios: int) -> View:
         """A view with so many pictures and sounds before its words, behind what opens every text: how tasks on spans
         and candidates read them."""
@@ -104,13 +111,8 @@ class Reader:
         places += [PLACES["audio"]] * (audios * self.soft["audio"]) if audios else []
         if not places:
             return view
-        at = len(self._frame()[0])
         self._check_room(len(places), len(view.ids))
-        ids = np.concatenate([view.ids[:at], np.asarray(places, np.int64), view.ids[at:]])
-        offsets = view.offsets
-        if offsets is not None:
-            offsets = np.concatenate([offsets[:at], np.full((len(places), 2), -1), offsets[at:]])
-        return replace(view, ids=ids, offsets=offsets)
+        return opened(view, places, len(text.frame(self.tokenizer)[0]))
 
     def _pieces(self, parts: Sequence[tuple[str, str]]) -> list[tuple[bool, list[int]]]:
         """(whether it is text, ids) of each part."""
@@ -169,19 +171,11 @@ class Reader:
                 "model.audio.tokens)"
             )
 
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and behind every text."""
-        bare = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        whole = list(self.tokenizer("a")["input_ids"])
-        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-        return whole[:at], whole[at + len(bare) :]
-
     def beside(self, words: str, candidate: str, index: int) -> View:
         """A text and one candidate, as a pair of sentences; the longer of the two is cut first."""
         pair = (words, candidate) if candidate else (words,)
-        ids = self.tokenizer(*pair, truncation="longest_first" if candidate else True, max_length=self.max_tokens)[
-            "input_ids"
-        ]
+        how = "longest_first" if candidate else True
+        ids = self.tokenizer(*pair, truncation=how, max_length=self.max_tokens, split_special_tokens=True)["input_ids"]
         cut = text.length(self.tokenizer, *pair) - len(ids) if len(ids) >= self.max_tokens else 0
         return View(_some(ids, self.tokenizer), index=index, cut=cut, offers=bool(candidate))
 
@@ -220,6 +214,7 @@ class Reader:
             stride=self._stride(question),
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
+            split_special_tokens=True,
         )
         views = []
         for index, ids in enumerate(found["input_ids"]):
@@ -231,18 +226,28 @@ class Reader:
 
     def _short(self, question: str) -> tuple[str, int]:
         """At most half of the room is for the question; and how many of its tokens are left out."""
-        found = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+        found = self.tokenizer(question, **options)["offset_mapping"]
         spare = len(found) - self.max_tokens // 2
         return (question[found[spare][0] :], spare) if spare > 0 else (question, 0)
 
     def _stride(self, question: str) -> int:
-        taken = len(self.tokenizer(question, "" if question else None)["input_ids"])
+        taken = text.length(self.tokenizer, question, *([""] if question else []))
         return max(0, (self.max_tokens - taken) // _OVERLAP)
 
 
-def without(view: View, kind: str) -> View:
-    """A view without the places of its pictures, or of its sounds."""
-    kept = view.ids != PLACES[kind]
+def opened(view: View, places: Sequence[int], at: int) -> View:
+    """A view with more ids at a place, which stand for no words."""
+    ids = np.concatenate([view.ids[:at], np.asarray(places, np.int64), view.ids[at:]])
+    offsets = view.offsets
+    if offsets is not None:
+        offsets = np.concatenate([offsets[:at], np.full((len(places), 2), -1), offsets[at:]])
+    return replace(view, ids=ids, offsets=offsets)
+
+
+def without(view: View, place: int) -> View:
+    """A view without the places of its pictures, or of its sounds, or of both (see `PLACES` and `MADE`)."""
+    kept = view.ids != place
     if kept.all():
         return view
     return replace(view, ids=view.ids[kept], offsets=None if view.offsets is None else view.offsets[kept])

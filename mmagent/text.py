@@ -22,8 +22,8 @@ from mmagent.pretrained import BackboneError, locate
 from mmagent.record import Record, segments
 
 __all__ = [
-    "BackboneError", "FrozenStates", "TextEncoder", "check", "fitted", "length", "load_encoder", "load_tokenizer",
-    "locate", "parts", "shared_tokenizer", "stop_id", "stop_ids", "tokenize", "words",
+    "BackboneError", "FrozenStates", "TextEncoder", "check", "fitted", "frame", "length", "load_encoder",
+    "load_tokenizer", "locate", "parts", "shared_tokenizer", "stop_id", "stop_ids", "tokenize", "words",
 ]  # fmt: skip
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "tekken.json")
@@ -219,6 +219,14 @@ def parts(record: Record) -> list[tuple[str, str]]:
     return out
 
 
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind every text."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
+
+
 def stop_id(tokenizer: Any) -> int:
     """The id that ends a text.
 
@@ -244,8 +252,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[np.n
 
 
 def fitted(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[tuple[np.ndarray, int]]:
-    """As `tokenize`, each with the number of tokens that were left out."""
-    out = tokenizer(list(texts), truncation=True, max_length=max_tokens, add_special_tokens=True)["input_ids"]
+    """As `tokenize`, each with the number of tokens that were left out. What looks like a sign of the tokenizer's own
+    in a text is words."""
+    out = tokenizer(list(texts), truncation=True, max_length=max_tokens, split_special_tokens=True)["input_ids"]
     # A tokenizer without special tokens gives nothing for an empty text; one token is the least a model takes.
     kept = [np.asarray(ids if len(ids) else [tokenizer.pad_token_id], dtype=np.int64) for ids in out]
     # Only what fills the room can have been cut: it is counted whole, which most texts never need.
@@ -257,7 +266,7 @@ def fitted(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[tuple[
 
 def length(tokenizer: Any, *words: str) -> int:
     """How many tokens a text, or a pair of them, has uncut, the tokenizer's own signs with it."""
-    return len(tokenizer(*words, verbose=False)["input_ids"])
+    return len(tokenizer(*words, split_special_tokens=True, verbose=False)["input_ids"])
 
 
 def _max_tokens(model: Any) -> int | None:

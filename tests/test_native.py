@@ -12,73 +12,25 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from starlette.testclient import TestClient
 
 from jobs import prepare, run, supervised
-from mmagent import bundle, freeze, lora
-from mmagent.assembly import load_language, load_reading
-from mmagent.batch import Inputs, PartError
-from mmagent.config import Config, resolve
+from mmagent import bundle, freeze
+from mmagent.batch import PartError
 from mmagent.conversations import MEDIA
 from mmagent.native import Native
-from mmagent.predictor import Predictor
 from mmagent.pretrained import BackboneError
 from mmagent.record import Record
 from mmagent.rows import parse
 from mmagent.targets import TaskInfo
-from mmagent.tasks import make_all
 from serve.app import build
 from serve.config import ServeConfig
 from serve.service import Service
-from tests.test_backbones import write_tokenizer
+from tests import multimodal
+from tests.multimodal import Made, configured
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
-    "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<{{ c['type'] }}>{% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-SIZES: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "intermediate_size": 64, "max_position_embeddings": 160, "tie_word_embeddings": True, "initializer_range": 0.3,
-    "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 WRITES = {"generate": TaskInfo("generate")}
 CHOOSES = {"classify": TaskInfo("classify", ("it is red", "no"))}
-
-
-def _sees(folder: Path, tokenizer: Any) -> None:
-    """Llava: CLIP's vision, a projector, a Llama."""
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=16,
-    )  # fmt: skip
-    words = transformers.LlamaConfig(**SIZES, vocab_size=len(tokenizer))
-    sign = tokenizer.convert_tokens_to_ids("<image>")
-    settings: dict[str, Any] = {"image_token_id": sign, "image_seq_length": 4}
-    config = transformers.LlavaConfig(text_config=words, vision_config=vision, **settings)
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
-    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    transformers.LlavaProcessor(
-        image_processor=pictures, tokenizer=tokenizer, patch_size=16, vision_feature_select_strategy="default",
-        image_token="<image>", num_additional_image_tokens=1, chat_template=TEMPLATE,
-    ).save_pretrained(folder)  # fmt: skip
-
-
-def _hears(folder: Path, tokenizer: Any) -> None:
-    """Qwen2-Audio: an encoder like Whisper's, a projector, a Qwen2."""
-    audio = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
-    sign = tokenizer.convert_tokens_to_ids("<audio>")
-    config = transformers.Qwen2AudioConfig(
-        audio_config={**audio, "num_mel_bins": 40, "max_source_positions": 100},
-        text_config={**SIZES, "vocab_size": len(tokenizer), "model_type": "qwen2"},
-        audio_token_index=sign,
-    )
-    transformers.Qwen2AudioForConditionalGeneration(config).save_pretrained(folder)
-    extractor = transformers.WhisperFeatureExtractor(feature_size=40, chunk_length=2)
-    transformers.Qwen2AudioProcessor(
-        feature_extractor=extractor, tokenizer=tokenizer, chat_template=TEMPLATE, audio_token="<audio>",
-        audio_bos_token="<s>", audio_eos_token="</s>",
-    ).save_pretrained(folder)  # fmt: skip
 
 
 Checkpoint = Callable[[str], Path]
@@ -91,30 +43,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
     def make(kind: str) -> Path:
         if kind not in made:
-            folder = tmp_path_factory.mktemp("native") / kind
-            write_tokenizer(folder, pad="<pad>")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<audio>"]})
-            torch.manual_seed(0)
-            (_sees if kind == "image" else _hears)(folder, tokenizer)
-            made[kind] = folder
+            family = "llava" if kind == "image" else "qwen2_audio"
+            made[kind] = multimodal.write(family, tmp_path_factory.mktemp("native") / kind)
         return made[kind]
 
     return make
-
-
-def configured(folder: Path, **overrides: Any) -> Config:
-    recipe: dict[str, Any] = {
-        "data": {"name": "tiny", "max_text_tokens": 96, "max_answer_tokens": 12},
-        "model": {
-            "backbone": str(folder), "join": "native", "dropout": 0.0, "head_dropout": 0.0, "image": None,
-            "audio": None,
-        },
-        "optim": {"lr": 5e-3, "lr_backbone": 5e-3, "lr_towers": 5e-3},
-        "train": {"micro_batch": 4},
-        "freeze": {"strategy": "top:2"},
-    }  # fmt: skip
-    return resolve(recipe, overrides)
 
 
 def rows(task: str, modality: str, make_png: Any, make_wav: Any) -> list[Record]:
@@ -129,49 +62,6 @@ def rows(task: str, modality: str, make_png: Any, make_wav: Any) -> list[Record]
         target = {"answer": answer} if task == "generate" else {"label": answer}
         out.append(parse({"id": str(index), "task": task, **target, **given[modality]}))
     return out
-
-
-class Made:
-    """A native model, and what feeds it."""
-
-    def __init__(self, config: Config, infos: dict[str, TaskInfo]) -> None:
-        self.config, self.infos, self.tasks = config, infos, make_all(infos)
-        self.encoder = load_language(config.model, self.tasks)
-        self.before = {name: value.clone() for name, value in self.encoder.state_dict().items()}
-        self.processor = load_reading(config.model)
-        self.module = supervised.build(config, self.tasks, self.encoder)
-        self.inputs = Inputs(config.model, config.data, self.processor, self.tasks, self.encoder)
-
-    def batch(self, records: list[Record]) -> dict[str, torch.Tensor]:
-        return self.inputs.batch([self.inputs.sample(record) for record in records])
-
-    def fit(self, records: list[Record], steps: int = 30) -> list[float]:
-        batch, losses = self.batch(records), []
-        optimizer = torch.optim.AdamW(freeze.groups(self.module, self.config))
-        for _ in range(steps):
-            loss = supervised.loss_of(self.module(batch), batch, self.tasks, self.config)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-        return losses
-
-    def predictor(self) -> Predictor:
-        return Predictor(
-            name="b", config=self.config, tasks=self.tasks, task=next(iter(self.infos)), model=self.module,
-            encoder=self.encoder, tokenizer=self.processor, device="cpu",
-        )  # fmt: skip
-
-    def bundled(self, folder: Path) -> Predictor:
-        weights = lora.merged(self.module, self.module.state_dict())
-        encoder = load_language(self.config.model, self.infos, weights=False)
-        encoder.load({k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")})
-        bundle.save(
-            folder, name="b", config=self.config, tasks=self.infos, task=next(iter(self.infos)),
-            state={key: value for key, value in weights.items() if not key.startswith("backbone.")}, backbone=encoder,
-            tokenizer=self.processor, calibration={}, origin={},
-        )  # fmt: skip
-        return Predictor.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -299,7 +189,7 @@ def test_a_long_conversation_loses_words_and_never_a_picture(checkpoint: Checkpo
                  "images": [make_png()], "answer": "no"})  # fmt: skip
     sample = made.inputs.sample(row)
     ids = made.inputs.batch([sample])["ids"]
-    assert ids.shape[1] == 40
+    assert ids.shape[1] == len("user: ") + 40 + 4 + len("assistant: ")
     assert int((ids == made.inputs.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 4
     said = made.inputs.tokenizer.decode(ids[0])
     assert said.endswith("x what?assistant: ")
@@ -324,7 +214,7 @@ def test_roles_come_in_turn_and_what_the_template_refuses_costs_one_row(
     strict = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
         "{% if not loop.first and m['role'] == loop.previtem['role'] %}{{ raise_exception('in turn') }}{% endif %}"
-    ) + TEMPLATE.removeprefix("{% for m in messages %}")
+    ) + multimodal.PLAIN.removeprefix("{% for m in messages %}")
     (folder / "chat_template.jinja").write_text(strict)
     predictor = Made(configured(folder, **{"data.max_answer_tokens": 100}), WRITES).predictor()
     twice = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
@@ -341,12 +231,10 @@ def test_what_it_cannot_is_told(checkpoint: Checkpoint, tiny_backbone: Path, mak
     predictor = Made(configured(checkpoint("image")), WRITES).predictor()
     with pytest.raises(PartError, match="this model takes no sound"):
         predictor.predict([{"audio": make_wav()}])
-    with pytest.raises(BackboneError, match="is no multimodal decoder of Transformers"):
+    with pytest.raises(BackboneError, match="is no multimodal model of Transformers that reads text"):
         Made(configured(tiny_backbone), WRITES)
     with pytest.raises(BackboneError, match=r"is a multimodal model, .* set model.join=native"):
         Made(configured(checkpoint("image"), **{"model.join": "input"}), WRITES)
-    with pytest.raises(BackboneError, match="reads places or pairs of texts"):
-        Made(configured(checkpoint("image")), {"tag": TaskInfo("tag", ("X",))})
 
 
 def test_rows_with_what_it_does_not_take_are_told_before_the_first_step(
