@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mmagent.media import Limits
 
 Count = Annotated[int, Field(gt=0)]
+LONGEST = 4  # a picture's longer side to its shorter
 
 
 class ConfigError(ValueError):
@@ -130,7 +131,11 @@ class TowerConfig(_Section):
 
 
 class ImageTowerConfig(TowerConfig):
-    size: int = Field(64, ge=8, description="pixels of the square the picture is scaled into, from scratch")
+    size: int = Field(64, ge=8, description="pixels of the shorter side of what a picture is scaled into, from scratch")
+    aspect: Annotated[float, Field(ge=1 / LONGEST, le=LONGEST)] | Literal["auto"] = Field(
+        1.0, description="width to height of what a picture is scaled into, from scratch; 1: a square. auto: the data "
+        "set's middle one where its pictures are longer than 3 to 2, at most 4 to 1; else 1",
+    )  # fmt: skip
     alone: float = Field(
         0.0, ge=0, description="weight of a second loss, of what the picture says without the text (arXiv:1905.12681)"
     )
@@ -140,6 +145,22 @@ class ImageTowerConfig(TowerConfig):
         if math.isqrt(self.tokens) ** 2 != self.tokens:
             raise ValueError(f"model.image.tokens={self.tokens} is no square number, such as 4, 9, 16, 49")
         return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels of what a tower from scratch sees."""
+        wide = 1.0 if self.aspect == "auto" else self.aspect  # auto is settled where there is a data set
+        long = round(self.size * max(wide, 1 / wide) / 8) * 8
+        if wide == 1:
+            return self.size, self.size
+        return (self.size, long) if wide > 1 else (long, self.size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens of a tower from scratch: as near to its pictures' shape as they can be."""
+        height, width = self.shape
+        pairs = [(rows, self.tokens // rows) for rows in range(1, self.tokens + 1) if self.tokens % rows == 0]
+        return min(pairs, key=lambda pair: abs(math.log(pair[1] / pair[0] / (width / height))))
 
 
 class AudioTowerConfig(TowerConfig):

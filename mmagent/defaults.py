@@ -3,7 +3,9 @@ and how often to validate. Settled once, before a run begins; what was settled s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +14,8 @@ import pyarrow.parquet as pq
 import torch
 
 from mmagent import text
-from mmagent.config import Config, override
+from mmagent.config import LONGEST, Config, ImageTowerConfig, override
+from mmagent.media import Limits, MediaError, check_image
 from mmagent.shards import Dataset
 from mmagent.targets import TaskInfo, kind
 
@@ -20,6 +23,8 @@ SMALL = 200_000_000  # parameters of a language model that trains as a whole on 
 _LORA = "lora:16"
 _OUTSIDE = ("head", "connector", "image_tower", "audio_tower")  # strategies that leave the language model as it is
 _UNLABELLED_EPOCHS = 3
+_MEASURED = 256  # pictures whose shape is looked at
+_SQUARE = 1.5  # a longer side to a shorter one that a square does no harm to
 _OF_WORDS = ("tag", "relate", "extract", "match", "generate")  # the answer is about single words, not the gist
 
 
@@ -60,6 +65,9 @@ def settle(config: Config, dataset: Dataset) -> tuple[Config, list[str]]:
         strategy, why = _strategy(config, dataset, towers=bool(towers))
         found["freeze.strategy"] = strategy
         notes.append(f"freeze.strategy={strategy}: {why}")
+    if config.model.image is not None and config.model.image.aspect == "auto" and found.get("model.image", 1):
+        found["model.image.aspect"], why = _aspect(config.model.image, dataset)
+        notes += [why] if why else []
     if config.model.join == "auto":
         found["model.join"], why = _join(dataset, towers=bool(towers), learns=strategy not in _OUTSIDE)
         notes.append(f"model.join={found['model.join']}: {why}")
@@ -92,6 +100,8 @@ def settle_unlabelled(config: Config, *, aligned: bool) -> Config:
         found["freeze.strategy"] = "connector" if aligned else "all"
     if config.model.join == "auto":
         found["model.join"] = "output"
+    if config.model.image is not None and config.model.image.aspect == "auto":
+        found["model.image.aspect"] = 1.0
     if config.train.epochs == "auto":
         found["train.epochs"] = _UNLABELLED_EPOCHS
     return override(config, found) if found else config
@@ -105,6 +115,31 @@ def _join(dataset: Dataset, *, towers: bool, learns: bool) -> tuple[str, str]:
     if not towers and learns:
         return "input", "the head reads the language model's own states"
     return "output", "fusion layers learn over the language model's states"
+
+
+def _aspect(tower: ImageTowerConfig, dataset: Dataset) -> tuple[float, str]:
+    """The shape of what a tower from scratch sees, and a line about it where it is no square: the middle one of the
+    pictures'. What is squeezed to a fraction of its width loses what stands side by side."""
+    if tower.checkpoint is not None or tower.start is not None:
+        return 1.0, ""
+    shapes = sorted(itertools.islice(_shapes(dataset), _MEASURED))
+    middle = shapes[len(shapes) // 2] if shapes else 1.0
+    if 1 / _SQUARE < middle < _SQUARE:
+        return 1.0, ""
+    aspect = round(min(max(middle, 1 / LONGEST), LONGEST), 2)
+    return aspect, f"model.image.aspect={aspect:g}: width to height of the middle one of {len(shapes):,} pictures"
+
+
+def _shapes(dataset: Dataset) -> Iterator[float]:
+    """Width to height of the training pictures, by their headers; a candidate's are as good as a message's."""
+    limits = Limits()
+    for table in dataset.read("train", columns=["images", "candidates"]):
+        for row in table.to_pylist():
+            for image in (*(row["images"] or ()), *(each["image"] for each in row["candidates"] or ())):
+                if image and image["bytes"]:
+                    with contextlib.suppress(MediaError):  # counted where it is decoded
+                        header = check_image(image["bytes"], limits)
+                        yield header.width / header.height
 
 
 def _pairs(dataset: Dataset) -> bool:

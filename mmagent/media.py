@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 AUDIO_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")  # in libsndfile's words
 SAMPLE_RATES_HZ = (1_000, 384_000)
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # of EXIF: how a camera was held
 _UNKNOWN_FRAMES = 2**62  # libsndfile gives about 2^63 where a stream's header does not say its length
 _BLOCK_FRAMES = 1 << 18
 
@@ -48,7 +49,7 @@ class MediaTooLarge(MediaError):
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
     format: str
-    width: int
+    width: int  # as it is shown
     height: int
 
 
@@ -73,7 +74,10 @@ def check_image(data: bytes, limits: Limits) -> ImageHeader:
     """
     _check_size(data, limits)
     with _open_image(data) as image:
-        header = ImageHeader(image.format or "?", *image.size)
+        width, height = image.size
+        if image.format == "JPEG" and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
+            width, height = height, width
+        header = ImageHeader(image.format or "?", width, height)
     if header.width * header.height > limits.max_image_pixels:
         raise MediaTooLarge(
             f"the image has {header.width} x {header.height} = {header.width * header.height} pixels; "

@@ -1,7 +1,7 @@
 """What a picture becomes before a tower sees it: pixels of one size, then numbers of one range.
 
-The two steps are apart so that pictures are cached and augmented as bytes. A tower from scratch gets a square of
-`model.image.size`; a pretrained one gets what its own processor config says (size, crop, mean, deviation).
+The two steps are apart so that pictures are cached and augmented as bytes. A tower from scratch gets the shape
+that `model.image` says; a pretrained one gets what its own processor config says (size, crop, mean, deviation).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _PROBES = ((97, 61), (64, 96))  # width, height: of neither shape that a process
 
 
 class Pictures:
-    """Pictures for a tower from scratch: scaled into a square, in [-1, 1].
+    """Pictures for a tower from scratch: scaled into one shape, in [-1, 1].
 
     Attributes:
         shape: height and width in pixels.
     """
 
-    def __init__(self, size: int) -> None:
-        self.shape = (size, size)
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
 
     def pixels(self, data: bytes, limits: Limits) -> np.ndarray:
         """An encoded picture as (height, width, 3) uint8.
@@ -133,4 +133,4 @@ def of(config: ImageTowerConfig) -> Pictures:
     Raises:
         BackboneError: see `ProcessedPictures`.
     """
-    return ProcessedPictures(config.checkpoint) if config.checkpoint else Pictures(config.size)
+    return ProcessedPictures(config.checkpoint) if config.checkpoint else Pictures(config.shape)

@@ -123,6 +123,7 @@ class Reader:
 
     def _ids(self, words: str) -> list[int]:
         """Of a user's words: the tokenizer's own signs in them are words too."""
+        words = text.legible(self.tokenizer, words)
         return list(
             self.tokenizer(words, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         )
@@ -173,7 +174,7 @@ class Reader:
 
     def beside(self, words: str, candidate: str, index: int) -> View:
         """A text and one candidate, as a pair of sentences; the longer of the two is cut first."""
-        pair = (words, candidate) if candidate else (words,)
+        pair = tuple(text.legible(self.tokenizer, each) for each in ((words, candidate) if candidate else (words,)))
         how = "longest_first" if candidate else True
         ids = self.tokenizer(*pair, truncation=how, max_length=self.max_tokens, split_special_tokens=True)["input_ids"]
         cut = text.length(self.tokenizer, *pair) - len(ids) if len(ids) >= self.max_tokens else 0
@@ -206,7 +207,10 @@ class Reader:
                 "spans need: a folder with tokenizer.json is wanted (AutoTokenizer.from_pretrained(..., use_fast=True))"
             )
         shown = _PLACEHOLDER.sub(lambda m: m[0] if len(m[1]) % 2 else m[1] + " " * len(m[2]), content)
-        question, cut = self._short(question)
+        question, cut = self._short(text.legible(self.tokenizer, question))
+        if text.legible(self.tokenizer, shown) != shown:
+            shown, moved = text.apart(shown)
+            places = moved if places is None else places[moved]
         found = self.tokenizer(
             *((question, shown) if question else (shown,)),
             truncation="only_second" if question else True,

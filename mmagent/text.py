@@ -6,6 +6,7 @@ Any Transformers checkpoint works, be it an encoder, a decoder or the encoder of
 
 from __future__ import annotations
 
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -22,12 +23,20 @@ from mmagent.pretrained import BackboneError, locate
 from mmagent.record import Record, segments
 
 __all__ = [
-    "BackboneError", "FrozenStates", "TextEncoder", "check", "fitted", "frame", "length", "load_encoder",
-    "load_tokenizer", "locate", "parts", "shared_tokenizer", "stop_id", "stop_ids", "tokenize", "words",
+    "BackboneError", "FrozenStates", "TextEncoder", "apart", "check", "fitted", "frame", "legible", "length",
+    "load_encoder", "load_tokenizer", "locate", "parts", "shared_tokenizer", "stop_id", "stop_ids", "tokenize", "words",
 ]  # fmt: skip
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "tekken.json")
 _KEY = "model.backbone"
+_SIGNS = (
+    "So",
+    "Sk",
+    "Sm",
+    "Co",
+    "Cn",
+)  # Unicode categories: emoji, skin colours, mathematics, private
+_JOINERS = "\u200d\ufe0f\u20e3"  # make one emoji of several
 
 
 def load_tokenizer(name: str) -> Any:
@@ -254,7 +263,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[np.n
 def fitted(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[tuple[np.ndarray, int]]:
     """As `tokenize`, each with the number of tokens that were left out. What looks like a sign of the tokenizer's own
     in a text is words."""
-    out = tokenizer(list(texts), truncation=True, max_length=max_tokens, split_special_tokens=True)["input_ids"]
+    texts = [legible(tokenizer, words) for words in texts]
+    out = tokenizer(texts, truncation=True, max_length=max_tokens, split_special_tokens=True)["input_ids"]
     # A tokenizer without special tokens gives nothing for an empty text; one token is the least a model takes.
     kept = [np.asarray(ids if len(ids) else [tokenizer.pad_token_id], dtype=np.int64) for ids in out]
     # Only what fills the room can have been cut: it is counted whole, which most texts never need.
@@ -262,6 +272,37 @@ def fitted(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[tuple[
         (ids, length(tokenizer, words) - len(ids) if len(ids) >= max_tokens else 0)
         for ids, words in zip(kept, texts, strict=True)
     ]
+
+
+def legible(tokenizer: Any, words: str) -> str:
+    """Words as a tokenizer can read them: `apart` where it would read some as unknown."""
+    if words.isascii() or tokenizer.unk_token_id is None:
+        return words
+    ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+    return apart(words)[0] if tokenizer.unk_token_id in ids else words
+
+
+def apart(words: str) -> tuple[str, np.ndarray]:
+    """Words with a space between letters and signs such as emoji, and for each character (and the end) the one that it
+    stands for: (characters + 1,). A vocabulary of word pieces reads a word that an unknown sign touches as one unknown
+    token, and the word is lost with the sign."""
+    out, places, before = "", [], ""
+    for index, sign in enumerate(words):
+        kind = before if sign in _JOINERS and before else _kind(sign)
+        if before and kind and kind != before:
+            out += " "
+            places.append(index)
+        out += sign
+        places.append(index)
+        before = kind
+    return out, np.array([*places, len(words)], np.int64)
+
+
+def _kind(sign: str) -> str:
+    """What stands together; empty for a space."""
+    if sign.isspace():
+        return ""
+    return "sign" if ord(sign) > 127 and unicodedata.category(sign) in _SIGNS else "letter"
 
 
 def length(tokenizer: Any, *words: str) -> int:

@@ -33,8 +33,8 @@ def prepared(storage: Path) -> Prepared:
     return made
 
 
-def encoded(make_png: Callable[..., bytes]) -> str:
-    return "data:image/png;base64," + base64.b64encode(make_png()).decode()
+def encoded(make_png: Callable[..., bytes], **picture: Any) -> str:
+    return "data:image/png;base64," + base64.b64encode(make_png(**picture)).decode()
 
 
 WORDS = [{"text": "a red", "label": "red"}, {"text": "a blue", "label": "blue"}]
@@ -142,10 +142,24 @@ def test_passes_are_those_of_the_rows_that_train(
 
 @pytest.mark.parametrize(("aligned", "strategy"), [(True, "connector"), (False, "all")])
 def test_without_labels_what_is_auto_is_settled_too(tiny_recipe: dict[str, Any], aligned: bool, strategy: str) -> None:
-    given = {"freeze.strategy": "auto", "model.join": "auto", "train.epochs": "auto"}
+    given = {"freeze.strategy": "auto", "model.join": "auto", "train.epochs": "auto", "model.image.aspect": "auto"}
     config = defaults.settle_unlabelled(resolve(tiny_recipe, given), aligned=aligned)
     assert (config.freeze.strategy, config.model.join, config.train.epochs) == (strategy, "output", 3)
     assert defaults.settle_unlabelled(config, aligned=aligned) == config
+
+
+@pytest.mark.parametrize(
+    ("sizes", "aspect"),
+    [([(40, 10), (20, 10), (30, 10)], 3.0), ([(5, 40)], 0.25), ([(14, 10), (90, 10), (8, 10)], 1.0)],
+)
+def test_long_pictures_are_not_squeezed_into_a_square(
+    prepared: Prepared, tiny_recipe: dict[str, Any], make_png: Callable[..., bytes], sizes: Any, aspect: float
+) -> None:
+    rows = [{"image": encoded(make_png, size=size), "label": label} for size in sizes for label in ("red", "blue")]
+    config, notes = defaults.settle(resolve(tiny_recipe, {"model.image.aspect": "auto"}), prepared(rows))
+    assert config.model.image is not None
+    assert config.model.image.aspect == aspect
+    assert ("aspect" in " ".join(notes)) == (aspect != 1)
 
 
 def test_what_is_said_stays(prepared: Prepared, tiny_recipe: dict[str, Any]) -> None:

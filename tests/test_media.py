@@ -68,6 +68,14 @@ def test_a_picture_at_the_limit_passes() -> None:
     assert check_image(_png_header(4096, 4096), LIMITS).width == 4096
 
 
+def test_a_header_says_how_a_picture_is_shown() -> None:
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # the camera stood on its side
+    Image.new("RGB", (48, 32)).save(out, "JPEG", exif=exif)
+    header = check_image(out.getvalue(), LIMITS)
+    assert (header.width, header.height) == decode_image(out.getvalue(), LIMITS).size == (32, 48)
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_pictures_decode_and_cut_ones_do_not(format: str) -> None:
     data = _noise_picture(format)

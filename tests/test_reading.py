@@ -43,3 +43,11 @@ def test_of_a_question_over_a_text_in_strides(tokenizer: Any) -> None:
     views = Reader(tokenizer, 16).strides(parse({"messages": messages}, default_id="1"))
     assert len(views) > 1
     assert [view.cut for view in views] == [11 - 8, *[0] * (len(views) - 1)]
+
+
+def test_characters_of_a_text_with_emoji_are_its_own(tokenizer: Any) -> None:
+    """Where signs are set apart for the tokenizer, offsets still count in the text as it is."""
+    words = "😀 red😂😂blue"
+    [view] = Reader(tokenizer, 16).strides(record(words))
+    assert view.offsets is not None
+    assert [words[start:end] for start, end in view.offsets.tolist() if start >= 0] == ["😀", "red", "😂😂", "blue"]

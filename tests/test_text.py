@@ -148,6 +148,28 @@ def test_what_is_left_out_is_counted(tiny_backbone: Path) -> None:
     assert [len(ids) for ids, _ in found] == [8, 8, 4, 2]
 
 
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [
+        ("red😂😂 shape", ["red", "[UNK]", "shape"]),
+        ("😂red❤️blue", ["[UNK]", "red", "[UNK]", "blue"]),
+        ("is it 👍🏽", ["is", "i", "##t", "[UNK]"]),
+    ],
+)
+def test_a_word_is_not_lost_with_the_emoji_it_touches(tiny_backbone: Path, words: str, tokens: list[str]) -> None:
+    tokenizer = text.load_tokenizer(str(tiny_backbone))
+    [ids] = text.tokenize(tokenizer, [words], 16)
+    assert tokenizer.convert_ids_to_tokens(ids.tolist())[1:-1] == tokens
+
+
+def test_what_a_tokenizer_can_read_stays_as_it_is(tiny_backbone: Path) -> None:
+    tokenizer = text.load_tokenizer(str(tiny_backbone))
+    assert text.legible(tokenizer, "is it réd?") == "is it réd?"
+    spaced, places = text.apart("a😂 b")
+    assert spaced == "a 😂 b"
+    assert places.tolist() == [0, 1, 1, 2, 3, 4]
+
+
 def test_a_tokenizer_that_adds_nothing_still_gives_an_empty_text_a_token(own_backbone: Path) -> None:
     tokenizer = text.load_tokenizer(str(own_backbone))
     tokenizer.backend_tokenizer.post_processor = None

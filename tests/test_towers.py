@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from mmagent import pretrained
+from mmagent import pictures, pretrained
 from mmagent.config import AudioTowerConfig, ImageTowerConfig
 from mmagent.towers import AudioTower, Block, ImageTower
 
@@ -37,6 +37,16 @@ def sounds(*frames: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_picture_becomes_so_many_tokens(size: int, tokens: int) -> None:
     tower = image_tower(size=size, tokens=tokens)
     assert tower(torch.rand(2, 3, size, size)).shape == (2, tokens, 32)
+
+
+@pytest.mark.parametrize(
+    ("aspect", "shape", "grid"), [(1.0, (16, 16), (4, 4)), (4.0, (16, 64), (2, 8)), (0.25, (64, 16), (8, 2))]
+)
+def test_long_pictures_keep_their_shape(aspect: float, shape: tuple[int, int], grid: tuple[int, int]) -> None:
+    config = ImageTowerConfig(width=32, layers=1, tokens=16, size=16, aspect=aspect)
+    tower = ImageTower(config).eval()
+    assert (pictures.of(config).shape, tower.grid) == (shape, grid)
+    assert tower(torch.rand(2, 3, *shape)).shape == (2, 16, 32)
 
 
 @pytest.mark.parametrize("tokens", [2, 12, 50])

@@ -59,7 +59,7 @@ class EdgeStem(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: (pictures, 3, size, size) -> (pictures, channels, size / 2, size / 2), colours first."""
+        """pixels: (pictures, 3, height, width) -> (pictures, channels, height / 2, width / 2), colours first."""
         pictures, colours, height, width = pixels.shape
         flat = pixels.reshape(pictures * colours, 1, height, width)
         waves = F.conv2d(F.pad(flat, (self.RADIUS,) * 4, mode="replicate"), self.filters.to(pixels.dtype), stride=2)
@@ -84,12 +84,14 @@ def _gabor(x: Tensor, y: Tensor, angle: float, scale: float) -> tuple[Tensor, Te
 
 
 class ImageTower(nn.Module):
-    """Edge filters, then convolutions, each followed by a pooling to half the size, down to a square of `tokens`."""
+    """Edge filters, then convolutions, each followed by a pooling to half the size, down to a grid of `tokens`."""
 
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__()
-        grid = math.isqrt(config.tokens)
-        stages = max(1, int(math.log2(config.size / 2 / grid)))
+        self.grid = config.grid
+        stages = max(
+            1, int(min(math.log2(side / 2 / cells) for side, cells in zip(config.shape, self.grid, strict=True)))
+        )
         self.stem = EdgeStem()
         self.stem_norm = nn.GroupNorm(1, self.stem.channels)
         widths = [self.stem.channels, *(max(32, config.width >> (stages - 1 - stage)) for stage in range(stages))]
@@ -97,18 +99,17 @@ class ImageTower(nn.Module):
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.GELU(), nn.MaxPool2d(2))
             for a, b in itertools.pairwise(widths)
         )
-        self.grid = grid
         self.places = nn.Parameter(torch.randn(config.tokens, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, 4, config.dropout or 0.0) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.width = config.width
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: (pictures, 3, size, size) in [-1, 1] -> (pictures, tokens, width)."""
+        """pixels: (pictures, 3, height, width) in [-1, 1] -> (pictures, tokens, width)."""
         x = self.stem_norm(self.stem(pixels))
         for stage in self.stages:
             x = stage(x)
-        if x.shape[-1] != self.grid:
+        if x.shape[-2:] != self.grid:
             x = F.adaptive_avg_pool2d(x, self.grid)
         x = x.flatten(2).transpose(1, 2) + self.places
         keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

@@ -94,7 +94,9 @@ _THINGS = (
 
 def rows(kind: str, count: int, *, seed: int = 0) -> Iterator[Row]:
     """`count` rows of training, a tenth as many of validation (of training's names and forms) and a fifth of test."""
-    make: Callable[[random.Random, int], Row] = {"tag": _tag, "relate": _relate, "extract": _extract}[kind]
+    make: Callable[[random.Random, int], Row] = {"tag": _tag, "noisy": _noisy, "relate": _relate, "extract": _extract}[
+        kind
+    ]
     rng = random.Random(seed)
     for split, share in (("train", 1.0), ("validation", 0.1), ("test", 0.2)):
         for _ in range(round(count * share)):
@@ -122,6 +124,39 @@ def _tag(rng: random.Random, held: int) -> Row:
         spans.append({"start": len(text), "end": len(text) + len(name), "label": kind})
         text += name
     return {"text": text + form, "spans": spans}
+
+
+def _noisy(rng: random.Random, held: int) -> Row:
+    """As `_tag`, written as people write in a hurry: letters lost or doubled, no capitals, @names, #tags, links, and
+    emoji that touch words."""
+    row, low, at, text, spans = _tag(rng, held), rng.random() < 0.5, 0, rng.choice(_OPENINGS), []
+    for span in (*row["spans"], None):
+        end = span["start"] if span else len(row["text"])
+        text += _hurried(rng, row["text"][at:end], low)
+        if span:
+            name = _hurried(rng, row["text"][span["start"] : span["end"]], low)
+            sign = rng.choice(("#", "@", "", "", "", ""))
+            spans.append({"start": len(text) + len(sign), "end": len(text) + len(sign + name), "label": span["label"]})
+            text += sign + name + rng.choice(_EMOJI)
+            at = span["end"]
+    return {"text": text + rng.choice(_ENDINGS), "spans": spans}
+
+
+_OPENINGS = ("", "", "", "RT @mo_77: ", "😂😂 ", "omg ", "@lee.b ")
+_ENDINGS = ("", "", "", " #fml", " http://t.co/Xy12ab", "!!!!", " 🙄🇫🇷", " lol")
+_EMOJI = ("", "", "", "", "", "❤️", "😂😂", "👍🏽")
+
+
+def _hurried(rng: random.Random, words: str, low: bool) -> str:
+    """Words with a letter of some of the longer ones lost, doubled or swapped with the next; no word is lost."""
+    out = []
+    for word in (words.lower() if low else words).split(" "):
+        if len(word) > 3 and rng.random() < 0.12:
+            place = rng.randrange(1, len(word) - 1)
+            two = word[place : place + 2]
+            word = word[:place] + rng.choice((two[1:], two[0] + two, two[::-1])) + word[place + 2 :]
+        out.append(word)
+    return " ".join(out)
 
 
 def _relate(rng: random.Random, held: int) -> Row:
