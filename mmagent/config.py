@@ -281,7 +281,7 @@ class OptimConfig(_Section):
 class TrainConfig(_Section):
     epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         3.0,
-        description="passes over the training split. auto: by its rows and what learns, between 3 and 20 where all "
+        description="passes over the training split. auto: by its rows and what learns, between 3 and 6 where all "
         "that learns was pretrained, between 4 and 40 with towers from scratch",
     )
     max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")

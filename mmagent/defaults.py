@@ -37,7 +37,7 @@ class _Passes(NamedTuple):
 
 
 _SCRATCH = _Passes(samples=200_000, fewest=4, most=40)
-_PRETRAINED = _Passes(samples=64_000, fewest=3, most=20)
+_PRETRAINED = _Passes(samples=64_000, fewest=3, most=6)
 
 
 def settle(config: Config, dataset: Dataset) -> tuple[Config, list[str]]:

@@ -124,7 +124,7 @@ def test_what_writes_joins_at_the_input(prepared: Prepared, tiny_recipe: dict[st
 
 @pytest.mark.parametrize(
     ("rows", "scratch", "epochs"),
-    [(50, True, 40), (10_000, True, 20), (10**6, True, 4), (50, False, 20), (10_000, False, 6.4), (10**6, False, 3)],
+    [(50, True, 40), (10_000, True, 20), (10**6, True, 4), (50, False, 6), (16_000, False, 4), (10**6, False, 3)],
 )
 def test_fewer_rows_want_more_passes(rows: int, scratch: bool, epochs: float) -> None:
     assert defaults._epochs(rows, scratch=scratch)[0] == epochs
