@@ -69,7 +69,7 @@ class Supervised:
 
     def export(self, engine: Engine, rows: list[Sample], group: Group, chosen: dict[str, Any]) -> None:
         answered, _ = answers(engine, self._batches, rows, group)
-        weights = engine.state()
+        weights = engine.state(self._plan.folder)
         if group.rank == 0:
             weights = lora.merged(self.model, weights)
             fitted = calibrations(self._tasks, answered)

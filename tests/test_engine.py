@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from jobs import engine as engines
+from jobs import zero
 from jobs.engine import Engine, TorchEngine
 from mmagent import freeze, text
 from mmagent.batch import Inputs
@@ -64,7 +65,7 @@ def test_deepspeeds_settings_follow_from_the_config(tiny_recipe: dict[str, Any])
         {"train.micro_batch": 7, "train.accumulation": 3, "optim.clip_norm": 0.5, "zero.stage": 2,
          "train.precision": "bf16", "cluster.workers": 2},
     )  # fmt: skip
-    settings = engines.zero_config(config)
+    settings = zero.zero_config(config, 2)
     assert settings["train_micro_batch_size_per_gpu"] == 7
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == 0.5
@@ -154,16 +155,16 @@ def test_small_batches_accumulated_are_one_big_batch(
 ) -> None:
     whole, one = make({"train.micro_batch": 16})
     parts, many = make({"train.micro_batch": micro, "train.accumulation": accumulation})
-    before = parts.state()
+    before = parts.state(Path("/tmp"))
     first = {name: value.clone() for name, value in before.items()}
     small = batches(micro)
     train(parts, many, small[:-1])
-    assert_same(parts.state(), first)  # nothing moves before the accumulation is full
+    assert_same(parts.state(Path("/tmp")), first)  # nothing moves before the accumulation is full
     train(parts, many, small[-1:])
     train(whole, one, batches(16))
     # Adam divides by the gradient's size: where that is next to nothing, rounding decides. Hence the tolerance.
-    assert_same(without_key_biases(parts.state()), without_key_biases(whole.state()), atol=2e-4)
-    assert any(not torch.equal(value, first[name]) for name, value in whole.state().items())
+    assert_same(without_key_biases(parts.state(Path("/tmp"))), without_key_biases(whole.state(Path("/tmp"))), atol=2e-4)
+    assert any(not torch.equal(value, first[name]) for name, value in whole.state(Path("/tmp")).items())
 
 
 def test_it_goes_on_where_it_was_saved(make: Make, batches: Callable[[int], list[Batch]], tmp_path: Path) -> None:
@@ -176,16 +177,16 @@ def test_it_goes_on_where_it_was_saved(make: Make, batches: Callable[[int], list
     other, _ = make(settings)
     other.load(tmp_path)
     assert train(other, config, batches(4)) == pytest.approx(wanted, abs=1e-6)
-    assert_same(other.state(), engine.state())
+    assert_same(other.state(Path("/tmp")), engine.state(Path("/tmp")))
 
 
 def test_each_group_keeps_its_share_of_the_rate(make: Make, batches: Callable[[int], list[Batch]]) -> None:
     engine, config = make({"train.micro_batch": 16, "optim.lr": 0.1, "optim.lr_towers": 0.3})
     assert engine.set_lr(0.5) == pytest.approx(0.15)
     still, _ = make({"train.micro_batch": 16})
-    before = {name: value.clone() for name, value in still.state().items()}
+    before = {name: value.clone() for name, value in still.state(Path("/tmp")).items()}
     train(still, config, batches(16), rate=0.0)
-    assert_same(still.state(), before)
+    assert_same(still.state(Path("/tmp")), before)
 
 
 def test_bf16_trains_mixed_batches(make: Make, batches: Callable[[int], list[Batch]]) -> None:
@@ -193,7 +194,7 @@ def test_bf16_trains_mixed_batches(make: Make, batches: Callable[[int], list[Bat
     half, _ = make({"train.micro_batch": 8, "train.precision": "bf16"})
     wanted = train(exact, config, batches(8) * 3)
     assert train(half, config, batches(8) * 3) == pytest.approx(wanted, abs=0.1)
-    assert {value.dtype for value in half.state().values()} == {torch.float32}
+    assert {value.dtype for value in half.state(Path("/tmp")).values()} == {torch.float32}
 
 
 def test_the_clipped_gradient_has_the_norm_asked_for(make: Make, batches: Callable[[int], list[Batch]]) -> None:
@@ -201,9 +202,9 @@ def test_the_clipped_gradient_has_the_norm_asked_for(make: Make, batches: Callab
     moved = []
     for norm in (1e6, 1e-3):
         engine, config = make({**settings, "optim.clip_norm": norm, "optim.lr": 1.0, "optim.lr_backbone": 1.0})
-        before = {name: value.clone() for name, value in engine.state().items()}
+        before = {name: value.clone() for name, value in engine.state(Path("/tmp")).items()}
         train(engine, config, batches(16))
-        change = [(value - before[name]).double().flatten() for name, value in engine.state().items()]
+        change = [(value - before[name]).double().flatten() for name, value in engine.state(Path("/tmp")).items()]
         moved.append(torch.cat(change))
     free, clipped = moved
     assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-2)
@@ -250,7 +251,7 @@ torch.save(found, out)
 
 def copy_of(engine: Engine) -> dict[str, torch.Tensor]:
     """Its state as it is now: what an engine gives may be the weights themselves, which train and are loaded into."""
-    return {name: value.clone() for name, value in engine.state().items()}
+    return {name: value.clone() for name, value in engine.state(Path("/tmp")).items()}
 
 
 def run(
