@@ -1,4 +1,5 @@
-"""The engine of a training loop: forward, backward, step, save, load; plain torch in one process, or ZeRO (`jobs.zero`).
+"""The engine of a training loop: forward, backward, step, save, load; plain torch in one process, or ZeRO
+(`jobs.zero`).
 
 The loop never asks which. Both save the same fragments (`jobs.fragments`), which either reads.
 """
@@ -40,7 +41,8 @@ class Engine(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Takes what was saved, by this number of ranks or another, at this ZeRO stage or another; all ranks must call it.
+        """Takes what was saved, by this number of ranks or another, at this ZeRO stage or another; all ranks must call
+        it.
 
         Raises:
             StateError: it is not whole, or of another model.

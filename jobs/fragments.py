@@ -6,9 +6,9 @@
         step/NAME                     a number of the whole parameter
         buffer/NAME                   what the module keeps beside its parameters, whole
 
-Nothing in it knows a ZeRO stage, a number of ranks or DeepSpeed, and nothing in it is a pickle: a run goes on at another
-stage and with other workers. Parameters that no optimizer holds are not in it: they are what the config makes them.
-Reading maps the files and copies the wanted ranges; neither way holds anything twice.
+Nothing in it knows a ZeRO stage, a number of ranks or DeepSpeed, and nothing in it is a pickle: a run goes on at
+another stage and with other workers. Parameters that no optimizer holds are not in it: they are what the config makes
+them. Reading maps the files and copies the wanted ranges; neither way holds anything twice.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ class Meter:
             self._wait_s += seconds
 
     def add(self, right: Tensor, known: Tensor, samples: float, loss: Tensor) -> None:
-        """Of one micro-batch: how many answers are right, of how many; its samples (a mean, where they do not divide); its loss."""
+        """Of one micro-batch: how many answers are right, of how many; its samples (where they do not divide, their
+        mean); its loss."""
         self._loss = self._loss + loss.detach()
         self._right = self._right + right
         self._weight = self._weight + known

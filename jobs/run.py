@@ -157,7 +157,7 @@ def _streams(plan: Plan, dataset: Dataset) -> dict[str, Callable[[int], Any]]:
 
 
 def _training(plan: Plan, world: int) -> Any:
-    """The stream from where the newest checkpoint stands: made anew whenever workers start, for as many as there are."""
+    """The stream from where the newest checkpoint stands, for so many workers: made anew whenever they start."""
     storage.use(plan.root)
     found = _checkpoints(plan.folder).latest()
     position = Position(**found.loop["position"]) if found else Position()
@@ -236,8 +236,8 @@ _HOW = (
 
 
 def keep_batch(config: Config, folder: Path) -> Config:
-    """The config with its global batch written out: where nobody gave one, that which the run began with, not what other
-    workers or another micro-batch would make of it."""
+    """The config with its global batch written out: where nobody gave one, that which the run began with, not what
+    other workers or another micro-batch would make of it."""
     began = config if config.train.global_batch else _began(folder) or config
     return override(config, {"train.global_batch": began.global_batch})
 

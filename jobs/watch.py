@@ -67,7 +67,8 @@ def tell(work: Run) -> None:
     share = config.share(config.cluster.workers)
     print(
         f"run {work.name}: {work.dataset.rows('train')} rows of {work.dataset.name}, {plan.total_steps} steps of "
-        f"{share.batch} samples ({share.world} workers x {share.micro_batch} x {share.passes}), ZeRO {config.zero.stage}" + (f"; goes on at step {step}" if step else ""),
+        f"{share.batch} samples ({share.world} workers x {share.micro_batch} x {share.passes}), ZeRO {config.zero.stage}"
+        + (f"; goes on at step {step}" if step else ""),
         flush=True,
     )
     for line in work.notes:

@@ -40,7 +40,7 @@ class ZeroEngine:
         # The parameters of its groups, before ZeRO puts flat ones in their place.
         self._members = [list(group["params"]) for group in self._inner.param_groups]
         self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=model, optimizer=self._inner, config=zero_config(config, self._world)
+            model=model, optimizer=self._inner, config=zero_config(config, self._world, model)
         )
         self._stage = config.zero.stage
         self.model: Any = model
@@ -126,10 +126,19 @@ class ZeroEngine:
             yield Flat(flat.data, self._inner.state[flat], tuple(spans))
 
 
-def zero_config(config: Config, world: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived from the config, for a group of so many workers."""
-    share = config.share(world)
-    zero: dict[str, Any] = {"stage": config.zero.stage}
+_BUCKET, _SMALL = 500_000_000, 100_000  # parameters; DeepSpeed's defaults
+
+
+def zero_config(config: Config, world: int, model: nn.Module) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived from the config, for a group of so many workers that train a model."""
+    share, parameters = config.share(world), list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    vectors = max((parameter.numel() for parameter in parameters if parameter.ndim < 2), default=0)
+    zero: dict[str, Any] = {
+        "stage": config.zero.stage,
+        "reduce_bucket_size": min(_BUCKET, trained),  # a bucket is memory: there is none for what is frozen
+        "stage3_param_persistence_threshold": min(_SMALL, vectors),  # what is no larger stays whole on every rank
+    }
     if config.zero.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.zero.offload == "parameters":

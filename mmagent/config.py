@@ -304,8 +304,8 @@ class TrainConfig(_Section):
 class ClusterConfig(_Section):
     workers: int = Field(1, gt=0, description="training workers; a run may go on with another number")
     min_workers: int | None = Field(
-        None, gt=0, description="as few workers as a run starts with, or goes on with after a failure, where there is no "
-        "room for all. none: it waits for all of them",
+        None, gt=0, description="as few workers as a run starts with, or goes on with after a failure, where there is "
+        "no room for all. none: it waits for all of them",
     )  # fmt: skip
     gpu: bool = Field(False, description="one GPU for each worker")
     threads: int = Field(1, gt=0, description="CPU threads of one worker")
@@ -323,8 +323,8 @@ class ZeroConfig(_Section):
     stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage; a run may go on with another")
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none",
-        description="kept in the CPU's memory, where the optimizer then steps: its state and the fp32 weights (optimizer; "
-        "stages 1 to 3), the weights that wait as well (parameters; stage 3)",
+        description="kept in the CPU's memory, where the optimizer then steps: its state and the fp32 weights "
+        "(optimizer; stages 1 to 3), the weights that wait as well (parameters; stage 3)",
     )
 
     @model_validator(mode="after")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A global batch stays what it is, whatever the number of workers: each makes as many passes as its rows need. Where
-    it does not divide, the last rows are blanks that weigh nothing."""
+    """A global batch stays what it is, whatever the number of workers: each makes as many passes as its rows need.
+    Where it does not divide, the last rows are blanks that weigh nothing."""
 
     batch: int  # samples of an optimizer step over all workers
     micro_batch: int  # rows of one pass, at most

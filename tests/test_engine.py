@@ -19,7 +19,7 @@ from jobs import zero
 from jobs.engine import Engine, TorchEngine
 from mmagent import freeze, text
 from mmagent.batch import Inputs
-from mmagent.config import Config, resolve
+from mmagent.config import Config, ConfigError, resolve
 from mmagent.model import Batch, MultimodalModel
 from mmagent.record import Record
 from mmagent.tasks.classify import cross_entropy
@@ -65,14 +65,39 @@ def test_deepspeeds_settings_follow_from_the_config(tiny_recipe: dict[str, Any])
         {"train.micro_batch": 7, "train.accumulation": 3, "optim.clip_norm": 0.5, "zero.stage": 2,
          "train.precision": "bf16", "cluster.workers": 2},
     )  # fmt: skip
-    settings = zero.zero_config(config, 2)
+    settings = zero.zero_config(config, 2, torch.nn.Linear(3, 4))
     assert settings["train_micro_batch_size_per_gpu"] == 7
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == 0.5
     assert settings["zero_optimization"]["stage"] == 2
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 16
+    assert settings["zero_optimization"]["stage3_param_persistence_threshold"] == 4
     assert "optimizer" not in settings  # the one of plain torch is handed over
     assert "train_batch_size" not in settings  # follows from the number of workers
     json.dumps(settings)
+
+
+def test_passes_follow_from_the_workers_that_there_are(tiny_recipe: dict[str, Any]) -> None:
+    config = resolve(tiny_recipe, {"train.micro_batch": 4, "train.accumulation": 3, "cluster.workers": 2})
+    found = {world: zero.zero_config(config, world, torch.nn.Linear(3, 4))["gradient_accumulation_steps"] for world in (1, 2, 3, 5)}
+    assert found == {1: 6, 2: 3, 3: 2, 5: 2}  # 24 rows: 24, 12, 8 and 5 of a worker
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "wanted"),
+    [(1, "optimizer", {"offload_optimizer"}), (3, "parameters", {"offload_optimizer", "offload_param"})],
+)
+def test_what_is_offloaded(tiny_recipe: dict[str, Any], stage: int, offload: str, wanted: set[str]) -> None:
+    config = resolve(tiny_recipe, {"zero.stage": stage, "zero.offload": offload})
+    settings = zero.zero_config(config, 1, torch.nn.Linear(3, 4))["zero_optimization"]
+    assert {key for key in settings if key.startswith("offload")} == wanted
+    assert all(settings[key]["device"] == "cpu" for key in wanted)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, "optimizer"), (2, "parameters")])
+def test_offload_that_a_stage_cannot_is_refused(tiny_recipe: dict[str, Any], stage: int, offload: str) -> None:
+    with pytest.raises(ConfigError, match=f"zero.offload={offload} needs"):
+        resolve(tiny_recipe, {"zero.stage": stage, "zero.offload": offload})
 
 
 @pytest.mark.parametrize(("precision", "wanted"), [("fp32", False), ("bf16", True)])

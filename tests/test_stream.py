@@ -173,7 +173,9 @@ def test_any_number_of_ranks_shares_out_the_same_batches(
     """The number of workers does not change what is in a batch, also where it does not divide: blanks fill it up."""
     order, position, steps = order_of(dataset, config), Position(), 9
     layout = layout_of(config, world, batch)
-    ranks = [list(itertools.islice(stream.tables(order, layout, position, steps, rank), steps)) for rank in range(world)]
+    ranks = [
+        list(itertools.islice(stream.tables(order, layout, position, steps, rank), steps)) for rank in range(world)
+    ]
     alone = list(itertools.islice(stream.tables(order, layout_of(config, 1, batch), position, steps), steps))
     assert {len(table) for tables in ranks for table in tables} == {-(-batch // world)}
     for step, table in enumerate(alone):
