@@ -71,11 +71,13 @@ class ZeroEngine:
             self._zero.update_lp_params()  # what computes, of the fp32 weights, its own and the other ranks'
             self._zero._hp_optimizer_states_linked = False
         elif self._stage == 3:
-            self._zero._partition_all_parameters()
+            # What is whole now (small parameters, and those that a pass without a backward one has left) is of before. It
+            # is not gathered here: what is whole before the first pass, DeepSpeed does not see used by another module
+            # than its own, and takes away before its gradient comes.
+            if stale := [each for each in self.model.parameters() if each.ds_status.name == "AVAILABLE"]:
+                stale[0].partition(stale)
             for index in range(len(self._zero.fp16_groups)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
-            if kept := self._zero.persistent_parameters:  # small ones, that no rank gives away
-                kept[0].all_gather(kept)
 
     def state(self, folder: Path) -> dict[str, Tensor]:
         if self._stage < 3:

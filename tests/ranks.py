@@ -55,7 +55,7 @@ def _main() -> int:
 
     torch.set_num_threads(1)
     zero._import_deepspeed()
-    for slow in ("torch._dynamo", "torch._inductor.standalone_compile", "torch.distributed.fsdp", "peft", "tensorboard"):
+    for slow in ("torch._inductor.standalone_compile", "torch.distributed.fsdp", "peft", "tensorboard"):
         importlib.import_module(slow)  # once, not in each of the children
     module, _, name = work.partition(":")
     function = getattr(importlib.import_module(module), name)

@@ -79,7 +79,10 @@ def test_deepspeeds_settings_follow_from_the_config(tiny_recipe: dict[str, Any])
 
 def test_passes_follow_from_the_workers_that_there_are(tiny_recipe: dict[str, Any]) -> None:
     config = resolve(tiny_recipe, {"train.micro_batch": 4, "train.accumulation": 3, "cluster.workers": 2})
-    found = {world: zero.zero_config(config, world, torch.nn.Linear(3, 4))["gradient_accumulation_steps"] for world in (1, 2, 3, 5)}
+    found = {
+        world: zero.zero_config(config, world, torch.nn.Linear(3, 4))["gradient_accumulation_steps"]
+        for world in (1, 2, 3, 5)
+    }
     assert found == {1: 6, 2: 3, 3: 2, 5: 2}  # 24 rows: 24, 12, 8 and 5 of a worker
 
 
@@ -157,6 +160,11 @@ def train(engine: Engine, config: Config, batches: list[Batch], rate: float = 1.
     return losses
 
 
+def state(engine: Engine) -> dict[str, torch.Tensor]:
+    """Of plain torch, which makes no files."""
+    return engine.state(Path())
+
+
 def assert_same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], atol: float = 1e-6) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -180,16 +188,16 @@ def test_small_batches_accumulated_are_one_big_batch(
 ) -> None:
     whole, one = make({"train.micro_batch": 16})
     parts, many = make({"train.micro_batch": micro, "train.accumulation": accumulation})
-    before = parts.state(Path("/tmp"))
+    before = state(parts)
     first = {name: value.clone() for name, value in before.items()}
     small = batches(micro)
     train(parts, many, small[:-1])
-    assert_same(parts.state(Path("/tmp")), first)  # nothing moves before the accumulation is full
+    assert_same(state(parts), first)  # nothing moves before the accumulation is full
     train(parts, many, small[-1:])
     train(whole, one, batches(16))
     # Adam divides by the gradient's size: where that is next to nothing, rounding decides. Hence the tolerance.
-    assert_same(without_key_biases(parts.state(Path("/tmp"))), without_key_biases(whole.state(Path("/tmp"))), atol=2e-4)
-    assert any(not torch.equal(value, first[name]) for name, value in whole.state(Path("/tmp")).items())
+    assert_same(without_key_biases(state(parts)), without_key_biases(state(whole)), atol=2e-4)
+    assert any(not torch.equal(value, first[name]) for name, value in state(whole).items())
 
 
 def test_it_goes_on_where_it_was_saved(make: Make, batches: Callable[[int], list[Batch]], tmp_path: Path) -> None:
@@ -202,16 +210,16 @@ def test_it_goes_on_where_it_was_saved(make: Make, batches: Callable[[int], list
     other, _ = make(settings)
     other.load(tmp_path)
     assert train(other, config, batches(4)) == pytest.approx(wanted, abs=1e-6)
-    assert_same(other.state(Path("/tmp")), engine.state(Path("/tmp")))
+    assert_same(state(other), state(engine))
 
 
 def test_each_group_keeps_its_share_of_the_rate(make: Make, batches: Callable[[int], list[Batch]]) -> None:
     engine, config = make({"train.micro_batch": 16, "optim.lr": 0.1, "optim.lr_towers": 0.3})
     assert engine.set_lr(0.5) == pytest.approx(0.15)
     still, _ = make({"train.micro_batch": 16})
-    before = {name: value.clone() for name, value in still.state(Path("/tmp")).items()}
+    before = {name: value.clone() for name, value in state(still).items()}
     train(still, config, batches(16), rate=0.0)
-    assert_same(still.state(Path("/tmp")), before)
+    assert_same(state(still), before)
 
 
 def test_bf16_trains_mixed_batches(make: Make, batches: Callable[[int], list[Batch]]) -> None:
@@ -219,7 +227,7 @@ def test_bf16_trains_mixed_batches(make: Make, batches: Callable[[int], list[Bat
     half, _ = make({"train.micro_batch": 8, "train.precision": "bf16"})
     wanted = train(exact, config, batches(8) * 3)
     assert train(half, config, batches(8) * 3) == pytest.approx(wanted, abs=0.1)
-    assert {value.dtype for value in half.state(Path("/tmp")).values()} == {torch.float32}
+    assert {value.dtype for value in state(half).values()} == {torch.float32}
 
 
 def test_the_clipped_gradient_has_the_norm_asked_for(make: Make, batches: Callable[[int], list[Batch]]) -> None:
@@ -227,9 +235,9 @@ def test_the_clipped_gradient_has_the_norm_asked_for(make: Make, batches: Callab
     moved = []
     for norm in (1e6, 1e-3):
         engine, config = make({**settings, "optim.clip_norm": norm, "optim.lr": 1.0, "optim.lr_backbone": 1.0})
-        before = {name: value.clone() for name, value in engine.state(Path("/tmp")).items()}
+        before = {name: value.clone() for name, value in state(engine).items()}
         train(engine, config, batches(16))
-        change = [(value - before[name]).double().flatten() for name, value in engine.state(Path("/tmp")).items()]
+        change = [(value - before[name]).double().flatten() for name, value in state(engine).items()]
         moved.append(torch.cat(change))
     free, clipped = moved
     assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-2)
@@ -274,9 +282,9 @@ torch.save(found, out)
 """
 
 
-def copy_of(engine: Engine) -> dict[str, torch.Tensor]:
+def copy_of(engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
     """Its state as it is now: what an engine gives may be the weights themselves, which train and are loaded into."""
-    return {name: value.clone() for name, value in engine.state(Path("/tmp")).items()}
+    return {name: value.clone() for name, value in engine.state(folder).items()}
 
 
 def run(
@@ -303,10 +311,10 @@ def run(
             out["losses"] += train(engine, config, [batch], stage=stage)
         if index + 2 == len(batches) // 2:
             engine.save(folder)
-            out["half"] = copy_of(engine)
-    out["state"] = copy_of(engine)
+            out["half"] = copy_of(engine, folder)
+    out["state"] = copy_of(engine, folder)
     engine.load(folder)
-    out["loaded"] = copy_of(engine)
+    out["loaded"] = copy_of(engine, folder)
     return out
 
 

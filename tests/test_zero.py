@@ -4,12 +4,15 @@ over the wire, and the whole weights gathered."""
 from __future__ import annotations
 
 import re
+import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from jobs import engine as engines
 from jobs import supervised
@@ -264,3 +267,132 @@ def test_any_rank_may_hold_any_mixture_of_modalities(
         for micros in Rows(config, given["rows"], config.share(1), 0).steps():
             learn(engine, micros, config.share(1), 0, look)
         assert next(steps, None) is None
+
+
+# ---------------------------------------------------------------------------------------------- what goes over the wire
+
+
+def traffic(rank: int, world: int, given_file: Path) -> None:
+    """Bytes of gradients that go over the wire in each pass of two steps, by stage; and how much learns."""
+    from deepspeed import comm
+
+    given = torch.load(given_file, weights_only=False)
+    comm.configure(enabled=True, prof_all=True, prof_ops=[], verbose=False, debug=False)
+    out: dict[str, Any] = {}
+    for stage in range(4):
+        settings = {
+            "zero.stage": stage,
+            "freeze.strategy": "connector",
+            "train.cache_text": False,
+            "train.micro_batch": 1,
+        }
+        engine, config = built(given, settings, engines.make)
+        share = config.share(world)
+        parameters = list(engine.model.parameters())
+        out["trained"] = sum(each.numel() for group in freeze.groups(engine.model, config) for each in group["params"])
+        out["total"] = sum(getattr(each, "ds_numel", each.numel()) for each in parameters)
+        passes = [batch for micros in Rows(config, given["rows"][:2], share, rank).steps() for batch in micros]
+        found = out.setdefault(f"stage {stage}", [])
+        opened(engine, config, 0, 1)
+        for batch in passes:
+            logits = engine.forward(batch)["classify"]
+            before = reduced(comm.comm.comms_logger.comms_dict)
+            engine.backward(cross_entropy(logits, batch["classify/label"], batch["weight"], 1))
+            found.append(reduced(comm.comm.comms_logger.comms_dict) - before)
+            engine.step()
+    if rank == 0:
+        torch.save(out, given_file.with_name("out.pt"))
+
+
+def reduced(ops: Mapping[str, Mapping[int, Sequence[Any]]]) -> int:
+    """Bytes that DeepSpeed's log has of all reductions; to one rank, or scattered, is as much to send as to all."""
+    return sum(size * int(each[0]) for op, sizes in ops.items() if "reduce" in op for size, each in sizes.items())
+
+
+def test_gradients_of_what_learns_go_once_in_a_step(
+    given: Given, make_records: Callable[..., list[Record]], tmp_path: Path
+) -> None:
+    records = make_records(16)
+    given["rows"] = [records[:8], records[8:]]
+    torch.save(given, tmp_path / "given.pt")
+    ranks.run("tests.test_zero:traffic", tmp_path / "given.pt", (2,), timeout_s=200)
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    step = 4 * out["trained"]  # bytes of fp32
+    assert out["trained"] < 0.8 * out["total"]
+    for stage in (0, 1):
+        assert out[f"stage {stage}"] == pytest.approx([0, 0, 0, step] * 2, rel=0.01, abs=200), stage
+    for stage in (2, 3):
+        assert out[f"stage {stage}"] == pytest.approx([step] * 8, rel=0.01, abs=200), stage
+
+
+# ---------------------------------------------------------------------------------------------- whole weights
+
+
+def gather(rank: int, world: int, given_file: Path) -> None:
+    """Saves, loads and gathers a model that is large beside all else: how many bytes of memory each takes more than was
+    held before, and the weights."""
+    given = torch.load(given_file, weights_only=False)
+    folder = given_file.parent / "saved"
+    folder.mkdir(exist_ok=True)
+    engine, config = built(given, {"zero.stage": 3, "freeze.strategy": "all", **SGD}, engines.make)
+    share = config.share(world)
+    for micros in Rows(config, given["rows"], share, rank).steps():
+        learn(engine, micros, share, opened(engine, config, 0, 1))
+    taken = {"save": more(lambda: engine.save(folder))}
+    torch.distributed.barrier()
+    taken["load"] = more(lambda: engine.load(folder))
+    weights: dict[str, torch.Tensor] = {}
+    taken["state"] = more(lambda: weights.update(engine.state(given_file.parent)))
+    held = sum(parameter.ds_numel * 4 for parameter in engine.model.parameters())
+    torch.save({"taken": taken, "held": held, "weights": weights}, given_file.with_name(f"out_{rank}.pt"))
+
+
+def more(action: Callable[[], object]) -> int:
+    """Bytes of memory that is no file's, at its peak while an action runs, above what there was before."""
+    done, peak = threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+
+    before = anonymous()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    action()
+    done.set()
+    watcher.join()
+    return peak[0] - before
+
+
+def anonymous() -> int:
+    return int(re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) << 10
+
+
+def test_the_whole_weights_are_gathered_without_a_second_copy(
+    given: Given, make_records: Callable[..., list[Record]], tiny_backbone: Path, tmp_path: Path
+) -> None:
+    """At stage 3 no rank holds more than a part beside its share; the weights are what plain torch makes of the same
+    checkpoint, bit for bit."""
+    large = BertConfig.from_pretrained(tiny_backbone, hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+    torch.manual_seed(0)
+    BertModel(large).save_pretrained(tmp_path / "large")
+    for file in tiny_backbone.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "large")
+    given["raw"] = {**given["raw"], "model": {**given["raw"]["model"], "backbone": str(tmp_path / "large")}}
+    given["rows"] = [make_records(8)]
+    torch.save(given, tmp_path / "given.pt")
+    ranks.run("tests.test_zero:gather", tmp_path / "given.pt", (2,), timeout_s=200)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"out_{rank}.pt", weights_only=True)
+        assert found["held"] > 70 << 20
+        for name, taken in found["taken"].items():
+            assert taken < 0.25 * found["held"], (rank, name)
+        assert bool(found["weights"]) == (rank == 0)
+    weights = torch.load(tmp_path / "out_0.pt", weights_only=True)["weights"]
+    plain, _ = built(given, {"freeze.strategy": "all", **SGD}, TorchEngine)
+    first = {name: value.clone() for name, value in plain.state(tmp_path).items()}
+    plain.load(tmp_path / "saved")
+    wanted = plain.state(tmp_path)
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], value) for name, value in wanted.items())
+    assert not all(torch.equal(first[name], value) for name, value in wanted.items())
