@@ -33,7 +33,7 @@ def run(work: str, given: Path, worlds: Iterable[int], timeout_s: float) -> None
     assert ran.returncode == 0, ran.stderr[-4000:]
 
 
-def until(done: Callable[[], bool], timeout_s: float = 200.0) -> None:
+def until(done: Callable[[], bool], timeout_s: float = 400.0) -> None:
     """Waits for what another group does."""
     deadline = time.monotonic() + timeout_s
     while not done():

@@ -30,6 +30,8 @@ from tests import ranks
 from tests.conftest import COLOURS, classify
 from tests.test_engine import LABELS
 
+pytestmark = pytest.mark.timeout(900)  # a minute; on a machine where much else runs, many
+
 Given = dict[str, Any]
 SGD = {"optim.name": "sgd", "optim.lr": 0.02, "optim.lr_backbone": 0.02}
 LORA = {"freeze.strategy": "lora:2", "optim.lr_backbone": 0.01}
@@ -168,7 +170,7 @@ def test_a_run_goes_on_with_another_number_of_workers_at_any_stage(
     records = make_records(8 * STEPS)
     given["rows"] = [records[at : at + 8] for at in range(0, len(records), 8)]
     torch.save(given, tmp_path / "given.pt")
-    ranks.run("tests.test_zero:resume", tmp_path / "given.pt", (1, 2, 3), timeout_s=200)
+    ranks.run("tests.test_zero:resume", tmp_path / "given.pt", (1, 2, 3), timeout_s=400)
     seen = 0
     for world in (1, 2, 3):
         found = torch.load(tmp_path / f"out_{world}.pt", weights_only=True)
@@ -251,7 +253,7 @@ def test_any_rank_may_hold_any_mixture_of_modalities(
     """The gradients are those of one process on all rows; a rank that waited for ever would fail by the time-out."""
     given["rows"] = mixed(make_png, make_wav)
     torch.save(given, tmp_path / "given.pt")
-    ranks.run("tests.test_zero:mix", tmp_path / "given.pt", (2,), timeout_s=200)
+    ranks.run("tests.test_zero:mix", tmp_path / "given.pt", (2,), timeout_s=400)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     for name, settings in MIXED.items():
         plain = {key: value for key, value in settings.items() if not key.startswith("zero.")}
@@ -320,7 +322,7 @@ def test_gradients_of_what_learns_go_once_in_a_step(
     records = make_records(16)
     given["rows"] = [records[:8], records[8:]]
     torch.save(given, tmp_path / "given.pt")
-    ranks.run("tests.test_zero:traffic", tmp_path / "given.pt", (2,), timeout_s=200)
+    ranks.run("tests.test_zero:traffic", tmp_path / "given.pt", (2,), timeout_s=400)
     out = torch.load(tmp_path / "out.pt", weights_only=True)
     step = 4 * out["trained"]  # bytes of fp32
     assert out["trained"] < 0.8 * out["total"]
@@ -386,7 +388,7 @@ def test_the_whole_weights_are_gathered_without_a_second_copy(
     given["raw"] = {**given["raw"], "model": {**given["raw"]["model"], "backbone": str(tmp_path / "large")}}
     given["rows"] = [make_records(8)]
     torch.save(given, tmp_path / "given.pt")
-    ranks.run("tests.test_zero:gather", tmp_path / "given.pt", (2,), timeout_s=200)
+    ranks.run("tests.test_zero:gather", tmp_path / "given.pt", (2,), timeout_s=400)
     for rank in range(2):
         found = torch.load(tmp_path / f"out_{rank}.pt", weights_only=True)
         assert found["held"] > 70 << 20
