@@ -122,7 +122,7 @@ def rows_of(folder: Path) -> dict[int, Counter[str]]:
 
 
 @pytest.mark.timeout(900)  # half a minute; on a machine where much else runs, many
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     storage: Path, tiny_recipe: dict[str, Any], make_dataset: Callable[..., Dataset],
     make_records: Callable[..., list[Record]], stage: int,

@@ -201,11 +201,9 @@ MIXED: dict[str, dict[str, Any]] = {
     "stage 0": {"zero.stage": 0, "freeze.strategy": "all"},
     "stage 1, LoRA": {"zero.stage": 1, "freeze.strategy": "lora:2"},
     "stage 2, again": {"zero.stage": 2, "freeze.strategy": "all", "train.gradient_checkpointing": True},
-    "stage 2, offload": {"zero.stage": 2, "zero.offload": "optimizer", "freeze.strategy": "top:1"},
     "stage 3": {"zero.stage": 3, "freeze.strategy": "all"},
     "stage 3, towers frozen": {"zero.stage": 3, "freeze.strategy": "towers"},
     "stage 3, LoRA, again": {"zero.stage": 3, "freeze.strategy": "lora:2", "train.gradient_checkpointing": True},
-    "stage 3, offload": {"zero.stage": 3, "zero.offload": "parameters", "freeze.strategy": "bias"},
     "stage 3, join at the input": {"zero.stage": 3, "freeze.strategy": "all", "model.join": "input"},
 }
 
