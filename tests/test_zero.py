@@ -293,9 +293,8 @@ def traffic(rank: int, world: int, given_file: Path) -> None:
         }
         engine, config = built(given, settings, engines.make)
         share = config.share(world)
-        parameters = list(engine.model.parameters())
-        out["trained"] = sum(each.numel() for group in freeze.groups(engine.model, config) for each in group["params"])
-        out["total"] = sum(getattr(each, "ds_numel", each.numel()) for each in parameters)
+        sizes = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in engine.model.parameters()]
+        out["trained"], out["total"] = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
         passes = [batch for micros in Rows(config, given["rows"][:2], share, rank).steps() for batch in micros]
         found = out.setdefault(f"stage {stage}", [])
         opened(engine, config, 0, 1)
