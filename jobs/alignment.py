@@ -128,7 +128,7 @@ class Aligned:
 
     def export(self, engine: Engine, rows: list[Sample], group: Group, chosen: dict[str, Any]) -> None:
         _, found = self.validate(engine, rows, group)
-        weights = engine.state()
+        weights = engine.state(self._plan.folder)
         if group.rank != 0:
             return
         weights = lora.merged(self.model, weights)
@@ -141,7 +141,7 @@ class Aligned:
                 towers.keep(section, self._plan.folder / "towers" / kind, kept)
         if self.model.backbone is not None:
             encoder = text.load_encoder(config.model.backbone, weights=False)
-            encoder.load_state_dict(_below(weights, "backbone"))
+            encoder.load(_below(weights, "backbone"))
         about = {"objective": "align", "validation": found, "checkpoint": chosen}
         assert self._plan.bundle is not None
         leave(self._plan, self._plan.bundle, encoder.save, self._tokenizer, about)

@@ -1,22 +1,19 @@
-"""The engine of a training loop: forward, backward, step, save, load; DeepSpeed ZeRO, or plain torch in one process.
+"""The engine of a training loop: forward, backward, step, save, load; plain torch in one process, or ZeRO
+(`jobs.zero`).
 
-The loop never asks which. This is the only home of deepspeed, which is imported inside the worker: its import probes
-for accelerators, which the driver of a GPU cluster may lack. Its JSON is derived from the config, so that no number is
-written twice.
+The loop never asks which. Both save the same fragments (`jobs.fragments`), which either reads.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from jobs import fragments
 from mmagent.config import Config
 from mmagent.model import Batch
 
@@ -43,10 +40,22 @@ class Engine(Protocol):
         """Writes this rank's part into `folder`; all ranks must call it."""
         ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Takes what was saved, by this number of ranks or another, at this ZeRO stage or another; all ranks must call
+        it.
 
-    def state(self) -> dict[str, Tensor]:
-        """The model's whole weights on rank 0, on the CPU; all ranks must call it."""
+        Raises:
+            StateError: it is not whole, or of another model.
+        """
+        ...
+
+    def state(self, folder: Path) -> dict[str, Tensor]:
+        """The model's whole weights on rank 0, on the CPU; all ranks must call it. Never a second copy in memory: they
+        are those that train, or lie in files that vanish with them.
+
+        Args:
+            folder: where there is room for such files.
+        """
         ...
 
 
@@ -111,7 +120,7 @@ class TorchEngine:
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: Config) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = model.to(self.device)
-        self._accumulation, self._seen = config.train.accumulation, 0
+        self._passes, self._seen = config.share(1).passes, 0
         self._clip = config.optim.clip_norm
         self._bf16 = use_bf16(config)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
@@ -123,119 +132,48 @@ class TorchEngine:
         return out
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self._accumulation).backward()
+        (loss / self._passes).backward()
 
     def step(self) -> None:
         self._seen += 1
-        if self._seen % self._accumulation == 0:
+        if self._seen % self._passes == 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
     def set_lr(self, factor: float, stage: int = 0) -> float:
-        return _set_lr(self._optimizer, factor, stage)
+        return set_lr_of(self._optimizer, factor, stage)
 
     def save(self, folder: Path) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict(), "seen": self._seen}
-        torch.save(state, folder / "torch.pt")
+        assert self._seen % self._passes == 0, "gradients that wait for the end of a step are in no checkpoint"
+        flats = fragments.whole(self.model, self._optimizer)
+        fragments.write(folder, 0, 1, flats, fragments.buffers(self.model))
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / "torch.pt", map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._seen = state["seen"]
+        flats = fragments.whole(self.model, self._optimizer)
+        fragments.read(folder, 0, flats, fragments.buffers(self.model))
 
-    def state(self) -> dict[str, Tensor]:
-        return {key: value.detach().cpu() for key, value in self.model.state_dict().items()}
+    def state(self, folder: Path) -> dict[str, Tensor]:
+        return weights_of(self.model)
 
 
-class ZeroEngine:
-    """DeepSpeed ZeRO over the process group that Ray Train made."""
-
-    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: Config) -> None:
-        deepspeed = _import_deepspeed()
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer_of(groups, config), config=zero_config(config)
-        )
-        # What a gradual run has closed now moves later: going back to this checkpoint takes it back too.
-        self._leaves_out_frozen = config.freeze.strategy != "gradual"
-        self.model: Any = model
-        self.device = torch.device(self._engine.device)
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = self._engine(batch)
-        return out
-
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
-
-    def step(self) -> None:
-        self._engine.step()
-
-    def set_lr(self, factor: float, stage: int = 0) -> float:
-        return _set_lr(self._optimizer, factor, stage)
-
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=self._leaves_out_frozen)
-
-    def load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
-        if path is None:
-            raise FileNotFoundError(f"the checkpoint {folder} holds no part for this rank")
-
-    def state(self) -> dict[str, Tensor]:
-        import deepspeed
-
-        saved = self.model.state_dict().keys()  # a buffer that is made anew with the model is none of its weights
-        out = {key: value.detach().cpu() for key, value in self.model.named_buffers() if key in saved}
-        for name, parameter in self.model.named_parameters():
-            # One parameter at a time: no rank ever holds the model twice.
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if torch.distributed.get_rank() == 0:
-                    out[name] = parameter.detach().cpu().float().clone()
-        return out
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A whole module's weights on the CPU; of tied ones each once."""
+    found = [*model.named_parameters(), *fragments.buffers(model).items()]
+    return {name: value.detach().cpu() for name, value in found}
 
 
 def make(model: nn.Module, groups: list[dict[str, Any]], config: Config) -> Engine:
-    return (
-        ZeroEngine(model, groups, config) if config.zero.engine == "deepspeed" else TorchEngine(model, groups, config)
-    )
+    if config.zero.engine == "torch":
+        return TorchEngine(model, groups, config)
+    from jobs.zero import ZeroEngine
+
+    return ZeroEngine(model, groups, config)
 
 
-def zero_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived from the config."""
-    return {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": config.train.accumulation,
-        "gradient_clipping": config.optim.clip_norm,
-        "zero_optimization": {"stage": config.zero.stage},
-        # Autocast, as `TorchEngine` does: parameters stay in fp32, and a layer takes what it computes best in.
-        "torch_autocast": {"enabled": use_bf16(config), "dtype": "bfloat16"},
-        "zero_allow_untested_optimizer": True,  # `SGD`; a step of it needs nothing but a parameter and its gradient
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-    }
-
-
-def _set_lr(optimizer: Any, factor: float, stage: int) -> float:
+def set_lr_of(optimizer: Any, factor: float, stage: int) -> float:
+    """What `Engine.set_lr` says, of an optimizer."""
     for group in optimizer.param_groups:
         group["closed"] = group["stage"] > stage
         group["lr"] = 0.0 if group["closed"] else group["peak_lr"] * factor
     return max(float(group["lr"]) for group in optimizer.param_groups)
-
-
-def _import_deepspeed() -> Any:
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    # DeepSpeed speaks at import and at every start; what matters of it is raised as an error.
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    with contextlib.redirect_stdout(None):
-        import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed 0.19 compiles an op for all-reduce within one machine at every first start on a CPU, which only its
-    # inference calls. It wants a C++ compiler, and a worker that is killed meanwhile leaves a lock in
-    # ~/.cache/torch_extensions that all later ones wait for without end.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    return deepspeed

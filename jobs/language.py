@@ -122,7 +122,7 @@ class Language:
 
     def export(self, engine: Engine, rows: list[Row], group: Group, chosen: dict[str, Any]) -> None:
         _, found = self.validate(engine, rows, group)
-        weights = engine.state()
+        weights = engine.state(self._plan.folder)
         if group.rank == 0:
             model = language.load(self._config.model.backbone, self._objective, weights=False)
             model.load(lora.merged(self.model, weights))

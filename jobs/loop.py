@@ -144,7 +144,7 @@ def train(group: Group, plan: Plan) -> None:
     storage.use(plan.root)
     config = plan.config
     learner = plan.learner(plan)
-    model = learner.model
+    model, share = learner.model, config.share(group.world)
     engine = engines.make(model, freeze.groups(model, config), config)
     learner.begin(engine.device)
     checkpoints = Checkpoints(
@@ -172,11 +172,11 @@ def train(group: Group, plan: Plan) -> None:
         rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config), stage)
         for batch in taught.micros:
             out = engine.forward(batch)
-            loss = learner.loss(out, batch)
-            meter.add(*learner.hits(out, batch), config.train.micro_batch, loss)
+            loss = learner.loss(out, batch) * share.factor
+            meter.add(*learner.hits(out, batch), share.batch / (share.world * share.passes), loss)
             engine.backward(loss)
             engine.step()
-        state.step, state.position = state.step + 1, plan.order.advance(state.position, config.global_batch)
+        state.step, state.position = state.step + 1, plan.order.advance(state.position, share.batch)
         meter.end_step()
 
         stop = (plan.folder / STOP_FILE).exists() if group.rank == 0 else False

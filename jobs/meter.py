@@ -32,7 +32,8 @@ class Meter:
         self._loss: Tensor | float = 0.0
         self._right: Tensor | float = 0.0
         self._weight: Tensor | float = 0.0
-        self._samples = self._micros = 0
+        self._samples = 0.0
+        self._micros = 0
         self._waited = 0.0
         self._interval_steps = 0
 
@@ -41,8 +42,9 @@ class Meter:
         if self._steps >= _SETTLE_STEPS:
             self._wait_s += seconds
 
-    def add(self, right: Tensor, known: Tensor, samples: int, loss: Tensor) -> None:
-        """Of one micro-batch: how many answers are right, of how many; its samples; its loss."""
+    def add(self, right: Tensor, known: Tensor, samples: float, loss: Tensor) -> None:
+        """Of one micro-batch: how many answers are right, of how many; its samples (where they do not divide, their
+        mean); its loss."""
         self._loss = self._loss + loss.detach()
         self._right = self._right + right
         self._weight = self._weight + known

@@ -87,7 +87,7 @@ def prepare(config: Config, folder: Path, origin: Dataset | Source, name: str) -
     from mmagent import defaults, text, towers
 
     aligned = config.pretrain.objective == "align"
-    config = defaults.settle_unlabelled(config, aligned=aligned)
+    config = defaults.settle_unlabelled(run.keep_batch(config, folder), aligned=aligned)
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
     parts = _check_model(config, aligned=aligned)

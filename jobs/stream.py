@@ -3,7 +3,7 @@
 Training: a read task takes one window of the order (`mmagent.order`), reads its rows, looks at the headers of their
 media, tokenises their text and lays them out step by step, rank by rank. The stream is cut into blocks of one rank's
 share of one optimizer step and handed out in turn, so that every rank gets its rows in the same order in every run,
-whatever the timing. A short last batch is filled up with rows of weight 0. Media stay encoded.
+whatever the timing. Where a batch is short or does not divide, rows of weight 0 fill it up. Media stay encoded.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mmagent.media import Limits, MediaError, check_audio, check_image
 from mmagent.order import Order, Part, Position
 from mmagent.record import Record
 from mmagent.shards import Dataset
+from mmagent.share import Share
 
 _PACE_S = 0.03
 
@@ -47,15 +48,10 @@ class Pace(ExecutionCallback):
 class Layout:
     """How a global batch is shared out, and what the read tasks need to know."""
 
-    world: int
-    rows_per_rank: int  # of one optimizer step
+    share: Share
     tokenizer: str
     max_text_tokens: int
     limits: Limits
-
-    @property
-    def global_batch(self) -> int:
-        return self.world * self.rows_per_rank
 
 
 def order_of(dataset: Dataset, split: str, *, seed: int, window_rows: int, share: float = 1.0) -> Order:
@@ -76,10 +72,10 @@ def row_groups(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
     return groups
 
 
-def layout_of(config: Config) -> Layout:
+def layout_of(config: Config, world: int) -> Layout:
+    """For a group of so many workers."""
     return Layout(
-        world=config.cluster.workers,
-        rows_per_rank=config.train.micro_batch * config.train.accumulation,
+        share=config.share(world),
         tokenizer=text.locate(config.model.backbone),
         max_text_tokens=config.data.max_text_tokens,
         limits=config.data.media,
@@ -90,23 +86,21 @@ def training_stream(order: Order, layout: Layout, position: Position, steps: int
     """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``cut``
     (how many were left out), ``rank``, ``epoch``, and ``error`` (why its media cannot be read, or empty). To be split
     among ranks by `split_in_turn`."""
-    parts = list(order.parts(position, steps, layout.global_batch))
+    parts = list(order.parts(position, steps, layout.share.batch))
     read = functools.partial(read_part, order=order, layout=layout, parts=parts)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a busy cluster may never have.
     windows = ray.data.from_items([{"id": index} for index in range(len(parts))], override_num_blocks=len(parts))
     rows = windows.map_batches(read, batch_size=1, num_cpus=0.5, memory=None)
-    return rows.repartition(target_num_rows_per_block=layout.rows_per_rank)
+    return rows.repartition(target_num_rows_per_block=layout.share.rows)
 
 
-def tables(order: Order, layout: Layout, position: Position, steps: int) -> Iterator[pa.Table]:
-    """The same rows without Ray, for one process alone: a table for each optimizer step."""
-    if layout.world != 1:
-        raise ValueError(f"{layout.world} ranks share a stream; without Ray there is one")
-    parts = list(order.parts(position, steps, layout.global_batch))
+def tables(order: Order, layout: Layout, position: Position, steps: int, rank: int = 0) -> Iterator[pa.Table]:
+    """The same rows for one rank without Ray: a table for each optimizer step, at least as many as are asked for."""
+    parts, rows = list(order.parts(position, steps, layout.share.batch)), layout.share.rows
     for index in range(len(parts)):
         for window in read_part({"id": np.array([index])}, order=order, layout=layout, parts=parts):
-            for start in range(0, len(window), layout.global_batch):
-                yield window.slice(start, layout.global_batch)
+            for start in range(rank * rows, len(window), layout.share.world * rows):
+                yield window.slice(start, rows)
 
 
 def split_in_turn(stream: ray.data.Dataset, world: int, reserved_cpus: float) -> list[Any]:
@@ -184,28 +178,25 @@ def _read_group(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
 def read_part(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, parts: list[Part]) -> Iterator[pa.Table]:
     for index in batch["id"]:
         part = parts[int(index)]
-        taken, weights = _laid_out(order.shuffle(part), part.steps(layout.global_batch), layout)
+        taken, weights = _laid_out(order.shuffle(part), part.steps(layout.share.batch), layout.share)
         tables = []
         for piece in part.pieces:
             table = pq.ParquetFile(piece.file).read_row_group(piece.row_group, columns=COLUMNS)
             tables.append(table.slice(piece.start, piece.stop - piece.start))
         rows = pa.concat_tables(tables).combine_chunks().take(pa.array(taken.ravel()))
-        world = np.tile(np.repeat(np.arange(layout.world), layout.rows_per_rank), len(taken))
+        world = np.tile(np.repeat(np.arange(layout.share.world), layout.share.rows), len(taken))
         yield _annotate(rows, layout, part.epoch, world, weights.ravel())
 
 
-def _laid_out(rows: np.ndarray, steps: int, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers as (steps, rank x rows of a rank), and the factor of their weights: 0 for what fills the end up."""
-    size = steps * layout.global_batch
-    factor = np.zeros(size, np.float32)
-    factor[: len(rows)] = 1
-    filled = np.resize(rows, size)
-    # Rank r takes every world-th row, so that a short last batch is short on every rank alike.
-    shape = (steps, layout.rows_per_rank, layout.world)
-    return (
-        filled.reshape(shape).transpose(0, 2, 1).reshape(steps, -1),
-        factor.reshape(shape).transpose(0, 2, 1).reshape(steps, -1),
-    )
+def _laid_out(rows: np.ndarray, steps: int, share: Share) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers as (steps, rank x rows of a rank), and the factor of their weights: 0 for what fills a step up."""
+    places = np.arange(share.world * share.rows)
+    number = np.arange(steps)[:, None] * share.batch + places  # of the part's rows
+    real = (places < share.batch) & (number < len(rows))
+    # Rank r takes every world-th row, so that a short batch is short on every rank alike.
+    shape = (steps, share.rows, share.world)
+    taken = rows[number % len(rows)].reshape(shape).transpose(0, 2, 1).reshape(steps, -1)
+    return taken, real.astype(np.float32).reshape(shape).transpose(0, 2, 1).reshape(steps, -1)
 
 
 def _annotate(rows: pa.Table, layout: Layout, epoch: int, rank: np.ndarray, factor: np.ndarray) -> pa.Table:

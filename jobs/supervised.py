@@ -69,12 +69,13 @@ class Supervised:
 
     def export(self, engine: Engine, rows: list[Sample], group: Group, chosen: dict[str, Any]) -> None:
         answered, _ = answers(engine, self._batches, rows, group)
-        weights = engine.state()
+        weights = engine.state(self._plan.folder)
         if group.rank == 0:
-            weights = lora.merged(self.model, weights)
-            fitted = calibrations(self._tasks, answered)
-            assert self._plan.bundle is not None
-            export(self._plan.bundle, self._plan, weights, self._encoder, self._tokenizer, fitted, chosen)
+            path, fitted = self._plan.bundle, calibrations(self._tasks, answered)
+            assert path is not None
+            # Merged weights are the export's alone, which lets them go when they are written.
+            given = (self._encoder, self._tokenizer, fitted, chosen)
+            export(path, self._plan, lora.merged(self.model, weights), *given)
 
 
 def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder, *, weights: bool = True) -> Model:

@@ -64,10 +64,11 @@ def tell(work: Run) -> None:
     from mmagent import freeze
 
     step, plan, config = work.resumed_step(), work.plan, work.config
+    share = config.share(config.cluster.workers)
     print(
         f"run {work.name}: {work.dataset.rows('train')} rows of {work.dataset.name}, {plan.total_steps} steps of "
-        f"{config.global_batch} samples ({config.cluster.workers} workers x {config.train.micro_batch} x "
-        f"{config.train.accumulation}), ZeRO {config.zero.stage}" + (f"; goes on at step {step}" if step else ""),
+        f"{share.batch} samples ({share.world} workers x {share.micro_batch} x {share.passes}), ZeRO {config.zero.stage}"
+        + (f"; goes on at step {step}" if step else ""),
         flush=True,
     )
     for line in work.notes:

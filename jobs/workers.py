@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -66,7 +67,8 @@ class Group:
 
 
 class _InTurn(DataConfig):
-    """Splits streams so that block n goes to rank n modulo the number of workers (see `jobs.stream`)."""
+    """Makes streams for the workers that there are, and splits them so that block n goes to rank n modulo their number
+    (see `jobs.stream`)."""
 
     def __init__(self, reserved_cpus: float) -> None:
         super().__init__()
@@ -74,8 +76,8 @@ class _InTurn(DataConfig):
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         output: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            for rank, split in enumerate(stream.split_in_turn(dataset, world_size, self._reserved_cpus)):
+        for name, make in datasets.items():
+            for rank, split in enumerate(stream.split_in_turn(make(world_size), world_size, self._reserved_cpus)):
                 output[rank][name] = split
         return output
 
@@ -84,43 +86,68 @@ def run(
     work: Callable[[Group], None],
     config: Config,
     folder: Path,
-    streams: Mapping[str, Callable[[], Any]],
+    streams: Mapping[str, Callable[[int], Any]],
     callbacks: list[Any] | None = None,
 ) -> None:
-    """Runs `work` in every worker of a group, again from the start where workers fail (`cluster.max_failures`).
+    """Runs `work` in every worker of a group, again from the start where workers fail (`cluster.max_failures`), with
+    fewer of them where there is no room for all (`cluster.min_workers`).
 
     Args:
         folder: the run's own.
-        streams: by name, what makes a stream; called anew whenever the group starts.
+        streams: by name, what makes a stream for a number of workers; called anew whenever a group starts.
 
     Raises:
         WorkersFailed: they failed more often than `cluster.max_failures` allows.
     """
     _release_orphans()
-    cpus = _cpus_of_a_worker(config)
-    trainer = TorchTrainer(
+    failures = 0
+    while True:
+        try:
+            _fit(work, config, folder, streams, callbacks)
+            return
+        except TrainingFailedError as error:
+            failures += 1
+            if config.cluster.min_workers is None or failures > config.cluster.max_failures:
+                raise WorkersFailed(_last_words(error)) from error
+            print(f"workers failed ({_last_words(error).splitlines()[0]}): counting who is left", flush=True)
+
+
+def _fit(
+    work: Callable[[Group], None],
+    config: Config,
+    folder: Path,
+    streams: Mapping[str, Callable[[int], Any]],
+    callbacks: list[Any] | None,
+) -> None:
+    """One group, with as many workers as there is room for. Ray starts a group that failed again by itself where its
+    size is fixed; where it may change, it is counted anew. Ray's own elastic groups (2.60) count the CPUs of whole
+    nodes, also those that a service holds, and leave none to the tasks that read the data."""
+    workers = _workers(config)
+    cpus = _cpus_of_a_worker(config, workers)
+    TorchTrainer(
         _entry,
         train_loop_config={"work": work, "threads": config.cluster.threads},
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers,
-            use_gpu=config.cluster.gpu,
-            resources_per_worker=_resources(config, cpus),
+            num_workers=workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus)
         ),
         torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
-        datasets=dict(streams),
+        datasets={name: functools.partial(_as_it_is, make) for name, make in streams.items()},
         # What others hold is none of the readers' either.
-        dataset_config=_InTurn(cpus * config.cluster.workers + ray.cluster_resources().get("CPU", 0.0) - _free_cpus()),
+        dataset_config=_InTurn(cpus * workers + ray.cluster_resources().get("CPU", 0.0) - _free("CPU")),
         run_config=RunConfig(
             name="train",
             storage_path=str(folder / "ray"),
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            failure_config=FailureConfig(
+                max_failures=config.cluster.max_failures if config.cluster.min_workers is None else 0
+            ),
             callbacks=callbacks or [],
         ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise WorkersFailed(_last_words(error)) from error
+    ).fit()
+
+
+def _as_it_is(make: Callable[[int], Any]) -> Callable[[int], Any]:
+    """Ray makes a stream before it says for how many workers: it is given what makes one (see `_InTurn`)."""
+    return make
 
 
 def _last_words(error: TrainingFailedError) -> str:
@@ -180,15 +207,35 @@ def _address() -> str:
 
 def room(config: Config) -> int:
     """How many groups the free CPUs of the cluster hold beside each other; one at least."""
-    return max(1, int((_free_cpus() - _DATA_CPUS) // (config.cluster.workers * config.cluster.threads)))
+    return max(1, int((_free("CPU") - _DATA_CPUS) // (config.cluster.workers * config.cluster.threads)))
 
 
-def _cpus_of_a_worker(config: Config) -> float:
+def _workers(config: Config) -> int:
+    """How many workers start: all, or what there is room for now, where that is enough (`cluster.min_workers`)."""
+    wanted, least = config.cluster.workers, config.cluster.min_workers
+    if least is None:
+        return wanted
+    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+    while (found := _hold(config)) < wanted and time.monotonic() < deadline:
+        time.sleep(0.5)  # what failed a moment ago may still hold what it had
+    number = max(least, min(wanted, found))
+    if number < wanted:
+        print(f"{number} of cluster.workers={wanted} start: Ray has no room for more", flush=True)
+    return number
+
+
+def _hold(config: Config) -> int:
+    """How many workers the free CPUs and GPUs hold."""
+    found = (_free("CPU") - _DATA_CPUS) // config.cluster.threads
+    return int(min(found, _free("GPU")) if config.cluster.gpu else found)
+
+
+def _cpus_of_a_worker(config: Config, workers: int) -> float:
     """What a worker asks of Ray: its threads, or less where the machine is small or a service runs beside, so that
     the tasks which read the data have theirs; on a full machine they would wait for ever."""
-    wanted = _DATA_CPUS + 0.1 * config.cluster.workers
+    wanted = _DATA_CPUS + 0.1 * workers
     deadline = time.monotonic() + _RELEASE_TIMEOUT_S
-    while (free := _free_cpus()) < wanted and time.monotonic() < deadline:
+    while (free := _free("CPU")) < wanted and time.monotonic() < deadline:
         time.sleep(0.5)  # what ended a moment ago may still hold its CPUs
     if free < wanted:
         print(
@@ -196,12 +243,12 @@ def _cpus_of_a_worker(config: Config) -> float:
             "(ray job list; ray job stop ID) or a service is stopped",
             flush=True,
         )
-    share = (free - _DATA_CPUS) / config.cluster.workers
+    share = (free - _DATA_CPUS) / workers
     return round(min(float(config.cluster.threads), max(0.1, share)), 2)
 
 
-def _free_cpus() -> float:
-    return float(ray.available_resources().get("CPU", 0.0))
+def _free(resource: str) -> float:
+    return float(ray.available_resources().get(resource, 0.0))
 
 
 def _resources(config: Config, cpus: float) -> dict[str, float]:

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmagent.media import Limits
+from mmagent.share import Share
 
 Count = Annotated[int, Field(gt=0)]
 LONGEST = 4  # a picture's longer side to its shorter
@@ -296,6 +297,10 @@ class TrainConfig(_Section):
     )
     micro_batch: int = Field(32, gt=0, description="samples of one forward pass on one worker")
     accumulation: int = Field(1, gt=0, description="forward passes before an optimizer step")
+    global_batch: int | None = Field(
+        None, gt=0, description="samples of an optimizer step over all workers; none: cluster.workers x micro_batch x "
+        "accumulation. A run keeps it: with other workers or another micro_batch the passes of a worker follow from it",
+    )  # fmt: skip
     eval_every_steps: int = Field(50, gt=0, description="optimizer steps between validations")
     eval_every_epochs: float | None = Field(
         None, gt=0, description="epochs between validations, where that is more than eval_every_steps"
@@ -318,15 +323,40 @@ class TrainConfig(_Section):
 
 
 class ClusterConfig(_Section):
-    workers: int = Field(1, gt=0, description="training workers")
+    workers: int = Field(1, gt=0, description="training workers; a run may go on with another number")
+    min_workers: int | None = Field(
+        None, gt=0, description="as few workers as a run starts with, or goes on with after a failure, where there is "
+        "no room for all. none: it waits for all of them",
+    )  # fmt: skip
     gpu: bool = Field(False, description="one GPU for each worker")
     threads: int = Field(1, gt=0, description="CPU threads of one worker")
     max_failures: int = Field(1, ge=0, description="times failed workers are started again from the last checkpoint")
 
+    @model_validator(mode="after")
+    def _fewest_first(self) -> ClusterConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"cluster.min_workers={self.min_workers} is more than cluster.workers={self.workers}")
+        return self
+
 
 class ZeroConfig(_Section):
     engine: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: one plain process, for measurements")
-    stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage")
+    stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage; a run may go on with another")
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="kept in the CPU's memory, where the optimizer then steps: its state and the fp32 weights "
+        "(optimizer; stages 1 to 3), the weights that wait as well (parameters; stage 3)",
+    )
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> ZeroConfig:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.stage < least or (least and self.engine == "torch"):
+            raise ValueError(
+                f"zero.offload={self.offload} needs zero.engine=deepspeed and zero.stage={least} or more, got "
+                f"{self.engine} and {self.stage}"
+            )
+        return self
 
 
 class Config(_Section):
@@ -344,7 +374,11 @@ class Config(_Section):
     @property
     def global_batch(self) -> int:
         """Samples of one optimizer step over all workers."""
-        return self.cluster.workers * self.train.micro_batch * self.train.accumulation
+        return self.train.global_batch or self.cluster.workers * self.train.micro_batch * self.train.accumulation
+
+    def share(self, world: int) -> Share:
+        """What each of so many workers takes of a step."""
+        return Share(self.global_batch, self.train.micro_batch, world)
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:

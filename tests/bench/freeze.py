@@ -145,7 +145,7 @@ def _tables(config: Config, dataset: Dataset) -> Iterator[pa.Table]:
     from mmagent.order import Position
 
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=config.data.window_rows)
-    return iter(list(stream.tables(order, stream.layout_of(config), Position(), STEPS)))
+    return iter(list(stream.tables(order, stream.layout_of(config, 1), Position(), STEPS)))
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def plain(overrides: list[str]) -> float:
     frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
     batches = supervised.Batches(Inputs(config.model, config.data, tokenizer, tasks), frozen, config, {}, engine.device)
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=config.data.window_rows)
-    tables = list(stream.tables(order, stream.layout_of(config), Position(), STEPS))
+    tables = list(stream.tables(order, stream.layout_of(config, 1), Position(), STEPS))
     feed, meter = loop.Feed(batches.steps(iter(tables))), Meter()
     started = 0.0
     for step in range(STEPS):
