@@ -34,6 +34,10 @@ class Engine(Protocol):
 
     def step(self) -> None: ...
 
+    def skip(self) -> None:
+        """The next step moves no parameter and no state of the optimizer, whatever the gradients are."""
+        ...
+
     def set_lr(self, factor: float, stage: int = 0) -> float:
         """Sets every group's learning rate to its peak times `factor`, and to nothing where the group opens at a later
         stage (see `mmagent.freeze.stage`); returns the highest."""
@@ -132,6 +136,9 @@ class TorchEngine:
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
+    def skip(self) -> None:
+        _close(self._optimizer)
+
     def set_lr(self, factor: float, stage: int = 0) -> float:
         return _set_lr(self._optimizer, factor, stage)
 
@@ -173,6 +180,9 @@ class ZeroEngine:
 
     def step(self) -> None:
         self._engine.step()
+
+    def skip(self) -> None:
+        _close(self._optimizer)
 
     def set_lr(self, factor: float, stage: int = 0) -> float:
         return _set_lr(self._optimizer, factor, stage)
@@ -224,6 +234,12 @@ def _set_lr(optimizer: Any, factor: float, stage: int) -> float:
         group["closed"] = group["stage"] > stage
         group["lr"] = 0.0 if group["closed"] else group["peak_lr"] * factor
     return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def _close(optimizer: Any) -> None:
+    """All groups, until `_set_lr` opens them again."""
+    for group in optimizer.param_groups:
+        group["closed"] = True
 
 
 def _import_deepspeed() -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from jobs import draw, stream, workers
+from jobs import draw, fitting, stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, train
 from jobs.supervised import Supervised, build
@@ -23,13 +23,18 @@ from mmagent import bundle as bundles
 from mmagent import defaults, freeze, storage, text, towers
 from mmagent.assembly import load_language, load_reading
 from mmagent.batch import Inputs
-from mmagent.config import Config, resolve
+from mmagent.config import Config, override, resolve, value
 from mmagent.order import Order, Position
 from mmagent.shards import Dataset
 from mmagent.targets import TaskInfo
 from mmagent.tasks import make_all
 
 CONFIG_FILE = "config.yaml"
+FREE = (  # what a run that goes on may be told anew: it changes nothing that is learnt from good batches
+    "train.keep_last", "train.keep_best", "train.checkpoint_every_steps", "train.checkpoint_every_minutes",
+    "train.on_bad_loss", "train.max_loss_jump", "train.max_skips", "train.alarm_minutes", "train.trace",
+    "cluster.max_failures",
+)  # fmt: skip
 
 
 class RunError(ValueError):
@@ -108,6 +113,9 @@ def prepare(
     parts, takes = _check_model(config, tasks)
     if config.model.join == "native":
         _check_media(config, dataset, takes)
+    if not config.train.micro_batch:
+        config, note = _fitted(config, folder, tasks, dataset)
+        notes.append(note)
     hold(config, folder)
     order = training_order(dataset, config)
     steps = total_steps(order, config)
@@ -130,6 +138,19 @@ def prepare(
         parts=parts,
     )
     return Run(folder, config, dataset, plan, tuple(notes))
+
+
+def _fitted(config: Config, folder: Path, tasks: Mapping[str, TaskInfo], dataset: Dataset) -> tuple[Config, str]:
+    """`train.micro_batch=auto` settled: as the run began, or by trial."""
+    if _began(folder) and (folder / CONFIG_FILE).exists():
+        before = resolve(yaml.safe_load((folder / CONFIG_FILE).read_text()), {})
+        found = {key: value(before, key) for key in ("train.micro_batch", "train.accumulation")}
+        return override(config, found), f"train.micro_batch={before.train.micro_batch}: as the run began"
+    measure = functools.partial(workers.beside, fitting.trials) if config.cluster.gpu else fitting.trials
+    try:
+        return fitting.settle(config, Supervised, tasks, dataset, measure)
+    except fitting.FitError as error:
+        raise RunError(str(error)) from error
 
 
 def training_order(dataset: Dataset, config: Config) -> Order:
@@ -231,16 +252,15 @@ def _check_media(config: Config, dataset: Dataset, takes: Sequence[str]) -> None
 
 
 def hold(config: Config, folder: Path) -> None:
-    """Writes the config of a run. One that has a checkpoint or a bundle goes on only with the config it began with: its
-    curve belongs to one.
+    """Writes the config of a run. One that has a checkpoint or a bundle goes on only with the config it began with, but
+    for `FREE`: its curve belongs to one.
 
     Raises:
         RunError: it began with another.
     """
     file = folder / CONFIG_FILE
-    began = _checkpoints(folder).latest() or (folder / "bundle" / bundles.MANIFEST).exists()
-    if file.exists() and began:
-        before = resolve(yaml.safe_load(file.read_text()), {})
+    if file.exists() and _began(folder):
+        before = resolve(yaml.safe_load(file.read_text()), {key: value(config, key) for key in FREE})
         if before != config:
             changed = differences(before, config)
             raise RunError(
@@ -248,6 +268,10 @@ def hold(config: Config, folder: Path) -> None:
                 f"the same config to go on"
             )
     storage.publish(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _began(folder: Path) -> bool:
+    return bool(_checkpoints(folder).latest()) or (folder / "bundle" / bundles.MANIFEST).exists()
 
 
 def differences(before: Config, now: Config) -> list[str]:

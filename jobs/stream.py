@@ -98,15 +98,13 @@ def training_stream(order: Order, layout: Layout, position: Position, steps: int
     return rows.repartition(target_num_rows_per_block=layout.rows_per_rank)
 
 
-def tables(order: Order, layout: Layout, position: Position, steps: int) -> Iterator[pa.Table]:
-    """The same rows without Ray, for one process alone: a table for each optimizer step."""
-    if layout.world != 1:
-        raise ValueError(f"{layout.world} ranks share a stream; without Ray there is one")
+def tables(order: Order, layout: Layout, position: Position, steps: int, rank: int = 0) -> Iterator[pa.Table]:
+    """The same rows of one rank without Ray: a table for each optimizer step."""
     parts = list(order.parts(position, steps, layout.global_batch))
     for index in range(len(parts)):
         for window in read_part({"id": np.array([index])}, order=order, layout=layout, parts=parts):
             for start in range(0, len(window), layout.global_batch):
-                yield window.slice(start, layout.global_batch)
+                yield window.slice(start + rank * layout.rows_per_rank, layout.rows_per_rank)
 
 
 def split_in_turn(stream: ray.data.Dataset, world: int, reserved_cpus: float) -> list[Any]:

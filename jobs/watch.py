@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from jobs.vigil import Alarm
 from mmagent import defaults, storage, wording
 from mmagent.config import Config
 
@@ -42,7 +43,7 @@ def complete(
     if not work.exported:
         timing = {"start_s": round(time.time() - started, 1)}
         began = time.time()
-        if not fit(work.fit, work.stop, folder / "metrics.jsonl"):
+        if not fit(work.fit, work.stop, folder, config.train.alarm_minutes):
             print(f"stopped at step {work.resumed_step()}; the same command goes on from there")
             return False
         timing |= _split_times(work, began)
@@ -75,12 +76,15 @@ def tell(work: Run) -> None:
     print(f"freeze.strategy={config.freeze.strategy}\n{freeze.show(plan.parts)}", flush=True)
 
 
-def fit(work: Callable[[], bool], stop: Callable[[], None], metrics: Path) -> bool:
+def fit(
+    work: Callable[[], bool], stop: Callable[[], None], folder: Path, alarm_minutes: float | None = None
+) -> bool:  # fmt: skip
     """Trains in a thread, so that this one can hear signals and show progress; whether it came to its end.
 
     Args:
         work, stop: of `jobs.run.Run`: trains; asks to save and end.
-        metrics: the file that the workers write their figures into.
+        folder: the run's own, which the workers write their figures into.
+        alarm_minutes: a step that takes longer raises an alarm.
 
     Raises:
         WorkersFailed: as `work`.
@@ -101,10 +105,12 @@ def fit(work: Callable[[], bool], stop: Callable[[], None], metrics: Path) -> bo
     before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     thread = threading.Thread(target=train, daemon=True, name="fit")
     thread.start()
-    follower = Follower(metrics)
+    follower, alarm = Follower(folder / "metrics.jsonl"), Alarm(folder, alarm_minutes)
     while thread.is_alive():
         thread.join(0.5)
         follower.show()
+        for line in alarm.look():
+            follower.say(line)
     for number, handler in before.items():
         signal.signal(number, handler)
     if "error" in result:
@@ -133,9 +139,16 @@ class Follower:
                 self._seen = file.tell()
                 self._print(json.loads(line))
 
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        print(("\r\x1b[K" if self._terminal else "") + line, flush=True)
+
     def _print(self, row: dict[str, Any]) -> None:
         if row["kind"] == "validation":
-            print(("\r\x1b[K" if self._terminal else "") + validated(row), flush=True)
+            self.say(validated(row))
+        if row["kind"] in _EVENTS:
+            self.say(_EVENTS[row["kind"]].format(**row))
+        if row["kind"] != "train":
             return
         if row["cut_rows"] and not self._told_cut:
             self._told_cut = True
@@ -154,6 +167,14 @@ class Follower:
             f"{row['samples_per_s']:.0f} samples/s  waits {row['wait_share']:.1%}  {_clock(left_s)} left"
         )
         print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", flush=True)
+
+
+_EVENTS = {
+    "restart": "the workers failed for the {count}. time: {reason}\nthey go on from step {step}, after {pause_s:g} s",
+    "skip": "left out, {skipped} so far: {reason}",
+    "stop": "saved at step {step}, and stopping: {reason}",
+    "torn": "{reason}",
+}
 
 
 def validated(row: Mapping[str, Any]) -> str:
