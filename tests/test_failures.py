@@ -14,8 +14,6 @@ from jobs.vigil import Post
 from mmagent.config import resolve
 
 KILLED = "WorkerHealthCheckFailedError: The actor died unexpectedly before finishing. Worker unexpectedly exits"
-    "WorkerHealthCheckFailedError: The actor died unexpectedly before finishing this task. Worker unexpectedly exits"
-)
 
 
 def test_the_pause_doubles_until_the_run_gets_on(tmp_path: Path) -> None:
