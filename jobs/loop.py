@@ -189,6 +189,7 @@ def train(group: Group, plan: Plan) -> None:
     meter = Meter()
     feed = Feed(learner.steps, group.blocks("train"))
     done, stopping, stage, saved_s = state.step >= plan.total_steps, 0.0, -1, time.monotonic()
+    drained = False
     while not done:
         post.at("data", step=state.step)
         table, taught = feed.next(meter)
@@ -216,9 +217,11 @@ def train(group: Group, plan: Plan) -> None:
         stop = bool(asked) or (first and (plan.folder / STOP_FILE).exists())
         log_due = first and (meter.since_log_s() >= _LOG_EVERY_S or due)
         save_due = first and _save_due(config, step, time.monotonic() - saved_s)
-        total, count, failed, stopping, logging, saving, bad, cut = group.sum(
-            [sum(losses), len(losses), checkpoints.failed, stop, log_due, save_due, taught.bad_rows, taught.cut_rows]
-        )
+        mine = [
+            sum(losses), len(losses), taught.bad_rows, taught.cut_rows,
+            checkpoints.failed, stop, group.drained(), log_due, save_due,
+        ]  # fmt: skip
+        total, count, bad, cut, failed, stopping, leaving, logging, saving = group.sum(mine)
         if failed:
             checkpoints.wait()  # raises what the thread met
         state.bad_rows, state.cut_rows = state.bad_rows + int(bad), state.cut_rows + int(cut)
@@ -243,7 +246,8 @@ def train(group: Group, plan: Plan) -> None:
         if trace is not None:
             trace.write(step, table["id"].to_pylist(), losses)
 
-        saving = bool(saving or stopping or due)
+        noticed, drained = bool(leaving) and not drained, bool(leaving) or drained
+        saving = bool(saving or stopping or noticed or due)
         if (logging or saving) and not state.skips_in_row:
             figures = meter.read(group)
             log.write(
@@ -276,6 +280,8 @@ def train(group: Group, plan: Plan) -> None:
         if stopping:
             reasons = [f"rank {rank}: {why}" for rank, why in enumerate(group.gather(asked)) if why]
             log.write({"kind": "stop", "step": state.step, "reason": "; ".join(reasons) or "asked to"})
+        if noticed:  # no end of the group's: until Ray takes the machine away there is time to learn
+            log.write({"kind": "drain", "step": state.step})
         early = 0 < config.train.patience <= state.unimproved
         done = bool(stopping) or early or state.step >= plan.total_steps
     feed.close()

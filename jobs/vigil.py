@@ -68,7 +68,7 @@ class Post:
         place = folder / FOLDER
         place.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(place / f"rank_{rank}.json", os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(descriptor, _BYTES)
+        os.posix_fallocate(descriptor, 0, _BYTES)  # a page that a full disk has no room for would end the process
         self._map = mmap.mmap(descriptor, _BYTES)
         os.close(descriptor)
         self._stack = open(place / f"rank_{rank}.stack", "w")  # noqa: SIM115  faulthandler keeps its descriptor

@@ -172,6 +172,7 @@ class Follower:
 _EVENTS = {
     "restart": "the workers failed for the {count}. time: {reason}\nthey go on from step {step}, after {pause_s:g} s",
     "skip": "left out, {skipped} so far: {reason}",
+    "drain": "a machine of the run is to go: saved at step {step}; Ray moves the workers when it goes",
     "stop": "saved at step {step}, and stopping: {reason}",
     "torn": "{reason}",
 }

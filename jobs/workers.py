@@ -53,7 +53,8 @@ class Group:
     world: int
     blocks: Callable[[str], Iterator[pa.Table]]  # a stream by name: one table for each optimizer step
     report: Callable[[dict[str, float]], None]
-    asked: Callable[[], str] = str  # why this rank's process or machine is about to end, or nothing
+    asked: Callable[[], str] = str  # why this rank's process shall end, or nothing
+    drained: Callable[[], bool] = bool  # whether a machine of the group is to go: Ray moves the group when it does
     failure: Failure | None = None  # that this start of the workers follows
 
     def sum(self, values: list[float]) -> list[float]:
@@ -178,7 +179,8 @@ def _entry(spec: dict[str, Any]) -> str:
                 world=context.get_world_size(),
                 blocks=lambda name: stream.rank_blocks(ray.train.get_dataset_shard(name), rank),
                 report=lambda metrics: ray.train.report(metrics),
-                asked=lambda: _asked(sigterm),
+                asked=lambda: "SIGTERM" if sigterm else "",
+                drained=lambda: get_train_context().preemption_context.preemption_info is not None,
                 failure=failures.last(spec["folder"], spec["start"]),
             )
         )
@@ -206,13 +208,6 @@ class Sigterm:
     def close(self) -> None:
         faulthandler.unregister(signal.SIGTERM)
         self._file.close()
-
-
-def _asked(sigterm: Sigterm) -> str:
-    if sigterm:
-        return "SIGTERM"
-    drained = get_train_context().preemption_context.preemption_info
-    return "a machine of the run is drained" if drained is not None else ""
 
 
 def beside(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -299,8 +299,8 @@ def test_workers_killed_or_asked_to_end_cost_no_sample(
     ray_cluster: cluster.Cluster, prepare: Prepare, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {
-        "zero.engine": "deepspeed", "cluster.workers": 2, "train.max_steps": 60, "train.eval_every_steps": 30,
-        "train.checkpoint_every_steps": 7, "cluster.max_failures": 1,
+        "zero.engine": "deepspeed", "cluster.workers": 2, "train.epochs": 20, "train.max_steps": 60,
+        "train.eval_every_steps": 30, "train.checkpoint_every_steps": 7, "cluster.max_failures": 1,
     }  # fmt: skip
     straight, hurt = prepare("straight", settings), prepare("hurt", settings)
     straight.fit()
