@@ -37,10 +37,8 @@ watch.fit(work.fit, work.stop, work.folder)
 
 @pytest.fixture
 def machines() -> Iterator[cluster.Cluster]:
-    """A head without CPUs for workers, and two machines of four each."""
-    head = cluster.start(
-        num_cpus=1, object_store_bytes=200_000_000, env={"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
-    )
+    """A head with no room for two workers, and two machines of four CPUs each."""
+    head = cluster.start(num_cpus=1, object_store_bytes=200_000_000)
     environment = {**os.environ, **head.environment, cluster.MARK: head.id}
     try:
         for _ in range(2):
@@ -99,7 +97,10 @@ def test_a_run_moves_from_machines_that_go_away(
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     folder = storage / "runs" / "moved"
-    environment = {**os.environ, **machines.environment, "MMAGENT_STORAGE": str(storage), "PYTHONPATH": str(CHECKOUT)}
+    environment = {
+        **os.environ, **machines.environment, "MMAGENT_STORAGE": str(storage), "PYTHONPATH": str(CHECKOUT),
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+    }  # fmt: skip
     with open(tmp_path / "said", "w") as said:
         driver = subprocess.Popen(
             [sys.executable, "-c", FIT, str(tmp_path / "recipe.yaml")], env=environment, stdout=said,
