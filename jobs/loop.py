@@ -276,6 +276,8 @@ def train(group: Group, plan: Plan) -> None:
             saved_s = time.monotonic()
             meter.restart()
         if due:
+            if plan.bundle is None:  # a trial of a search, which may be ended where it reports
+                checkpoints.wait()
             group.report({"step": float(state.step), "score": state.score, "best_score": state.best_score, **metrics})
         if stopping:
             reasons = [f"rank {rank}: {why}" for rank, why in enumerate(group.gather(asked)) if why]

@@ -112,8 +112,10 @@ def run(
     _release_orphans()
     cpus = _cpus_of_a_worker(config)
     start = uuid.uuid4().hex[:8]
-    trainer = TorchTrainer(
-        _entry,
+    entry: Any = _entry  # what Ray declares is its first Train, which took no return value and other callbacks
+    watching: Any = _Failures(folder, config, start)
+    trainer: Any = TorchTrainer(
+        entry,
         train_loop_config={"work": work, "threads": config.cluster.threads, "folder": folder, "start": start},
         scaling_config=ScalingConfig(
             num_workers=config.cluster.workers,
@@ -128,7 +130,7 @@ def run(
             name="train",
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            callbacks=[*(callbacks or []), _Failures(folder, config, start)],
+            callbacks=[*(callbacks or []), watching],
         ),
     )
     try:

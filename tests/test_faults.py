@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -141,6 +142,14 @@ def test_checkpoints_by_steps_and_by_time_beside_those_of_validations(prepare: P
     plan = prepare("time", {"train.checkpoint_every_minutes": 1e-9, "train.keep_last": 20}).plan
     alone(plan)
     assert saved(plan.folder) == list(range(1, 13))
+
+
+def test_the_notice_of_a_machine_that_goes_saves_once_and_training_goes_on(prepare: Prepare) -> None:
+    plan = prepare("drained", {"train.keep_last": 9}).plan
+    calls = iter(range(99))
+    alone(plan, drained=lambda: next(calls) >= 3)
+    assert saved(plan.folder) == [4, 6, 12]
+    assert [row["step"] for row in lines(plan.folder, "drain")] == [4]
 
 
 def test_a_torn_checkpoint_is_told_and_an_earlier_one_goes_on(prepare: Prepare) -> None:
@@ -294,6 +303,19 @@ def at_step(folder: Path, step: int, rank: int, number: signal.Signals) -> threa
     return thread
 
 
+def wake(folder: Path, rank: int) -> None:
+    """Lets the process of a rank that was stopped go on, once the other one's stack was written."""
+    deadline = time.monotonic() + 250
+    stack = folder / "ranks" / "rank_0.stack"
+    while time.monotonic() < deadline:
+        ranks = [each for each in vigil.read(folder) if each.rank == rank]
+        if ranks and psutil.Process(ranks[0].pid).status() == psutil.STATUS_STOPPED and stack.stat().st_size:
+            time.sleep(1.0)  # the terminal looks twice a second
+            os.kill(ranks[0].pid, signal.SIGCONT)
+            return
+        time.sleep(0.1)
+
+
 @pytest.mark.timeout(900)  # three groups of workers: a minute and a half, on a busy machine many
 def test_workers_killed_or_asked_to_end_cost_no_sample(
     ray_cluster: cluster.Cluster, prepare: Prepare, capsys: pytest.CaptureFixture[str]
@@ -301,9 +323,19 @@ def test_workers_killed_or_asked_to_end_cost_no_sample(
     settings = {
         "zero.engine": "deepspeed", "cluster.workers": 2, "train.epochs": 20, "train.max_steps": 60,
         "train.eval_every_steps": 30, "train.checkpoint_every_steps": 7, "cluster.max_failures": 1,
+        "train.alarm_minutes": 0.05,
     }  # fmt: skip
     straight, hurt = prepare("straight", settings), prepare("hurt", settings)
-    straight.fit()
+
+    # -- one that is not disturbed, but for a worker that stands still until somebody is told ---------------------
+    at_step(straight.folder, 20, 1, signal.SIGSTOP)
+    threading.Thread(target=wake, args=(straight.folder, 1), daemon=True).start()
+    watch.fit(straight.fit, straight.stop, straight.folder, settings["train.alarm_minutes"])
+    shown = capsys.readouterr().out
+    assert "no step for 0." in shown
+    assert all(f"rank {rank} (process " in shown for rank in range(2))
+    assert "the run goes on" in shown
+    assert "in train" in (straight.folder / "ranks" / "rank_0.stack").read_text()
     assert [row["step"] for row in trace(straight.folder)["rank_1"]] == list(range(1, 61))
 
     # -- SIGTERM of one worker: all save at that step, and the run ends ------------------------------------------
