@@ -77,7 +77,7 @@ class Checkpoints:
 
     def begin(self, write: Callable[[Path], None], loop: Mapping[str, Any]) -> None:
         """Writes this rank's part into a staging folder and lets a thread bring it home; waits for the one before.
-        Every rank calls it, with its own `write`.
+        Every rank calls it, with its own `write`, and gets a folder of its own; no two may write a file of one name.
 
         Raises:
             CheckpointError: on every rank, where any rank could not write.
@@ -174,7 +174,11 @@ class Checkpoints:
         while not all(file.exists() for file in told):
             if self._given_up.wait(_LOOK_S):
                 return
-        hashes = {name: digest for file in told for name, digest in json.loads(file.read_text()).items()}
+        hashes: dict[str, str] = {}
+        for part in (json.loads(file.read_text()) for file in told):
+            if twice := hashes.keys() & part.keys():
+                raise OSError(f"two ranks wrote {min(twice)}")
+            hashes |= part
         storage.publish_json(self._draft / "loop.json", dict(loop))
         hashes["loop.json"] = _sha256(self._draft / "loop.json")
         shutil.rmtree(self._draft / _HASHES)

@@ -158,6 +158,13 @@ def test_training_goes_on_while_a_checkpoint_is_brought_home(tmp_path: Path) -> 
     assert steps(tmp_path) == [10]
 
 
+def test_two_ranks_that_write_one_file_make_no_checkpoint(tmp_path: Path) -> None:
+    errors = together(tmp_path, [part(0), part(0)], loop(10))
+    assert all(isinstance(error, CheckpointError) for error in errors)
+    assert "two ranks wrote rank_0.pt" in str(errors[0])
+    assert steps(tmp_path) == []
+
+
 def test_an_error_met_beside_the_training_is_raised_by_the_next_wait(tmp_path: Path) -> None:
     checkpoints = alone(tmp_path)
     checkpoints.save(writer(), loop(10))
