@@ -100,7 +100,7 @@ class Log:
     def write(self, row: dict[str, Any]) -> None:
         if self._file is None:
             return
-        row = {**row, "time_s": round(time.time(), 3)}
+        row = {**row, "time_s": round(time.time(), 6)}
         with open(self._file, "a") as file:
             file.write(json.dumps(row) + "\n")
         for key, value in row.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -122,8 +123,8 @@ class Follower:
     """Shows the lines that the workers add to ``metrics.jsonl``: one line on a terminal, a log elsewhere."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        self._seen = file.stat().st_size if file.exists() else 0
+        self._file, self._of, self._seen = file, 0, 0  # the file's number, and how far it was read
+        self._shown_s = max((row["time_s"] for row in _whole_lines(file)), default=0.0)
         self._rates: list[float] = []
         self._terminal = sys.stdout.isatty()
         self._told_cut = False
@@ -131,13 +132,17 @@ class Follower:
     def show(self) -> None:
         if not self._file.exists():
             return
-        if self._file.stat().st_size < self._seen:  # a resumed run dropped what it will write again
-            self._seen = 0
         with open(self._file) as file:
+            # A resumed run drops what it will write again: then the file is another one.
+            number = os.fstat(file.fileno()).st_ino
+            self._of, self._seen = number, self._seen if number == self._of else 0
             file.seek(self._seen)
             while (line := file.readline()).endswith("\n"):
                 self._seen = file.tell()
-                self._print(json.loads(line))
+                row = json.loads(line)
+                if row["time_s"] > self._shown_s:
+                    self._shown_s = row["time_s"]
+                    self._print(row)
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -167,6 +172,12 @@ class Follower:
             f"{row['samples_per_s']:.0f} samples/s  waits {row['wait_share']:.1%}  {_clock(left_s)} left"
         )
         print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", flush=True)
+
+
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """What an earlier start of the run wrote, but for a line that a kill cut off."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 _EVENTS = {

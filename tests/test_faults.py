@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ import torch
 from jobs import cluster, loop, run, spike, stream, vigil, watch
 from jobs.checkpoint import Checkpoints
 from jobs.loop import Plan
+from jobs.meter import Log
 from jobs.spike import BadLossError
 from jobs.supervised import Supervised
 from jobs.workers import Group, WorkersFailed
@@ -283,6 +285,29 @@ def test_no_step_for_long_raises_an_alarm_that_says_where_the_rank_stands(prepar
     assert [standing.phase for standing in vigil.read(plan.folder)] == ["end"]
 
 
+def test_the_terminal_follows_a_run_that_drops_lines_and_writes_them_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the new lines are longer than the ones that were dropped."""
+    log = Log(tmp_path, rank=0)
+    log.write({"kind": "stop", "step": 4, "reason": "of an earlier start"})
+    follower = watch.Follower(tmp_path / "metrics.jsonl")
+    for step in (5, 6, 7):
+        log.write({"kind": "stop", "step": step, "reason": "s"})
+        time.sleep(0.002)
+    follower.show()
+    assert capsys.readouterr().out.count("saved at step") == 3
+    log.rewind(5)
+    told = {"kind": "restart", "step": 5, "count": 1, "pause_s": 1.0}
+    log.write(told | {"reason": "a long reason " * 99})
+    log.write({"kind": "stop", "step": 6, "reason": "again"})
+    follower.show()
+    shown = capsys.readouterr().out.splitlines()
+    assert [line[:30] for line in shown] == [
+        "the workers failed for the 1. ", "they go on from step 5, after ", "saved at step 6, and stopping:",
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------- on a real Ray
 
 
@@ -304,15 +329,16 @@ def at_step(folder: Path, step: int, rank: int, number: signal.Signals) -> threa
 
 
 def wake(folder: Path, rank: int) -> None:
-    """Lets the process of a rank that was stopped go on, once the other one's stack was written."""
-    deadline = time.monotonic() + 250
-    stack = folder / "ranks" / "rank_0.stack"
+    """Lets the process of a rank that was stopped go on, once the other one's stack was written again."""
+    deadline, stack, before = time.monotonic() + 250, folder / "ranks" / "rank_0.stack", -1
     while time.monotonic() < deadline:
         ranks = [each for each in vigil.read(folder) if each.rank == rank]
-        if ranks and psutil.Process(ranks[0].pid).status() == psutil.STATUS_STOPPED and stack.stat().st_size:
-            time.sleep(1.0)  # the terminal looks twice a second
-            os.kill(ranks[0].pid, signal.SIGCONT)
-            return
+        if ranks and psutil.Process(ranks[0].pid).status() == psutil.STATUS_STOPPED:
+            before = stack.stat().st_size if before < 0 else before
+            if stack.stat().st_size > before:
+                time.sleep(1.5)  # the terminal looks twice a second
+                os.kill(ranks[0].pid, signal.SIGCONT)
+                return
         time.sleep(0.1)
 
 
@@ -333,7 +359,7 @@ def test_workers_killed_or_asked_to_end_cost_no_sample(
     watch.fit(straight.fit, straight.stop, straight.folder, settings["train.alarm_minutes"])
     shown = capsys.readouterr().out
     assert "no step for 0." in shown
-    assert all(f"rank {rank} (process " in shown for rank in range(2))
+    assert all(re.search(rf"rank {rank} \(process .*, in step 2\d, for", shown) for rank in range(2))
     assert "the run goes on" in shown
     assert "in train" in (straight.folder / "ranks" / "rank_0.stack").read_text()
     assert [row["step"] for row in trace(straight.folder)["rank_1"]] == list(range(1, 61))
