@@ -31,6 +31,10 @@ class Engine(Protocol):
 
     def step(self) -> None: ...
 
+    def skip(self) -> None:
+        """The next step moves no parameter and no state of the optimizer, whatever the gradients are."""
+        ...
+
     def set_lr(self, factor: float, stage: int = 0) -> float:
         """Sets every group's learning rate to its peak times `factor`, and to nothing where the group opens at a later
         stage (see `mmagent.freeze.stage`); returns the highest."""
@@ -141,6 +145,9 @@ class TorchEngine:
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
+    def skip(self) -> None:
+        close(self._optimizer)
+
     def set_lr(self, factor: float, stage: int = 0) -> float:
         return set_lr_of(self._optimizer, factor, stage)
 
@@ -177,3 +184,9 @@ def set_lr_of(optimizer: Any, factor: float, stage: int) -> float:
         group["closed"] = group["stage"] > stage
         group["lr"] = 0.0 if group["closed"] else group["peak_lr"] * factor
     return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def close(optimizer: Any) -> None:
+    """No group takes the next step; `set_lr_of` opens them again."""
+    for group in optimizer.param_groups:
+        group["closed"] = True

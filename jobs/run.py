@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from jobs import draw, stream, workers
+from jobs import draw, fitting, stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, train
 from jobs.supervised import Supervised, build
@@ -23,7 +23,7 @@ from mmagent import bundle as bundles
 from mmagent import defaults, freeze, storage, text, towers
 from mmagent.assembly import load_language, load_reading
 from mmagent.batch import Inputs
-from mmagent.config import Config, override, resolve
+from mmagent.config import Config, override, resolve, value
 from mmagent.order import Order, Position
 from mmagent.shards import Dataset
 from mmagent.targets import TaskInfo
@@ -108,6 +108,9 @@ def prepare(
     parts, takes = _check_model(config, tasks)
     if config.model.join == "native":
         _check_media(config, dataset, takes)
+    if not config.train.micro_batch:
+        config, note = _fitted(config, folder, tasks, dataset)
+        notes.append(note)
     hold(config, folder)
     order = training_order(dataset, config)
     steps = total_steps(order, config)
@@ -130,6 +133,18 @@ def prepare(
         parts=parts,
     )
     return Run(folder, config, dataset, plan, tuple(notes))
+
+
+def _fitted(config: Config, folder: Path, tasks: Mapping[str, TaskInfo], dataset: Dataset) -> tuple[Config, str]:
+    """`train.micro_batch=auto` settled: as the run began, or by trial."""
+    if (before := _began(folder)) is not None:
+        found = {key: value(before, key) for key in ("train.micro_batch", "train.accumulation")}
+        return override(config, found), f"train.micro_batch={before.train.micro_batch}: as the run began"
+    measure = functools.partial(workers.beside, fitting.trials) if config.cluster.gpu else fitting.trials
+    try:
+        return fitting.settle(config, Supervised, tasks, dataset, measure)
+    except fitting.FitError as error:
+        raise RunError(str(error)) from error
 
 
 def training_order(dataset: Dataset, config: Config) -> Order:
@@ -228,10 +243,12 @@ def _check_media(config: Config, dataset: Dataset, takes: Sequence[str]) -> None
         )
 
 
-# How a run is computed, not what: it may go on with others. Of `train` only what its global batch makes up for.
+# How a run is computed and kept, not what it learns from good batches: it may go on with others. Sizes are here since its
+# global batch makes up for them.
 _HOW = (
-    "cluster.", "zero.", "train.micro_batch", "train.accumulation", "train.gradient_checkpointing", "train.keep_last",
-    "data.cache_mb",
+    "cluster.", "zero.", "data.cache_mb", "train.micro_batch", "train.accumulation", "train.gradient_checkpointing",
+    "train.keep_last", "train.keep_best", "train.checkpoint_every_steps", "train.checkpoint_every_minutes",
+    "train.on_bad_loss", "train.max_loss_jump", "train.max_skips", "train.alarm_minutes", "train.trace",
 )  # fmt: skip
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
+import signal
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +19,18 @@ import ray
 import torch
 import torch.distributed as dist
 from ray._raylet import PlacementGroupID
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_jobs, list_placement_groups
 
-from jobs import stream
+from jobs import failures, forecast, stream, vigil
+from jobs.failures import Failure
 from mmagent.config import Config
 
-__all__ = ["Group", "WorkersFailed", "release", "room", "run"]
+__all__ = ["Final", "Group", "WorkersFailed", "release", "room", "run"]
 
 _RELEASE_TIMEOUT_S = 30.0
 _DATA_CPUS = 1.6  # left for the tasks of a stream: reading asks for 0.5, cutting into blocks for 1
@@ -36,6 +42,10 @@ class WorkersFailed(RuntimeError):
     """The training workers failed; the message is theirs."""
 
 
+class Final(RuntimeError):
+    """What all ranks raise together, and would raise again: no reason to start them anew."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """What one worker knows of its group. Collectives are called by every rank, in the same order."""
@@ -44,6 +54,9 @@ class Group:
     world: int
     blocks: Callable[[str], Iterator[pa.Table]]  # a stream by name: one table for each optimizer step
     report: Callable[[dict[str, float]], None]
+    asked: Callable[[], str] = str  # why this rank's process shall end, or nothing
+    drained: Callable[[], bool] = bool  # whether a machine of the group is to go: Ray moves the group when it does
+    failure: Failure | None = None  # that this start of the workers follows
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks."""
@@ -100,16 +113,19 @@ def run(
         WorkersFailed: they failed more often than `cluster.max_failures` allows.
     """
     _release_orphans()
-    failures = 0
+    start, count = uuid.uuid4().hex[:8], 0
     while True:
         try:
-            _fit(work, config, folder, streams, callbacks)
-            return
+            final = _fit(work, config, folder, streams, callbacks, start)
+            break
         except TrainingFailedError as error:
-            failures += 1
-            if config.cluster.min_workers is None or failures > config.cluster.max_failures:
-                raise WorkersFailed(_last_words(error)) from error
-            print(f"workers failed ({_last_words(error).splitlines()[0]}): counting who is left", flush=True)
+            count += 1
+            words = _last_words(error, failures.last(folder, start))
+            if config.cluster.min_workers is None or count > config.cluster.max_failures:
+                raise WorkersFailed(words) from error
+            print(f"workers failed ({words.splitlines()[0]}): counting who is left", flush=True)
+    if final:
+        raise WorkersFailed(final)
 
 
 def _fit(
@@ -118,15 +134,19 @@ def _fit(
     folder: Path,
     streams: Mapping[str, Callable[[int], Any]],
     callbacks: list[Any] | None,
-) -> None:
-    """One group, with as many workers as there is room for. Ray starts a group that failed again by itself where its
-    size is fixed; where it may change, it is counted anew. Ray's own elastic groups (2.60) count the CPUs of whole
-    nodes, also those that a service holds, and leave none to the tasks that read the data."""
+    start: str,
+) -> str:
+    """One group, with as many workers as there is room for; what its workers gave back: why another try makes no sense,
+    or nothing. Ray starts a group that failed again by itself where its size is fixed; where it may change, it is
+    counted anew. Ray's own elastic groups (2.60) count the CPUs of whole nodes, also those that a service holds, and
+    leave none to the tasks that read the data."""
     workers = _workers(config)
     cpus = _cpus_of_a_worker(config, workers)
-    TorchTrainer(
-        _entry,
-        train_loop_config={"work": work, "threads": config.cluster.threads},
+    entry: Any = _entry  # what Ray declares is its first Train, which took no return value and other callbacks
+    watching: Any = _Failures(folder, config, start)
+    trainer: Any = TorchTrainer(
+        entry,
+        train_loop_config={"work": work, "threads": config.cluster.threads, "folder": folder, "start": start},
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus)
         ),
@@ -140,9 +160,10 @@ def _fit(
             failure_config=FailureConfig(
                 max_failures=config.cluster.max_failures if config.cluster.min_workers is None else 0
             ),
-            callbacks=callbacks or [],
+            callbacks=[*(callbacks or []), watching],
         ),
-    ).fit()
+    )
+    return trainer.fit().return_value or ""
 
 
 def _as_it_is(make: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -150,31 +171,80 @@ def _as_it_is(make: Callable[[int], Any]) -> Callable[[int], Any]:
     return make
 
 
-def _last_words(error: TrainingFailedError) -> str:
+class _Failures(UserCallback):
+    """Writes down why workers failed; it lives in the controller."""
+
+    def __init__(self, folder: Path, config: Config, start: str) -> None:
+        self._folder, self._config, self._start = folder, config, start
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        words = {rank: f"{type(error).__name__}: {error}" for rank, error in worker_exceptions.items()}
+        standings = {standing.rank: standing for standing in vigil.read(self._folder)}
+        steps = [int(path.name.removeprefix("step_")) for path in (self._folder / "checkpoints").glob("step_*")]
+        reason = forecast.explain(words, standings, self._config)
+        failures.note(self._folder, self._start, max(steps, default=0), reason)
+
+
+def _last_words(error: TrainingFailedError, failure: Failure | None) -> str:
     """What the workers said. An error of this project explains itself; of any other the traceback is wanted too."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    failed = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    causes = [getattr(each, "_base_exc", each) for each in failed]
     if causes and all(_explains_itself(cause) for cause in causes):
         return "\n".join(dict.fromkeys(str(cause) for cause in causes))
-    return str(error)
+    return f"{failure.reason}\n{error}" if failure else str(error)
 
 
 def _explains_itself(error: BaseException) -> bool:
-    return isinstance(error, FloatingPointError) or type(error).__module__.startswith(("jobs.", "mmagent."))
+    return type(error).__module__.startswith(("jobs.", "mmagent."))
 
 
-def _entry(spec: dict[str, Any]) -> None:
+def _entry(spec: dict[str, Any]) -> str:
+    """A worker's whole life; what a `Final` error says, or nothing."""
     torch.set_num_threads(spec["threads"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    spec["work"](
-        Group(
-            rank=rank,
-            world=context.get_world_size(),
-            blocks=lambda name: stream.rank_blocks(ray.train.get_dataset_shard(name), rank),
-            report=lambda metrics: ray.train.report(metrics),
+    sigterm = Sigterm()
+    try:
+        spec["work"](
+            Group(
+                rank=rank,
+                world=context.get_world_size(),
+                blocks=lambda name: stream.rank_blocks(ray.train.get_dataset_shard(name), rank),
+                report=lambda metrics: ray.train.report(metrics),
+                asked=lambda: "SIGTERM" if sigterm else "",
+                drained=lambda: get_train_context().preemption_context.preemption_info is not None,
+                failure=failures.last(spec["folder"], spec["start"]),
+            )
         )
-    )
+    except Final as error:
+        return str(error)
+    finally:
+        sigterm.close()
+    return ""
+
+
+class Sigterm:
+    """Whether SIGTERM has reached this process; it then ends when the training does.
+
+    The training runs in a thread, where Python sets no signal handlers, and Ray's main thread runs no Python for
+    seconds. The handler of faulthandler is set from any thread and runs at once: it writes a stack into a file.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the handler
+        faulthandler.register(signal.SIGTERM, file=self._file, all_threads=False, chain=False)
+
+    def __bool__(self) -> bool:
+        return os.fstat(self._file.fileno()).st_size > 0
+
+    def close(self) -> None:
+        faulthandler.unregister(signal.SIGTERM)
+        self._file.close()
+
+
+def beside(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function says on a machine with a free GPU, as a worker would have it; alone in a process of its own."""
+    return ray.get(ray.remote(num_cpus=0, num_gpus=1, max_calls=1)(function).remote(*arguments))
 
 
 def release() -> None:

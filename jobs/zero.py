@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jobs import fragments
-from jobs.engine import optimizer_of, set_lr_of, use_bf16, weights_of
+from jobs.engine import close, optimizer_of, set_lr_of, use_bf16, weights_of
 from jobs.fragments import Flat, Span
 from mmagent.config import Config
 from mmagent.model import Batch
@@ -56,6 +56,9 @@ class ZeroEngine:
     def step(self) -> None:
         self._engine.step()
 
+    def skip(self) -> None:
+        close(self._zero)
+
     def set_lr(self, factor: float, stage: int = 0) -> float:
         return set_lr_of(self._zero, factor, stage)
 
@@ -71,9 +74,9 @@ class ZeroEngine:
             self._zero.update_lp_params()  # what computes, of the fp32 weights, its own and the other ranks'
             self._zero._hp_optimizer_states_linked = False
         elif self._stage == 3:
-            # What is whole now (small parameters, and those that a pass without a backward one has left) is of before. It
-            # is not gathered here: what is whole before the first pass, DeepSpeed does not see used by another module
-            # than its own, and takes away before its gradient comes.
+            # What is whole now (small parameters, and those that a pass without a backward one has left) is of before.
+            # It is not gathered here: what is whole before the first pass, DeepSpeed does not see used by another
+            # module than its own, and takes away before its gradient comes.
             if stale := [each for each in self.model.parameters() if each.ds_status.name == "AVAILABLE"]:
                 stale[0].partition(stale)
             for index in range(len(self._zero.fp16_groups)):

@@ -119,12 +119,12 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
     frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
     inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), tasks)
     batches = supervised.Batches(inputs, frozen, config, {}, engine.device)
-    feed, meter = loop.Feed(batches.steps(_tables(config, dataset))), Meter()
+    feed, meter = loop.Feed(batches.steps, _tables(config, dataset)), Meter()
     started = 0.0
     for step in range(STEPS):
         if step == WARM_STEPS:
             started = time.perf_counter()
-        micros = feed.next(meter).micros
+        micros = feed.next(meter)[1].micros
         stage = freeze.stage(model, config.freeze, step, STEPS)
         freeze.thaw(model, config.freeze, stage)
         engine.set_lr(1.0, stage)

@@ -116,12 +116,12 @@ def plain(overrides: list[str]) -> float:
     batches = supervised.Batches(Inputs(config.model, config.data, tokenizer, tasks), frozen, config, {}, engine.device)
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=config.data.window_rows)
     tables = list(stream.tables(order, stream.layout_of(config, 1), Position(), STEPS))
-    feed, meter = loop.Feed(batches.steps(iter(tables))), Meter()
+    feed, meter = loop.Feed(batches.steps, iter(tables)), Meter()
     started = 0.0
     for step in range(STEPS):
         if step == WARM_STEPS:
             started = time.perf_counter()
-        micros = feed.next(meter).micros
+        micros = feed.next(meter)[1].micros
         engine.set_lr(1.0)
         for batch in micros:
             engine.backward(supervised.loss_of(engine.forward(batch), batch, tasks, config))
