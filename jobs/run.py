@@ -243,8 +243,8 @@ def _check_media(config: Config, dataset: Dataset, takes: Sequence[str]) -> None
         )
 
 
-# How a run is computed and kept, not what it learns from good batches: it may go on with others. Sizes are here since its
-# global batch makes up for them.
+# How a run is computed and kept, not what it learns from good batches: it may go on with others. Sizes are here, since
+# its global batch makes up for them.
 _HOW = (
     "cluster.", "zero.", "data.cache_mb", "train.micro_batch", "train.accumulation", "train.gradient_checkpointing",
     "train.keep_last", "train.keep_best", "train.checkpoint_every_steps", "train.checkpoint_every_minutes",
