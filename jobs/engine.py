@@ -17,16 +17,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from jobs.phases import Phases, Timed
 from mmagent.config import Config
 from mmagent.model import Batch
 
 
 class Engine(Protocol):
     """What the loop needs. `backward` and `step` are called once for each micro-batch; a step that ends an
-    accumulation updates the parameters."""
+    accumulation updates the parameters. A micro-batch's loss is divided by `train.accumulation`, however many there
+    are: the sum over them is the mean over the samples of an optimizer step."""
 
     device: torch.device
     model: Any  # a module of the parts that `mmagent.freeze` knows
+
+    def begin(self, micros: int) -> None:
+        """An optimizer step of so many micro-batches begins; where it is not called there are `train.accumulation`."""
+        ...
 
     def forward(self, batch: Batch) -> dict[str, Tensor]: ...
 
@@ -111,7 +117,7 @@ class TorchEngine:
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: Config) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = model.to(self.device)
-        self._accumulation, self._seen = config.train.accumulation, 0
+        self._accumulation = self._left = config.train.accumulation
         self._clip = config.optim.clip_norm
         self._bf16 = use_bf16(config)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
@@ -125,9 +131,13 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         (loss / self._accumulation).backward()
 
+    def begin(self, micros: int) -> None:
+        self._left = micros
+
     def step(self) -> None:
-        self._seen += 1
-        if self._seen % self._accumulation == 0:
+        self._left -= 1
+        if not self._left:
+            self._left = self._accumulation
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
@@ -136,14 +146,13 @@ class TorchEngine:
         return _set_lr(self._optimizer, factor, stage)
 
     def save(self, folder: Path) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict(), "seen": self._seen}
+        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
         torch.save(state, folder / "torch.pt")
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "torch.pt", map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._seen = state["seen"]
 
     def state(self) -> dict[str, Tensor]:
         return {key: value.detach().cpu() for key, value in self.model.state_dict().items()}
@@ -161,6 +170,7 @@ class ZeroEngine:
         )
         # What a gradual run has closed now moves later: going back to this checkpoint takes it back too.
         self._leaves_out_frozen = config.freeze.strategy != "gradual"
+        self._accumulation = self._left = config.train.accumulation
         self.model: Any = model
         self.device = torch.device(self._engine.device)
 
@@ -168,11 +178,17 @@ class ZeroEngine:
         out: dict[str, Tensor] = self._engine(batch)
         return out
 
+    def begin(self, micros: int) -> None:
+        self._left = micros
+
     def backward(self, loss: Tensor) -> None:
+        # DeepSpeed counts by a fixed number; gradients are exchanged, and the step taken, where it is told.
+        self._engine.set_gradient_accumulation_boundary(self._left == 1)
         self._engine.backward(loss)
 
     def step(self) -> None:
         self._engine.step()
+        self._left = self._left - 1 or self._accumulation
 
     def set_lr(self, factor: float, stage: int = 0) -> float:
         return _set_lr(self._optimizer, factor, stage)
@@ -202,6 +218,27 @@ def make(model: nn.Module, groups: list[dict[str, Any]], config: Config) -> Engi
     return (
         ZeroEngine(model, groups, config) if config.zero.engine == "deepspeed" else TorchEngine(model, groups, config)
     )
+
+
+def tell(engine: Engine, phases: Phases) -> None:
+    """Lets phases hear of an engine's collectives, which run inside its backward passes and steps. On a GPU they run
+    beside the computation, and what of them is not hidden stays a part of the phase that had to wait for it."""
+    if isinstance(engine, ZeroEngine) and engine.device.type == "cpu":
+        from deepspeed.comm import comm
+
+        comm.cdb = Timed(comm.cdb, phases)
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """A batch that can be copied to a device while it computes; what lies there already is left alone."""
+    if device.type != "cuda":
+        return batch
+    return {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the device that computes."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def zero_config(config: Config) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from jobs import engine as engines
 from jobs.checkpoint import Checkpoint, Checkpoints
 from jobs.engine import Engine
 from jobs.meter import Log, Meter
+from jobs.phases import VALIDATION, Phases
 from jobs.workers import Group
 from mmagent import freeze, storage
 from mmagent.config import Config
@@ -69,7 +70,7 @@ class Learner(Protocol):
         ...
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
-        """For each table of a stream its micro-batches."""
+        """For each table of a stream its micro-batches, as its rows' numbers cut them; ready to go to the device."""
         ...
 
     def loss(self, out: Batch, batch: Batch) -> torch.Tensor:
@@ -161,28 +162,39 @@ def train(group: Group, plan: Plan) -> None:
     validation_rows = learner.rows(group.blocks("validation"))
 
     # -- train -------------------------------------------------------------------------------------------------
-    meter = Meter()
+    meter, phases = Meter(), Phases(engine.device)
+    engines.tell(engine, phases)
     feed = Feed(learner.steps(group.blocks("train")))
     done, stopping, stage = state.step >= plan.total_steps, 0.0, -1
     while not done:
+        phases.enter("wait")
         taught = feed.next(meter)
+        phases.enter("other")
         torch.manual_seed(step_seed(config.seed, state.step, group.rank))
         if (opened := freeze.stage(model, config.freeze, state.step, plan.total_steps)) != stage:
             freeze.thaw(model, config.freeze, stage := opened)
         rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config), stage)
-        for batch in taught.micros:
+        engine.begin(len(taught.micros))
+        for micro in taught.micros:
+            phases.enter("copy")
+            batch = engines.moved(micro, engine.device)
+            phases.enter("forward")
             out = engine.forward(batch)
             loss = learner.loss(out, batch)
-            meter.add(*learner.hits(out, batch), config.train.micro_batch, loss)
+            meter.add(*learner.hits(out, batch), loss * config.train.micro_batch)
+            phases.enter("backward")
             engine.backward(loss)
+            phases.enter("optimizer")
             engine.step()
+        phases.enter("other")
         state.step, state.position = state.step + 1, plan.order.advance(state.position, config.global_batch)
-        meter.end_step()
+        meter.end_step(config.train.micro_batch * config.train.accumulation)
 
         stop = (plan.folder / STOP_FILE).exists() if group.rank == 0 else False
         due = state.step % config.train.eval_every_steps == 0 or state.step >= plan.total_steps
         log_due = group.rank == 0 and (meter.since_log_s() >= _LOG_EVERY_S or due)
-        stopping, logging, bad, cut = group.sum([stop, log_due, taught.bad_rows, taught.cut_rows])
+        with phases.within("communication"):
+            stopping, logging, bad, cut = group.sum([stop, log_due, taught.bad_rows, taught.cut_rows])
         state.bad_rows, state.cut_rows = state.bad_rows + int(bad), state.cut_rows + int(cut)
         if state.bad_rows > plan.max_bad_rows:
             raise BadRowsError(
@@ -191,6 +203,7 @@ def train(group: Group, plan: Plan) -> None:
             )
         if logging:
             figures = meter.read(group)
+            figures |= phases.read(group, figures["steps"])
             log.write(
                 {
                     "kind": "train",
@@ -204,13 +217,16 @@ def train(group: Group, plan: Plan) -> None:
                 }
             )
         if due:
+            phases.enter(VALIDATION)
             score, metrics = learner.validate(engine, validation_rows, group)
             note(state, score, metrics["loss"], config.train.min_gain)
             told = {"main": learner.main, "score": score, **metrics}
             log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **told})
         if due or stopping:
             # Only what was validated just now may be taken for the best.
+            phases.enter("checkpoint")
             checkpoints.save(engine.save, state_dict(state if due else replace(state, score=UNSCORED)))
+            phases.enter("other")
             meter.restart()
         if due:
             group.report({"step": float(state.step), "score": state.score, "best_score": state.best_score, **metrics})

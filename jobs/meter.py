@@ -32,7 +32,7 @@ class Meter:
         self._loss: Tensor | float = 0.0
         self._right: Tensor | float = 0.0
         self._weight: Tensor | float = 0.0
-        self._samples = self._micros = 0
+        self._samples = 0
         self._waited = 0.0
         self._interval_steps = 0
 
@@ -41,15 +41,18 @@ class Meter:
         if self._steps >= _SETTLE_STEPS:
             self._wait_s += seconds
 
-    def add(self, right: Tensor, known: Tensor, samples: int, loss: Tensor) -> None:
-        """Of one micro-batch: how many answers are right, of how many; its samples; its loss."""
+    def add(self, right: Tensor, known: Tensor, loss: Tensor) -> None:
+        """Of one micro-batch: how many answers are right, of how many; its loss, summed over its samples."""
         self._loss = self._loss + loss.detach()
         self._right = self._right + right
         self._weight = self._weight + known
-        self._samples += samples
-        self._micros += 1
 
-    def end_step(self) -> None:
+    def end_step(self, samples: int) -> None:
+        """
+        Args:
+            samples: of this rank in one optimizer step.
+        """
+        self._samples += samples
         now = time.perf_counter()
         if self._steps >= _SETTLE_STEPS:
             self._busy_s += now - self._step_started
@@ -71,15 +74,15 @@ class Meter:
             FloatingPointError: the loss is no number.
         """
         seconds, steps = self.since_log_s(), self._interval_steps
-        mine = [float(self._loss), float(self._right), float(self._weight), float(self._samples), float(self._micros)]
-        loss, right, weight, samples, micros, waited, took = group.sum([*mine, self._waited, seconds])
+        mine = [float(self._loss), float(self._right), float(self._weight), float(self._samples)]
+        loss, right, weight, samples, waited, took = group.sum([*mine, self._waited, seconds])
         if not math.isfinite(loss):
             raise FloatingPointError(
                 "the loss is no number any more: lower optim.lr, or look at the data; the last checkpoint is good"
             )
         self.restart()
         return {
-            "loss": loss / max(1.0, micros),
+            "loss": loss / max(1.0, samples),
             "accuracy": right / max(1.0, weight),
             "samples": samples,
             "steps": float(steps),

@@ -275,6 +275,11 @@ class TrainConfig(_Section):
     )
     micro_batch: int = Field(32, gt=0, description="samples of one forward pass on one worker")
     accumulation: int = Field(1, gt=0, description="forward passes before an optimizer step")
+    micro_tokens: int | None = Field(
+        None, gt=0, description="tokens of a text of one forward pass on one worker, padding with them: the samples of "
+        "an optimizer step (micro_batch x accumulation of each worker, as before) are cut into as few passes as hold "
+        "no more; none: micro_batch samples each",
+    )  # fmt: skip
     eval_every_steps: int = Field(50, gt=0, description="optimizer steps between validations")
     eval_every_epochs: float | None = Field(
         None, gt=0, description="epochs between validations, where that is more than eval_every_steps"

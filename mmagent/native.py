@@ -54,6 +54,9 @@ class Native(TextEncoder):
         """The part that reads tokens alone."""
         return self.model.get_submodule(self._language)
 
+    def _ask(self) -> None:
+        """Its places tell of pictures too: texts are not packed."""
+
     def blocks(self) -> list[nn.Module]:
         return blocks(self.language)
 

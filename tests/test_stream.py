@@ -14,6 +14,7 @@ import pytest
 
 from jobs import stream
 from jobs.stream import Layout
+from mmagent.buckets import Buckets
 from mmagent.config import Config, resolve
 from mmagent.order import Order, Position
 from mmagent.record import Media, Record
@@ -59,7 +60,7 @@ def test_all_that_a_task_reads_travels(tmp_path: Path, config: Config, make_data
     ]
     records = [parse({"id": str(index), "split": "train", **row}) for index, row in enumerate(rows)]
     made = make_dataset(tmp_path / "rows", {"train": records})
-    layout = replace(stream.layout_of(config), world=1, rows_per_rank=3)
+    layout = replace(stream.layout_of(config), buckets=Buckets(1, 3, 3))
     [table] = stream.tables(order_of(made, config), layout, Position(), 1)
     found = {record.id: record for record in map(Record.from_row, table.to_pylist())}
     for record in records:
@@ -157,7 +158,7 @@ def test_the_stream_goes_on_into_the_next_epoch(dataset: Dataset, config: Config
 def test_all_ranks_together_see_what_one_alone_sees(dataset: Dataset, config: Config) -> None:
     """The number of workers shares a global batch out; it does not change what is in it."""
     order, layout = order_of(dataset, config), stream.layout_of(config)
-    single = replace(layout, world=1, rows_per_rank=12)
+    single = replace(layout, buckets=Buckets(1, 12, 3))
     alone = [Counter(table["id"].to_pylist()) for table in stream.tables(order, single, Position(), 3)]
     ranks = drain(order, layout, Position(), 3)
     shared = [sum((Counter(blocks[step]["id"].to_pylist()) for blocks in ranks), start=Counter()) for step in range(3)]
