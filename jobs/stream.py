@@ -1,9 +1,10 @@
 """The only home of `ray.data`: shards stream through it into training workers, and through predictors in evaluation.
 
 Training: a read task takes one window of the order (`mmagent.order`), reads its rows, looks at the headers of their
-media, tokenises their text and lays them out step by step, rank by rank, texts of one length together (`mmagent.buckets`). The stream is cut into blocks of one rank's
-share of one optimizer step and handed out in turn, so that every rank gets its rows in the same order in every run,
-whatever the timing. A short last batch is filled up with rows of weight 0. Media stay encoded.
+media, tokenises their text and lays them out step by step, rank by rank, texts of one length together in a step
+(`mmagent.buckets`). The stream is cut into blocks of one rank's share of one optimizer step and handed out in turn, so
+that every rank gets its rows in the same order in every run, whatever the timing. A short last batch is filled up with
+rows of weight 0. Media stay encoded.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def compares(config: Config) -> bool:
 
 def training_stream(order: Order, layout: Layout, position: Position, steps: int) -> ray.data.Dataset:
     """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``cut``
-    (how many were left out), ``rank``, ``micro`` (the number of its micro-batch), ``epoch``, and ``error`` (why its media cannot be read, or empty). To be split
-    among ranks by `split_in_turn`."""
+    (how many were left out), ``rank``, ``micro`` (the number of its micro-batch), ``epoch``, and ``error`` (why its
+    media cannot be read, or empty). To be split among ranks by `split_in_turn`."""
     parts = list(order.parts(position, steps, layout.global_batch))
     read = functools.partial(read_part, order=order, layout=layout, parts=parts)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a busy cluster may never have.

@@ -1,4 +1,4 @@
-"""Texts of different lengths laid behind each other in fewer, fuller rows, so that a language model computes no padding.
+"""Texts of different lengths laid behind each other in fewer, fuller rows: a language model computes no padding.
 
 Attention stays inside each text, and places begin anew in each: by Transformers' own support where the model decodes
 (it takes places that begin anew for texts of their own), by a mask of blocks where it encodes. Whether a model says the
