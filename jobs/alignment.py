@@ -78,6 +78,10 @@ class Aligned:
         self._device = device
         self._frozen = FrozenStates(self._encoder, device=device) if self.model.backbone is None else None
 
+    @property
+    def notes(self) -> list[str]:
+        return self._encoder.unpacked()
+
     def rows(self, tables: Iterator[pa.Table]) -> list[Sample]:
         found = (self._sample(row, None)[0] for table in tables for row in table.to_pylist())
         return [sample for sample in found if sample.weight > 0]

@@ -73,6 +73,10 @@ class Language:
     def begin(self, device: torch.device) -> None:
         self._device = device
 
+    @property
+    def notes(self) -> list[str]:
+        return self.model.backbone.unpacked()
+
     def rows(self, tables: Iterator[pa.Table]) -> list[Row]:
         return [row for table in tables for row in _rows(table) if row[2] > 0]
 

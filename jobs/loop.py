@@ -61,6 +61,11 @@ class Learner(Protocol):
         """Of a row that could not be read."""
         ...
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said before the first step."""
+        ...
+
     def begin(self, device: torch.device) -> None:
         """Takes its place beside the model, which is on its device now."""
         ...
@@ -159,6 +164,8 @@ def train(group: Group, plan: Plan) -> None:
         engine.load(found.path)
         state = restore(found)
     log.rewind(state.step)
+    for told in learner.notes if not state.step else ():
+        log.write({"kind": "note", "step": 0, "note": told})
     validation_rows = learner.rows(group.blocks("validation"))
 
     # -- train -------------------------------------------------------------------------------------------------

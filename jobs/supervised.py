@@ -52,6 +52,10 @@ class Supervised:
     def last_error(self) -> str:
         return self._batches.last_error
 
+    @property
+    def notes(self) -> list[str]:
+        return self._encoder.unpacked()
+
     def rows(self, tables: Iterator[pa.Table]) -> list[Sample]:
         found = (self._batches.sample(row, None)[0] for table in tables for row in table.to_pylist())
         return [sample for sample in found if sample.weight > 0]

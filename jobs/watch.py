@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mmagent import defaults, storage, wording
+from mmagent import defaults, stalls, storage, wording
 from mmagent.config import Config
 
 if TYPE_CHECKING:  # they bring Ray, which reads its environment when it is imported
@@ -109,6 +109,8 @@ def fit(work: Callable[[], bool], stop: Callable[[], None], metrics: Path) -> bo
         signal.signal(number, handler)
     if "error" in result:
         raise result["error"]
+    if spent := stalls.shares(_lines(metrics)):
+        print(stalls.sentence(spent), flush=True)
     return bool(result["done"])
 
 
@@ -134,6 +136,9 @@ class Follower:
                 self._print(json.loads(line))
 
     def _print(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "note":
+            print(row["note"], flush=True)
+            return
         if row["kind"] == "validation":
             print(("\r\x1b[K" if self._terminal else "") + validated(row), flush=True)
             return
@@ -172,10 +177,13 @@ def _read_timing(folder: Path) -> dict[str, float]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def _lines(metrics: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
 def _split_times(work: Run, began: float) -> dict[str, float]:
     """Seconds of starting the workers, training and exporting, from the times of the run's first and last lines."""
-    rows = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
-    mine = [row["time_s"] for row in rows if row["time_s"] >= began] or [began]
+    mine = [row["time_s"] for row in _lines(work.folder / "metrics.jsonl") if row["time_s"] >= began] or [began]
     assert work.plan.bundle is not None
     manifest = json.loads((work.plan.bundle / "manifest.json").read_text())
     return {

@@ -176,6 +176,15 @@ class TextEncoder(nn.Module):
         """keep: (batch, tokens) bool -> how its texts are packed; None where they are not."""
         return None if self.packs is None else packing.pack(keep, width=self.width, most=self.max_tokens)
 
+    def unpacked(self) -> list[str]:
+        """What is to be said where texts are not packed."""
+        if self.packs is not None:
+            return []
+        return [
+            f"{type(self.reads).__name__} does not say the same of texts that share a row: they are padded, those of one "
+            "length in one micro-batch (many short ones are faster with train.accumulation or train.micro_tokens)"
+        ]
+
     def given(self, packed: Packed) -> dict[str, Tensor]:
         """What the model is told of packed texts beside their tokens."""
         assert self.packs is not None
