@@ -164,8 +164,8 @@ def train(group: Group, plan: Plan) -> None:
         engine.load(found.path)
         state = restore(found)
     log.rewind(state.step)
-    for told in learner.notes if not state.step else ():
-        log.write({"kind": "note", "step": 0, "note": told})
+    for words in learner.notes if not state.step else ():
+        log.write({"kind": "note", "step": 0, "note": words})
     validation_rows = learner.rows(group.blocks("validation"))
 
     # -- train -------------------------------------------------------------------------------------------------

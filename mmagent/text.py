@@ -180,10 +180,9 @@ class TextEncoder(nn.Module):
         """What is to be said where texts are not packed."""
         if self.packs is not None:
             return []
-        return [
-            f"{type(self.reads).__name__} does not say the same of texts that share a row: they are padded, those of one "
-            "length in one micro-batch (many short ones are faster with train.accumulation or train.micro_tokens)"
-        ]
+        name = type(self.model).__name__
+        note = f"{name} does not take several texts in one row: they are padded, those of one length in one micro-batch"
+        return [f"{note}; where lengths differ much, train.micro_tokens or a larger train.accumulation pads less"]
 
     def given(self, packed: Packed) -> dict[str, Tensor]:
         """What the model is told of packed texts beside their tokens."""
