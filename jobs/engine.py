@@ -226,7 +226,7 @@ def tell(engine: Engine, phases: Phases) -> None:
     if isinstance(engine, ZeroEngine) and engine.device.type == "cpu":
         from deepspeed.comm import comm
 
-        comm.cdb = Timed(comm.cdb, phases)
+        comm.cdb = Timed(comm.cdb, phases)  # all of DeepSpeed's exchanges go through it
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:

@@ -24,7 +24,7 @@ Style = Literal["places", "blocks", "added"]
 _CANDIDATES = 12  # numbers of rows that are tried
 _LONGER = 2  # times the longest text: a packed row at most, since attention costs its square
 _GAIN = 0.9  # of the padded cost: what does not fall below is not worth the moving
-_PROBE = (5, 3, 4)  # lengths of the texts by which a model is asked
+_PROBE, _ROWS = (5, 3, 4, 2), ((0, 2), (1, 3))  # lengths of the texts by which a model is asked, and those of a row
 _TOLERANCE = 1e-4  # of the largest state
 # What a layer may see of a text besides all of it; in a mask of blocks such a window would be lost.
 _WINDOWS = ("sliding_window", "local_attention", "attention_window", "block_size")
@@ -178,7 +178,7 @@ def holds(
     ids = torch.arange(len(_PROBE) * longest).view(len(_PROBE), longest) * 7 % max(1, vocabulary - 1)
     ids = ids + (ids >= pad).long() if 0 <= pad < vocabulary else ids
     keep = torch.arange(longest) < torch.tensor(_PROBE)[:, None]
-    layout = laid_out(keep, _PROBE, [range(len(_PROBE))])
+    layout = laid_out(keep, _PROBE, _ROWS)
     try:
         wanted, found = padded(ids, keep.long())[keep], packed(ids, layout)[keep]
     except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, AttributeError):

@@ -56,7 +56,7 @@ def render(
         if index == 0 and (learnt := learning.section(curves, tasks)):
             found.insert(1, ("learning", "Learning", learnt))
         if index == 0 and (spent := stalls.section(curves)):
-            found.append(("time", "Time", spent))
+            found.insert(2 if learnt else 1, ("time", "Time", spent))
         if index == 0:
             found[1:1] = [*more, *transfer.sections(evaluation)]
         parts.append((_headline(block), found))

@@ -28,8 +28,8 @@ _ADVICE = {
 
 
 def shares(curves: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of the time of all training steps, by phase; empty where it was not measured."""
-    rows = [row for row in curves if row.get("kind") == "train" and row.get("step_s")]
+    """Of the time of training steps, by phase; empty where it was not measured."""
+    rows = _measured(curves)
     total = sum(row["step_s"] * row["steps"] for row in rows)
     if not total:
         return {}
@@ -53,8 +53,15 @@ def section(curves: Sequence[Mapping[str, Any]]) -> Markup | None:
     found = shares(curves)
     if not found:
         return None
-    rows = [row for row in curves if row.get("kind") == "train" and row.get("step_s")]
+    rows = _measured(curves)
     mean_s = sum(row["step_s"] * row["steps"] for row in rows) / sum(row["steps"] for row in rows)
     chart = charts.bars([*found.items()], title="Share of a step's time, by phase", x_label="share of a step's time")
     told = f"A step takes {charts.number(1000 * mean_s)}{charts.SPACE}ms. {sentence(found)}"
     return panel(figure("Where the time goes", chart, told))
+
+
+def _measured(curves: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The training lines, without the first where there are more: while the first rows come and caches fill, a step is
+    like no other."""
+    rows = [row for row in curves if row.get("kind") == "train" and row.get("step_s")]
+    return rows[1:] or rows

@@ -16,14 +16,15 @@ def line(steps: int, **seconds: float) -> dict[str, Any]:
     return {"kind": "train", "step": 1, "steps": float(steps), **whole, "step_s": sum(whole.values())}
 
 
-def test_shares_are_of_all_steps() -> None:
+def test_shares_are_of_all_steps_behind_the_first_line() -> None:
     curves = [
-        line(10, forward=0.1, wait=0.1), {"kind": "validation", "step": 3, "loss": 1.0}, line(30, forward=0.2),
-        {"kind": "train", "step": 9, "steps": 5.0, "loss": 1.0},
+        line(1, wait=99.0), line(10, forward=0.1, wait=0.1), {"kind": "validation", "step": 3, "loss": 1.0},
+        line(30, forward=0.2), {"kind": "train", "step": 9, "steps": 5.0, "loss": 1.0},
     ]  # fmt: skip
     found = stalls.shares(curves)
     assert found["wait"] == pytest.approx(1.0 / 8.0)
     assert sum(found.values()) == pytest.approx(1)
+    assert stalls.shares([line(2, wait=1.0)])["wait"] == 1
     assert stalls.shares([]) == stalls.shares([{"kind": "train", "step": 1, "loss": 0.5}]) == {}
 
 

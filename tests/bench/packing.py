@@ -57,7 +57,7 @@ def _compare(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - began)
-            found.append(float(value))
+            found.append(float(value.detach()))
         assert abs(found[0] - found[1]) <= _SAME * abs(found[1]), f"step {step}: packed {found[0]}, padded {found[1]}"
         if step >= WARM_STEPS:
             ratios.append(seconds[1] / seconds[0])
