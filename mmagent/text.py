@@ -205,7 +205,7 @@ class TextEncoder(nn.Module):
         part = self.reads
         if next(part.parameters()).is_meta:
             return None
-        pad, training = part.config.pad_token_id, part.training
+        pad, training = getattr(part.config, "pad_token_id", None), part.training
         part.eval()
         for style in packing.styles(part.config, decodes=self.decodes, first=self._first):
             self.packs = style
