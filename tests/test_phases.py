@@ -20,7 +20,10 @@ class Alone:
 class Slower:
     """A group whose other rank took twice as long."""
 
+    mine: list[float]
+
     def sum(self, values: list[float]) -> list[float]:
+        self.mine = values
         return [*(3 * value for value in values[:-1]), 2 * values[-1]]
 
 
@@ -50,26 +53,32 @@ def step(phases: Phases) -> None:
 
 
 def test_the_phases_of_steps_add_up_to_their_time() -> None:
+    before = time.perf_counter()
     phases = Phases(torch.device("cpu"))
-    phases.read(Alone(), 1)
     began = time.perf_counter()
     for _ in range(3):
         step(phases)
+    ended = time.perf_counter()
     found = phases.read(Alone(), 3)
-    took = (time.perf_counter() - began) / 3
+    after = time.perf_counter()
     assert set(found) == {"step_s", *(f"{name}_s" for name in PHASES)}
-    assert found["step_s"] == pytest.approx(took, rel=0.05)
+    assert ended - began <= 3 * found["step_s"] <= after - before
     assert sum(found[f"{name}_s"] for name in PHASES) == pytest.approx(found["step_s"])
-    assert found["forward_s"] == pytest.approx(0.03, abs=0.01)
+    # A busy machine may hold a phase up, and cannot hurry it.
+    least = {"wait_s": 0.02, "copy_s": 0.01, "forward_s": 0.03, "backward_s": 0.04, "optimizer_s": 0.01}
+    assert all(found[name] >= seconds for name, seconds in least.items())
     assert found["communication_s"] == found["checkpoint_s"] == 0
-    assert phases.read(Alone(), 3)["step_s"] < 0.01  # a new interval
+    again = phases.read(Alone(), 3)  # a new interval
+    assert again["step_s"] * 3 <= time.perf_counter() - ended
 
 
 def test_it_is_the_mean_over_ranks() -> None:
-    phases = Phases(torch.device("cpu"))
+    phases, group = Phases(torch.device("cpu")), Slower()
     phases.enter("forward")
     time.sleep(0.02)
-    assert phases.read(Slower(), 1)["forward_s"] == pytest.approx(0.03, abs=0.01)
+    found = phases.read(group, 1)
+    assert group.mine[PHASES.index("forward")] >= 0.02
+    assert found["forward_s"] == pytest.approx(1.5 * group.mine[PHASES.index("forward")])
 
 
 def test_validation_is_no_part_of_a_step() -> None:
@@ -82,7 +91,8 @@ def test_validation_is_no_part_of_a_step() -> None:
         time.sleep(0.02)
     found = phases.read(Alone(), 1)
     assert found["communication_s"] == 0
-    assert found["checkpoint_s"] == pytest.approx(found["step_s"], rel=0.2)
+    assert found["checkpoint_s"] >= 0.02
+    assert found["step_s"] == pytest.approx(found["checkpoint_s"] + found["other_s"])
 
 
 def test_exchanges_count_wherever_they_are_made() -> None:
@@ -94,8 +104,9 @@ def test_exchanges_count_wherever_they_are_made() -> None:
     assert backend.get_rank() == 5
     assert backend.all_reduce(9.0, async_op=True).wait() == "done"
     found = phases.read(Alone(), 1)
-    assert found["communication_s"] == pytest.approx(0.08, abs=0.02)
-    assert found["backward_s"] == pytest.approx(0.03, abs=0.01)
+    assert found["communication_s"] >= 0.08
+    assert found["backward_s"] >= 0.03
+    assert found["step_s"] < 9
 
 
 def test_another_threads_exchanges_run_beside_the_loop() -> None:
