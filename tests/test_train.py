@@ -104,7 +104,7 @@ def test_a_run_stopped_and_gone_on_is_the_run_that_was_not(
         parts = {name: row[f"{name}_s"] for name in PHASES}
         assert sum(parts.values()) == pytest.approx(row["step_s"])
         step_s = row["samples"] / row["samples_per_s"] / row["steps"]  # by the clock of the meter
-        assert row["step_s"] - row["checkpoint_s"] == pytest.approx(step_s, rel=0.05)
+        assert row["step_s"] - row["checkpoint_s"] == pytest.approx(step_s, rel=0.05, abs=0.02)
         assert min(parts["forward"], parts["backward"], parts["communication"], parts["optimizer"]) > 0
     assert lines(straight, "train")[-1]["checkpoint_s"] > 0  # the one of step 6
     assert re.search(r"^Training .* of its time.*\b(train|cluster|data|freeze)\.", shown, re.MULTILINE)
