@@ -48,7 +48,9 @@ class Buckets:
             places = np.arange(len(lengths)).reshape(self.rows, self.world).T
             return places, np.tile(np.arange(self.rows) // self.micro, (self.world, 1))
         order = np.lexsort((-lengths, ~real))  # the longest first: memory that is too small is known at once
-        ranks, micros, at = [], [], 0
+        ranks: list[np.ndarray] = []
+        micros: list[np.ndarray] = []
+        at = 0
         while at < self.rows:
             count = self._count(lengths[order[at * self.world :]], self.rows - at)
             block = order[at * self.world : (at + count) * self.world].reshape(count, self.world).copy()
