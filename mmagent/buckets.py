@@ -54,7 +54,8 @@ class Buckets:
         while at < self.rows:
             count = self._count(lengths[order[at * self.world :]], self.rows - at)
             block = order[at * self.world : (at + count) * self.world].reshape(count, self.world).copy()
-            block[1::2] = block[1::2, ::-1]  # there and back again, so that no rank always gets the longer one
+            turned = slice((at + 1) % 2, None, 2)  # there and back again, so that no rank always gets the longer one
+            block[turned] = block[turned, ::-1]
             ranks.append(block.T)
             micros.append(np.full((self.world, count), len(micros)))
             at += count
