@@ -182,7 +182,7 @@ def test_a_share_of_the_data_is_whole_row_groups_drawn_by_the_seed(dataset: Data
 def test_a_step_is_cut_alike_for_all_ranks_by_length(config: Config, tmp_path: Path, make_dataset: Any) -> None:
     """What is in a step stays; which rank and micro-batch takes it follows the lengths of the texts."""
     rows = [
-        parse({"id": str(index), "text": "red " * (index * 7 % 23), "label": "red", "split": "train"})
+        parse({"id": str(index), "text": "red " * (1 + index * 7 % 23), "label": "red", "split": "train"})
         for index in range(48)
     ]
     order = stream.order_of(make_dataset(tmp_path / "lengths", {"train": rows}), "train", seed=0, window_rows=48)
