@@ -58,7 +58,7 @@ format: $(STAMP) ## let ruff order and format the code
 doctor: $(STAMP) ## what this machine lacks, and the command that mends it
 	@$(PY) -m jobs.doctor
 
-bench-train: $(STAMP) ## samples per second beside plain PyTorch: writes runs/bench/train.json
+bench-train: $(STAMP) ## samples per second beside plain PyTorch and the Trainer, and what packing gains: writes runs/bench/train.json
 	@$(PY) -m tests.bench.train
 
 bench-freeze: $(STAMP) ## speed, memory and trained share of each way of freezing: writes runs/bench/freeze.json

@@ -14,16 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from jobs import fragments
+from jobs.phases import Phases, Timed
 from mmagent.config import Config
 from mmagent.model import Batch
 
 
 class Engine(Protocol):
     """What the loop needs. `backward` and `step` are called once for each micro-batch; a step that ends an
-    accumulation updates the parameters."""
+    accumulation updates the parameters. A micro-batch's loss is divided by `Share.passes`, however many there are: the
+    sum over them is the mean over the samples of an optimizer step."""
 
     device: torch.device
     model: Any  # a module of the parts that `mmagent.freeze` knows
+
+    def begin(self, micros: int) -> None:
+        """An optimizer step of so many micro-batches begins; where it is not called there are `Share.passes`."""
+        ...
 
     def forward(self, batch: Batch) -> dict[str, Tensor]: ...
 
@@ -124,7 +130,7 @@ class TorchEngine:
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: Config) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = model.to(self.device)
-        self._passes, self._seen = config.share(1).passes, 0
+        self._passes = self._left = config.share(1).passes
         self._clip = config.optim.clip_norm
         self._bf16 = use_bf16(config)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
@@ -138,9 +144,13 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         (loss / self._passes).backward()
 
+    def begin(self, micros: int) -> None:
+        self._left = micros
+
     def step(self) -> None:
-        self._seen += 1
-        if self._seen % self._passes == 0:
+        self._left -= 1
+        if not self._left:
+            self._left = self._passes
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
@@ -152,7 +162,7 @@ class TorchEngine:
         return set_lr_of(self._optimizer, factor, stage)
 
     def save(self, folder: Path) -> None:
-        assert self._seen % self._passes == 0, "gradients that wait for the end of a step are in no checkpoint"
+        assert self._left == self._passes, "gradients that wait for the end of a step are in no checkpoint"
         flats = fragments.whole(self.model, self._optimizer)
         fragments.write(folder, 0, 1, flats, fragments.buffers(self.model))
 
@@ -176,6 +186,27 @@ def make(model: nn.Module, groups: list[dict[str, Any]], config: Config) -> Engi
     from jobs.zero import ZeroEngine
 
     return ZeroEngine(model, groups, config)
+
+
+def tell(engine: Engine, phases: Phases) -> None:
+    """Lets phases hear of an engine's collectives, which run inside its backward passes and steps. On a GPU they run
+    beside the computation, and what of them is not hidden stays a part of the phase that had to wait for it."""
+    if not isinstance(engine, TorchEngine) and engine.device.type == "cpu":
+        from deepspeed.comm import comm
+
+        comm.cdb = Timed(comm.cdb, phases)  # all of DeepSpeed's exchanges go through it
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """A batch that can be copied to a device while it computes; what lies there already is left alone."""
+    if device.type != "cuda":
+        return batch
+    return {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the device that computes."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def set_lr_of(optimizer: Any, factor: float, stage: int) -> float:

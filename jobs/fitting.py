@@ -25,13 +25,14 @@ import pyarrow.parquet as pq
 import torch
 
 from jobs import stream
-from jobs.engine import TorchEngine
+from jobs.engine import TorchEngine, moved
 from jobs.loop import Learner, Plan
 from jobs.vigil import free_bytes
 from mmagent import freeze, storage
 from mmagent.config import Config, TrainConfig, override
 from mmagent.order import Order, Position
 from mmagent.shards import Dataset
+from mmagent.share import Share
 from mmagent.targets import TaskInfo
 
 SAMPLES = TrainConfig.model_fields["micro_batch"].default  # of a step of one worker, times the accumulation
@@ -152,7 +153,13 @@ def _plan(
 ) -> Plan:
     """A plan of one worker whose rows are those of a file."""
     rows = pq.read_metadata(file).num_rows
-    own = {"train.micro_batch": rows, "train.accumulation": 1, "cluster.workers": 1, "zero.engine": "torch"}
+    own = {
+        "train.micro_batch": rows,
+        "train.accumulation": 1,
+        "train.global_batch": rows,
+        "cluster.workers": 1,
+        "zero.engine": "torch",
+    }
     return Plan(
         learner=learner, root=storage.root(), config=override(config, own), tasks=tasks,
         label_weights={}, folder=file.parent, name="fitting", bundle=None, seal="", data=dataset.name,
@@ -170,10 +177,12 @@ def _try(plan: Plan, longest: Path, samples: int, budget: int) -> Iterator[tuple
     engine.set_lr(0.0)
     size, before, now = 1, 0, 0
     while samples % size == 0 and (size < 4 or now + 2 * (now - before) <= budget):
-        layout = replace(stream.layout_of(plan.config), rows_per_rank=size)
+        layout = replace(stream.layout_of(plan.config, 1), share=Share(size, size, 1))
         order = Order([(str(longest), 0, size)], seed=plan.config.seed, window_rows=size)
         (step,) = learner.steps(stream.tables(order, layout, Position(), 1))
-        for batch in step.micros:
+        engine.begin(len(step.micros))
+        for micro in step.micros:
+            batch = moved(micro, engine.device)
             engine.backward(learner.loss(engine.forward(batch), batch))
             engine.step()
         before, now = now, _taken()

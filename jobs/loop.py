@@ -26,6 +26,7 @@ from jobs import failures, spike
 from jobs.checkpoint import Checkpoint, Checkpoints
 from jobs.engine import Engine
 from jobs.meter import Log, Meter
+from jobs.phases import VALIDATION, Phases
 from jobs.spike import Usual
 from jobs.trace import Trace
 from jobs.vigil import Post
@@ -66,6 +67,11 @@ class Learner(Protocol):
         """Of a row that could not be read."""
         ...
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said before the first step."""
+        ...
+
     def begin(self, device: torch.device) -> None:
         """Takes its place beside the model, which is on its device now."""
         ...
@@ -75,7 +81,8 @@ class Learner(Protocol):
         ...
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
-        """For each table of a stream, in turn, its micro-batches."""
+        """For each table of a stream, in turn, its micro-batches, as its rows' numbers cut them; ready to go to the
+        device."""
         ...
 
     def loss(self, out: Batch, batch: Batch) -> torch.Tensor:
@@ -183,30 +190,42 @@ def train(group: Group, plan: Plan) -> None:
     if (failure := group.failure) is not None:
         told = {"count": failure.count, "reason": failure.reason, "pause_s": failure.pause_s}
         log.write({"kind": "restart", "step": state.step, **told})
+    for words in learner.notes if not state.step else ():
+        log.write({"kind": "note", "step": 0, "note": words})
     validation_rows = learner.rows(group.blocks("validation"))
 
     # -- train -------------------------------------------------------------------------------------------------
-    meter = Meter()
+    meter, phases = Meter(), Phases(engine.device)
+    engines.tell(engine, phases)
     feed = Feed(learner.steps, group.blocks("train"))
     done, stopping, stage, saved_s = state.step >= plan.total_steps, 0.0, -1, time.monotonic()
     drained = False
     while not done:
         post.at("data", step=state.step)
+        phases.enter("wait")
         table, taught = feed.next(meter)
+        phases.enter("other")
         seed_step(config.seed, state.step, group.rank)
         if (opened := freeze.stage(model, config.freeze, state.step, plan.total_steps)) != stage:
             freeze.thaw(model, config.freeze, stage := opened)
         rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config), stage)
         passes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # right, known, loss
-        for batch in taught.micros:
+        engine.begin(len(taught.micros))
+        for micro in taught.micros:
             if passes:
+                phases.enter("optimizer")
                 engine.step()
+            phases.enter("copy")
+            batch = engines.moved(micro, engine.device)
             post.at("forward", shapes={name: value.shape for name, value in batch.items()})
+            phases.enter("forward")
             out = engine.forward(batch)
             loss = learner.loss(out, batch) * share.factor
             passes.append((*learner.hits(out, batch), loss.detach()))
             post.at("backward")
+            phases.enter("backward")
             engine.backward(loss)
+        phases.enter("other")
 
         # What one rank knows becomes what all know, before any moves a parameter.
         post.at("collective")
@@ -218,10 +237,11 @@ def train(group: Group, plan: Plan) -> None:
         log_due = first and (meter.since_log_s() >= _LOG_EVERY_S or due)
         save_due = first and _save_due(config, step, time.monotonic() - saved_s)
         mine = [
-            sum(losses), len(losses), taught.bad_rows, taught.cut_rows,
+            sum(losses), share.passes, taught.bad_rows, taught.cut_rows,
             checkpoints.failed, stop, group.drained(), log_due, save_due,
         ]  # fmt: skip
-        total, count, bad, cut, failed, stopping, leaving, logging, saving = group.sum(mine)
+        with phases.within("communication"):
+            total, count, bad, cut, failed, stopping, leaving, logging, saving = group.sum(mine)
         if failed:
             checkpoints.wait()  # raises what the thread met
         state.bad_rows, state.cut_rows = state.bad_rows + int(bad), state.cut_rows + int(cut)
@@ -238,11 +258,13 @@ def train(group: Group, plan: Plan) -> None:
             state.skips_in_row = 0
             state.usual.add(total / count)
             for right, known, loss in passes:
-                meter.add(right, known, share.batch / (share.world * share.passes), loss)
+                meter.add(right, known, loss * (share.batch / (share.world * share.passes)))
         post.at("step")
+        phases.enter("optimizer")
         engine.step()
+        phases.enter("other")
         state.step, state.position = step, plan.order.advance(state.position, share.batch)
-        meter.end_step()
+        meter.end_step(share.batch / share.world)
         if trace is not None:
             trace.write(step, table["id"].to_pylist(), losses)
 
@@ -250,6 +272,7 @@ def train(group: Group, plan: Plan) -> None:
         saving = bool(saving or stopping or noticed or due)
         if (logging or saving) and not state.skips_in_row:
             figures = meter.read(group)
+            figures |= phases.read(group, figures["steps"])
             log.write(
                 {
                     "kind": "train",
@@ -265,6 +288,7 @@ def train(group: Group, plan: Plan) -> None:
             )
         if due:
             post.at("validation", step=state.step)
+            phases.enter(VALIDATION)
             score, metrics = learner.validate(engine, validation_rows, group)
             note(state, score, metrics["loss"], config.train.min_gain)
             found_now = {"main": learner.main, "score": score, **metrics}
@@ -272,8 +296,10 @@ def train(group: Group, plan: Plan) -> None:
         if saving:
             post.at("checkpoint", step=state.step)
             # Only what was validated just now may be taken for the best.
+            phases.enter("checkpoint")
             checkpoints.begin(engine.save, state_dict(state if due else replace(state, score=UNSCORED)))
             saved_s = time.monotonic()
+            phases.enter("other")
             meter.restart()
         if due:
             if plan.bundle is None:  # a trial of a search, which may be ended where it reports

@@ -34,7 +34,6 @@ class Meter:
         self._right: Tensor | float = 0.0
         self._weight: Tensor | float = 0.0
         self._samples = 0.0
-        self._micros = 0
         self._waited = 0.0
         self._interval_steps = 0
 
@@ -43,16 +42,18 @@ class Meter:
         if self._steps >= _SETTLE_STEPS:
             self._wait_s += seconds
 
-    def add(self, right: Tensor, known: Tensor, samples: float, loss: Tensor) -> None:
-        """Of one micro-batch: how many answers are right, of how many; its samples (where they do not divide, their
-        mean); its loss."""
+    def add(self, right: Tensor, known: Tensor, loss: Tensor) -> None:
+        """Of one micro-batch: how many answers are right, of how many; its loss, summed over its samples."""
         self._loss = self._loss + loss.detach()
         self._right = self._right + right
         self._weight = self._weight + known
-        self._samples += samples
-        self._micros += 1
 
-    def end_step(self) -> None:
+    def end_step(self, samples: int) -> None:
+        """
+        Args:
+            samples: of this rank in one optimizer step.
+        """
+        self._samples += samples
         now = time.perf_counter()
         if self._steps >= _SETTLE_STEPS:
             self._busy_s += now - self._step_started
@@ -70,11 +71,11 @@ class Meter:
     def read(self, group: _Group) -> dict[str, float]:
         """The interval's figures over all ranks; begins a new one. Every rank calls it."""
         seconds, steps = self.since_log_s(), self._interval_steps
-        mine = [float(self._loss), float(self._right), float(self._weight), float(self._samples), float(self._micros)]
-        loss, right, weight, samples, micros, waited, took = group.sum([*mine, self._waited, seconds])
+        mine = [float(self._loss), float(self._right), float(self._weight), self._samples]
+        loss, right, weight, samples, waited, took = group.sum([*mine, self._waited, seconds])
         self.restart()
         return {
-            "loss": loss / max(1.0, micros),
+            "loss": loss / max(1.0, samples),
             "accuracy": right / max(1.0, weight),
             "samples": samples,
             "steps": float(steps),

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from jobs.engine import Engine
+from jobs.engine import Engine, pinned
 from jobs.export import export
 from jobs.loop import Plan, Step
 from jobs.validation import answers, calibrations, validate
@@ -19,6 +19,7 @@ from mmagent import freeze, lora, targets
 from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.augment import Words, augment
 from mmagent.batch import Inputs, PartError, Sample
+from mmagent.buckets import cuts
 from mmagent.config import Config
 from mmagent.model import Batch, align_loss
 from mmagent.order import sample_rng
@@ -50,6 +51,10 @@ class Supervised:
     @property
     def last_error(self) -> str:
         return self._batches.last_error
+
+    @property
+    def notes(self) -> list[str]:
+        return self._encoder.unpacked()
 
     def rows(self, tables: Iterator[pa.Table]) -> list[Sample]:
         found = (self._batches.sample(row, None)[0] for table in tables for row in table.to_pylist())
@@ -148,11 +153,10 @@ class Batches:
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
         """For each table of a stream its micro-batches."""
-        size = self.config.train.micro_batch
         for table in tables:
             pairs = [self.sample(row, row["epoch"]) for row in table.to_pylist()]
             samples = [sample for sample, _ in pairs]
-            made = [self.make(samples[at : at + size], train=True) for at in range(0, len(samples), size)]
+            made = [self.make(samples[part], train=True) for part in cuts(table["micro"].to_numpy())]
             yield Step(made, sum(bad for _, bad in pairs), sum(sample.cut > 0 for sample in samples))
 
     def sample(self, row: dict[str, Any], epoch: int | None) -> tuple[Sample, bool]:
@@ -180,10 +184,11 @@ class Batches:
 
     @torch.no_grad()
     def make(self, samples: list[Sample], *, train: bool = False) -> Batch:
-        """The tensors of a micro-batch, with the states of a frozen language model where there is one."""
+        """The tensors of a micro-batch, with the states of a frozen language model where there is one; ready to go to
+        the device."""
         batch = self.inputs.batch(samples)
         if self.frozen is not None:
             batch["text_states"] = self.frozen(batch["ids"], batch["mask"])
             if train and "transcript_ids" in batch:
                 batch["transcript_states"] = self.frozen(batch["transcript_ids"], batch["transcript_mask"])
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        return pinned(batch, self.device)

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jobs.vigil import Alarm
-from mmagent import defaults, storage, wording
+from mmagent import defaults, stalls, storage, wording
 from mmagent.config import Config
 
 if TYPE_CHECKING:  # they bring Ray, which reads its environment when it is imported
@@ -117,6 +117,8 @@ def fit(
         signal.signal(number, handler)
     if "error" in result:
         raise result["error"]
+    if spent := stalls.shares(_lines(folder / "metrics.jsonl")):
+        print(stalls.sentence(spent), flush=True)
     return bool(result["done"])
 
 
@@ -150,6 +152,9 @@ class Follower:
         print(("\r\x1b[K" if self._terminal else "") + line, flush=True)
 
     def _print(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "note":
+            print(row["note"], flush=True)
+            return
         if row["kind"] == "validation":
             self.say(validated(row))
         if row["kind"] in _EVENTS:
@@ -206,10 +211,13 @@ def _read_timing(folder: Path) -> dict[str, float]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def _lines(metrics: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
 def _split_times(work: Run, began: float) -> dict[str, float]:
     """Seconds of starting the workers, training and exporting, from the times of the run's first and last lines."""
-    rows = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
-    mine = [row["time_s"] for row in rows if row["time_s"] >= began] or [began]
+    mine = [row["time_s"] for row in _lines(work.folder / "metrics.jsonl") if row["time_s"] >= began] or [began]
     assert work.plan.bundle is not None
     manifest = json.loads((work.plan.bundle / "manifest.json").read_text())
     return {

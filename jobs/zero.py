@@ -42,6 +42,7 @@ class ZeroEngine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=self._inner, config=zero_config(config, self._world, model)
         )
+        self._passes = self._left = config.share(self._world).passes
         self._stage = config.zero.stage
         self.model: Any = model
         self.device = torch.device(self._engine.device)
@@ -50,11 +51,17 @@ class ZeroEngine:
         out: dict[str, Tensor] = self._engine(batch)
         return out
 
+    def begin(self, micros: int) -> None:
+        self._left = micros
+
     def backward(self, loss: Tensor) -> None:
+        # DeepSpeed counts by a fixed number; gradients are exchanged, and the step taken, where it is told.
+        self._engine.set_gradient_accumulation_boundary(self._left == 1)
         self._engine.backward(loss)
 
     def step(self) -> None:
         self._engine.step()
+        self._left = self._left - 1 or self._passes
 
     def skip(self) -> None:
         close(self._zero)

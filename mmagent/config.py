@@ -308,6 +308,10 @@ class TrainConfig(_Section):
         None, gt=0, description="samples of an optimizer step over all workers; none: cluster.workers x micro_batch x "
         "accumulation. A run keeps it: with other workers or another micro_batch the passes of a worker follow from it",
     )  # fmt: skip
+    micro_tokens: int | None = Field(
+        None, gt=0, description="tokens of a text of one forward pass on one worker, padding with them: a worker's "
+        "samples of an optimizer step are cut into as few passes as hold no more; none: micro_batch samples each",
+    )  # fmt: skip
     eval_every_steps: int = Field(50, gt=0, description="optimizer steps between validations")
     eval_every_epochs: float | None = Field(
         None, gt=0, description="epochs between validations, where that is more than eval_every_steps"

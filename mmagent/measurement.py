@@ -69,8 +69,9 @@ def publish(bench: str, rows: Sequence[Row], checkout: Path, *, keep: bool = Fal
     """
     made, new = machine(), {row.id: row.to_dict() for row in rows}
     file = checkout / "runs" / "bench" / f"{bench}.json"
-    known = json.loads(file.read_text()) if keep and file.exists() else {}
-    before = {row["id"]: row for row in known["rows"]} if known.get("machine") == made else {}
+    known = json.loads(file.read_text()) if keep and file.exists() else {"machine": {}, "rows": []}
+    same = {**known["machine"], "measured": made["measured"]} == made  # at whatever time
+    before = {row["id"]: row for row in known["rows"]} if same else {}
     value = {"bench": bench, "machine": made, "rows": [*(before | new).values()]}
     for folder in (storage.root() / "bench", checkout / "runs" / "bench"):
         storage.publish_json(folder / f"{bench}.json", value)

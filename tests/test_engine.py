@@ -265,6 +265,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gradual": {"zero.stage": 1, "freeze.strategy": "gradual", "optim.name": "sgd", "optim.lr": 0.1},
     "gradual, stage 3": {"zero.stage": 3, "freeze.strategy": "gradual", "optim.name": "sgd", "optim.lr": 0.1},
     "gradual, AdamW": {"zero.stage": 2, "freeze.strategy": "gradual", "optim.lr_backbone": 1e-3},
+    # Steps of three micro-batches, then of one, where the config counts on two.
+    **{f"stage {stage}, as many as fit": {"zero.stage": stage, "train.micro_tokens": 500} for stage in range(4)},
     "again": {"zero.stage": 2, "freeze.strategy": "all", "train.gradient_checkpointing": True},
 }
 ZERO = """
@@ -307,7 +309,11 @@ def run(
         model.eval()
         if config.train.gradient_checkpointing:
             model.backbone.train()  # type: ignore[union-attr]  # its dropout is set to nothing
-        for batch in batches[index : index + 2]:
+        step = batches[index : index + 2]
+        if config.train.micro_tokens:
+            step = [*step, batches[0]] if index % 4 else step[:1]
+            engine.begin(len(step))
+        for batch in step:
             out["losses"] += train(engine, config, [batch], stage=stage)
         if index + 2 == len(batches) // 2:
             engine.save(folder)

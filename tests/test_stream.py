@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections import Counter
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from jobs import stream
 from jobs.stream import Layout
+from mmagent.buckets import cuts
 from mmagent.config import Config, resolve
 from mmagent.order import Order, Position
 from mmagent.record import Media, Record
@@ -225,6 +228,31 @@ def test_a_share_of_the_data_is_whole_row_groups_drawn_by_the_seed(dataset: Data
     assert share(0, 0.5).part(Position()) == half.part(Position())
     assert share(0, 0.0001).rows > 0
     assert share(0, 1.0).rows == ROWS
+
+
+def test_a_step_is_cut_alike_for_all_ranks_by_length(config: Config, tmp_path: Path, make_dataset: Any) -> None:
+    """What is in a step stays; which rank and micro-batch takes it follows the lengths of the texts."""
+    rows = [
+        parse({"id": str(index), "text": "red " * (1 + index * 7 % 23), "label": "red", "split": "train"})
+        for index in range(48)
+    ]
+    order = stream.order_of(make_dataset(tmp_path / "lengths", {"train": rows}), "train", seed=0, window_rows=48)
+    read = functools.partial(stream.read_part, order=order, parts=list(order.parts(Position(), 2, 24)))
+    known = []
+    for alike, tokens in ((True, None), (False, None), (True, 60)):
+        layout = replace(layout_of(config, 2, 24), alike=alike, micro_tokens=tokens)
+        [window] = read({"id": [0]}, layout=layout)
+        steps = [window.slice(start, 24) for start in range(0, len(window), 24)]
+        known.append([sorted(step["id"].to_pylist()) for step in steps])
+        for step in steps:
+            first, second = step.slice(0, 12), step.slice(12, 12)
+            assert (pc.unique(first["rank"]).to_pylist(), pc.unique(second["rank"]).to_pylist()) == ([0], [1])
+            assert first["micro"].equals(second["micro"])
+            lengths = [[len(ids) for ids in part["ids"].to_pylist()] for part in (first, second)]
+            assert alike == (abs(sum(lengths[0]) - sum(lengths[1])) < 8 and lengths[0] == sorted(lengths[0])[::-1])
+            for part in cuts(first["micro"].to_numpy()) if tokens else ():
+                assert max(len(each[part]) * max(each[part]) for each in lengths) <= 60
+    assert known[0] == known[1] == known[2]
 
 
 def test_a_split_is_asked_row_by_row_in_order(dataset: Dataset) -> None:

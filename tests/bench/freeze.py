@@ -128,7 +128,8 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
         stage = freeze.stage(model, config.freeze, step, STEPS)
         freeze.thaw(model, config.freeze, stage)
         engine.set_lr(1.0, stage)
-        for batch in micros:
+        for micro in micros:
+            batch = engines.moved(micro, engine.device)
             engine.backward(supervised.loss_of(engine.forward(batch), batch, tasks, config))
             engine.step()
     seconds = time.perf_counter() - started
