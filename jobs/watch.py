@@ -12,8 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from jobs import diagnosis
 from mmagent import defaults, storage, wording
 from mmagent.config import Config
+from mmagent.shards import Dataset
 
 if TYPE_CHECKING:  # they bring Ray, which reads its environment when it is imported
     from jobs.run import Run
@@ -38,6 +40,8 @@ def complete(
     started = time.time()
     work = run.prepare(config, folder, name=name, bundle=bundle)
     tell(work)
+    for line in diagnosis.known(Dataset.open(storage.folder("data", config.data.name))):
+        print(line, flush=True)
     timing = _read_timing(folder)
     if not work.exported:
         timing = {"start_s": round(time.time() - started, 1)}
