@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -40,8 +41,7 @@ def complete(
     started = time.time()
     work = run.prepare(config, folder, name=name, bundle=bundle)
     tell(work)
-    for line in diagnosis.known(Dataset.open(storage.folder("data", config.data.name))):
-        print(line, flush=True)
+    _warn(config)
     timing = _read_timing(folder)
     if not work.exported:
         timing = {"start_s": round(time.time() - started, 1)}
@@ -61,6 +61,29 @@ def complete(
         + ", ".join(f"{key.removesuffix('_s')} {value:g} s" for key, value in timing.items() if key.endswith("_s"))
     )
     return True
+
+
+def rehearse(config: Config, name: str) -> int:
+    """Tells what a run would train and take, by a few of its steps; the exit status: 1 where it would not fit.
+
+    Raises:
+        DatasetError, BackboneError, RunError, RehearsalError: see `jobs.run` and `jobs.rehearsal`.
+    """
+    from jobs import forecast, rehearsal, run
+
+    with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=storage.root()) as folder:
+        work = run.prepare(config, Path(folder) / name)
+        tell(work)
+        _warn(config)
+        told = forecast.forecast(work.plan, rehearsal.rehearse(work.plan, work.dataset))
+    print("\n".join([*told.lines, *(f"would not fit: {trouble}" for trouble in told.troubles)]))
+    return 1 if told.troubles else 0
+
+
+def _warn(config: Config) -> None:
+    """What the last check of the data set found that matters."""
+    for line in diagnosis.known(Dataset.open(storage.folder("data", config.data.name))):
+        print(line, flush=True)
 
 
 def tell(work: Run) -> None:
