@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
-import resource
 import socket
 import statistics
 import tempfile
@@ -32,7 +31,7 @@ from jobs import stream
 from jobs.loop import Feed, Plan, step_seed
 from jobs.meter import Meter
 from jobs.workers import Group
-from mmagent import freeze, storage
+from mmagent import freeze, measurement, storage
 from mmagent.config import Config
 from mmagent.order import Order, Position
 from mmagent.shards import Dataset
@@ -220,7 +219,7 @@ def _measure(plan: Plan, dataset: Dataset, group: Group) -> Measured:
     feed.close()
     rows = pa.concat_tables(seen)
     step(next(learner.steps(iter([_longest(rows, config)]))), len(times))
-    peak = torch.cuda.max_memory_allocated() if config.cluster.gpu else _resident_peak()
+    peak = torch.cuda.max_memory_allocated() if config.cluster.gpu else measurement.resident_peak()
     looked = learner.rows(iter([rows.slice(0, max(1, _LOOKED_AT // group.world))]))
     return Measured(
         rows=len(looked),
@@ -288,7 +287,3 @@ def _saved(engine: Any, folder: Path, group: Group) -> int:
     engine.save(folder)
     group.all(True)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
