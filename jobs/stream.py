@@ -94,7 +94,9 @@ def training_stream(order: Order, layout: Layout, position: Position, steps: int
     read = functools.partial(read_part, order=order, layout=layout, parts=parts)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a busy cluster may never have.
     windows = ray.data.from_items([{"id": index} for index in range(len(parts))], override_num_blocks=len(parts))
-    rows = windows.map_batches(read, batch_size=1, num_cpus=0.5, memory=None)
+    # Without a wish of its own for CPUs: only then does Ray Data cut a window into blocks in the task that read it, and
+    # not in another, through which all bytes would go once more.
+    rows = windows.map_batches(read, batch_size=1)
     return rows.repartition(target_num_rows_per_block=layout.rows_per_rank)
 
 
