@@ -19,7 +19,7 @@ from mmagent import freeze, lora, targets
 from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.augment import Words, augment
 from mmagent.batch import Inputs, PartError, Sample
-from mmagent.config import Config
+from mmagent.config import AugmentConfig, Config
 from mmagent.model import Batch, align_loss
 from mmagent.order import sample_rng
 from mmagent.reading import View
@@ -170,6 +170,8 @@ class Batches:
             return sample, False
         weight = self.label_weights.get(sample.task, {}).get(sample.record.target.label or "", 1.0)
         sample = replace(sample, weight=sample.weight * weight)
+        if self.config.augment == AugmentConfig():
+            return sample, False
         rng = sample_rng(self.config.seed, epoch, sample.id)
         return augment(sample, self.config.augment, self.words, rng), False
 
