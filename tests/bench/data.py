@@ -116,9 +116,15 @@ def _in_own_process(recipe: Path, name: str, kind: str) -> list[Trace]:
 
 
 def settings(recipe: Path, kind: str) -> Config:
-    """The recipe as both sides read with it: both towers' formats, nothing decoded is kept."""
+    """The recipe as both sides read with it: both towers' formats, nothing changed, nothing decoded is kept."""
     told = [
-        *(f"data.name=bench_data_{kind}", "data.cache_mb=0", f"data.window_rows={WINDOW}", "model.join=output"),
+        *(
+            f"data.name=bench_data_{kind}",
+            "data.cache_mb=0",
+            f"data.window_rows={WINDOW}",
+            "model.join=output",
+            "augment={}",
+        ),
         *(f"train.micro_batch={BATCH}", "train.accumulation=1"),
         *(f"cluster.workers={WORKERS}", "cluster.threads=1", "cluster.max_failures=0"),
     ]

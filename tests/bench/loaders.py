@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmagent import pictures, sounds, text
 from mmagent.config import Config
+from mmagent.record import SCHEMA
 from mmagent.shards import Dataset
 
 COLUMNS = ["messages", "images", "audios", "target"]
@@ -101,7 +103,11 @@ def datasets_loader(dataset: Dataset, window: int, seed: int) -> Any:
     import datasets
 
     files = [str(file) for file in dataset.shard_files("train")]
-    streamed = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, columns=COLUMNS)
+    # Of these columns alone: it knows no maps, and ours has one.
+    features = datasets.Features.from_arrow_schema(pa.schema([SCHEMA.field(column) for column in COLUMNS]))
+    streamed = datasets.load_dataset(
+        "parquet", data_files=files, split="train", streaming=True, columns=COLUMNS, features=features
+    )
     return streamed.shuffle(seed=seed, buffer_size=window).map(lambda row: {"row": row_of(row)}, remove_columns=COLUMNS)
 
 
