@@ -1,7 +1,7 @@
 """The only home of `ray.data`: shards stream through it into training workers, and through predictors in evaluation.
 
-Training: a read task takes one window of the order (`mmagent.order`), reads its rows, looks at the headers of their
-media, tokenises their text and lays them out step by step, rank by rank. The stream is cut into blocks of one rank's
+Training: a read task takes one window of the order (`mmagent.order`), reads its rows, tokenises their text and lays
+them out step by step, rank by rank. The stream is cut into blocks of one rank's
 share of one optimizer step and handed out in turn, so that every rank gets its rows in the same order in every run,
 whatever the timing. A short last batch is filled up with rows of weight 0. Media stay encoded.
 """
@@ -25,7 +25,6 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from mmagent import text
 from mmagent.config import Config
-from mmagent.media import Limits, MediaError, check_audio, check_image
 from mmagent.order import Order, Part, Position
 from mmagent.record import Record
 from mmagent.shards import Dataset
@@ -51,7 +50,6 @@ class Layout:
     rows_per_rank: int  # of one optimizer step
     tokenizer: str
     max_text_tokens: int
-    limits: Limits
 
     @property
     def global_batch(self) -> int:
@@ -82,14 +80,12 @@ def layout_of(config: Config) -> Layout:
         rows_per_rank=config.train.micro_batch * config.train.accumulation,
         tokenizer=text.locate(config.model.backbone),
         max_text_tokens=config.data.max_text_tokens,
-        limits=config.data.media,
     )
 
 
 def training_stream(order: Order, layout: Layout, position: Position, steps: int) -> ray.data.Dataset:
     """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``cut``
-    (how many were left out), ``rank``, ``epoch``, and ``error`` (why its media cannot be read, or empty). To be split
-    among ranks by `split_in_turn`."""
+    (how many were left out), ``rank`` and ``epoch``. To be split among ranks by `split_in_turn`."""
     parts = list(order.parts(position, steps, layout.global_batch))
     read = functools.partial(read_part, order=order, layout=layout, parts=parts)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a busy cluster may never have.
@@ -214,43 +210,14 @@ def _annotate(rows: pa.Table, layout: Layout, epoch: int, rank: np.ndarray, fact
     tokenizer = text.shared_tokenizer(layout.tokenizer)
     words = [text.words(Record.from_row({"id": "", "messages": row})) for row in rows["messages"].to_pylist()]
     known = dict(zip(unique := sorted(set(words)), text.fitted(tokenizer, unique, layout.max_text_tokens), strict=True))
-    errors = _media_errors(rows, layout.limits)
-    factor = factor * np.array([not error for error in errors], np.float32)
     weight = pc.multiply(pc.fill_null(rows["weight"], 1.0).combine_chunks(), pa.array(factor))
     rows = rows.set_column(rows.schema.get_field_index("weight"), "weight", weight)
     extra = {
         "ids": pa.array([known[word][0] for word in words], pa.list_(pa.int64())),
         "cut": pa.array([known[word][1] for word in words], pa.int32()),
-        "error": pa.array(errors),
         "rank": pa.array(rank, pa.int32()),
         "epoch": pa.array(np.full(len(rows), epoch), pa.int32()),
     }
     for name, column in extra.items():
         rows = rows.append_column(name, column)
     return rows
-
-
-def _media_errors(rows: pa.Table, limits: Limits) -> list[str]:
-    """Why a row's media cannot be read, from their headers; empty where they can. Each distinct medium once."""
-    errors = [""] * len(rows)
-    for kind, check in (("images", check_image), ("audios", check_audio)):
-        known: dict[bytes, str] = {}
-        column = rows[kind].combine_chunks()
-        for index, medias in enumerate(column):
-            for media in medias if medias.is_valid else ():
-                data = media["bytes"].as_py()
-                if data not in known:
-                    known[data] = _fault(data, check, limits)
-                if known[data] and not errors[index]:
-                    errors[index] = f"{kind}: {known[data]}"
-    return errors
-
-
-def _fault(data: bytes | None, check: Any, limits: Limits) -> str:
-    if data is None:
-        return "the shard holds no bytes for it"
-    try:
-        check(data, limits)
-    except MediaError as error:
-        return str(error)
-    return ""

@@ -156,9 +156,6 @@ class Batches:
 
     def sample(self, row: dict[str, Any], epoch: int | None) -> tuple[Sample, bool]:
         """A row decoded, augmented where `epoch` is given; a blank of weight 0 and True where it cannot be read."""
-        if row["error"]:
-            self.last_error = f"row {row['id']!r}: {row['error']}"
-            return self._blank(row["id"]), True
         record = Record.from_row(row)
         try:
             targets.check(record)

@@ -78,5 +78,5 @@ def test_a_rate_is_of_the_middle_of_all_consumers() -> None:
 @pytest.mark.slow  # half a minute on a quiet machine: workers of Ray Train start
 def test_ours_gives_every_row(ray_cluster: cluster.Cluster, storage: Path, recipe: Path) -> None:
     data.write("image", storage / "data" / "bench_data_image", ROWS)
-    traces = data.ours("ours", recipe, "image")
+    traces = data.ours(recipe, "image")
     assert [sum(rows for _, rows in trace) for trace in traces] == [ROWS / 2] * 2

@@ -42,7 +42,7 @@ from tests.bench import loaders
 
 RECIPE = Path("jobs/recipes/small.yaml")
 SMALL = os.environ.get("SCALE") == "small"
-ROUNDS, ROWS, STEPS, WARM_STEPS = (1, 512, 12, 4) if SMALL else (3, 16_384, 150, 30)
+ROUNDS, ROWS, STEPS = (1, 512, 12) if SMALL else (3, 16_384, 150)
 WORKERS, BATCH, WINDOW = 2, 32, 1024
 KINDS = {"image": 1.0, "sound": 0.5}  # share of `ROWS`: a sound takes longer
 _COUNTED = (0.2, 0.8)  # of the rows
@@ -55,7 +55,7 @@ def main(recipe: Path = RECIPE, checkout: Path = cluster.CHECKOUT) -> int:
     found, new = cluster.ensure(cluster.record())
     rows: list[Row] = []
     try:
-        best = [ratio for kind, share in KINDS.items() for ratio in _compare(recipe, kind, int(share * ROWS), rows)]
+        ratios = [_compare(recipe, kind, int(share * ROWS), rows) for kind, share in KINDS.items()]
         wait = _wait_share(recipe)
     finally:
         for kind in KINDS:
@@ -64,7 +64,7 @@ def main(recipe: Path = RECIPE, checkout: Path = cluster.CHECKOUT) -> int:
             cluster.stop(found)
             cluster.record().unlink(missing_ok=True)
     rows = [
-        Row("data.vs_best", min(best), "ratio", "rows/s of ours to the best other, the worse of both", ">= 1.0"),
+        Row("data.vs_best", min(ratios), "ratio", "rows/s of ours to the best other, the worse of both", ">= 1.0"),
         Row("data.wait_share", wait, "fraction", "of step time spent waiting for data, pictures", "<= 0.01"),
         *rows,
     ]  # fmt: skip
@@ -73,8 +73,8 @@ def main(recipe: Path = RECIPE, checkout: Path = cluster.CHECKOUT) -> int:
     return 0
 
 
-def _compare(recipe: Path, kind: str, count: int, rows: list[Row]) -> list[float]:
-    """Measures all sides on one kind; adds their figures to `rows`."""
+def _compare(recipe: Path, kind: str, count: int, rows: list[Row]) -> float:
+    """Ours to the best of the others on one kind; adds all their figures to `rows`."""
     dataset = write(kind, storage.folder("data", f"bench_data_{kind}"), count)
     rates: dict[str, list[float]] = {name: [] for name in ("ours", *loaders.LOADERS)}
     for index in range(ROUNDS):
@@ -91,7 +91,7 @@ def _compare(recipe: Path, kind: str, count: int, rows: list[Row]) -> list[float
         rows.append(Row(f"data.{kind}.{name}.mb_per_s", rate * size, "MB/s", f"{kind}: {name}, of encoded rows"))
     ratio = middle["ours"] / max(rate for name, rate in middle.items() if name != "ours")
     rows.append(Row(f"data.{kind}.vs_best", ratio, "ratio", f"{kind}: rows/s of ours to the best of the others"))
-    return [ratio]
+    return ratio
 
 
 def _rate(traces: Sequence[Trace]) -> float:
@@ -103,7 +103,8 @@ def _rate(traces: Sequence[Trace]) -> float:
 
 
 def _in_own_process(recipe: Path, name: str, kind: str) -> list[Trace]:
-    call = f"data.{'ours' if name == 'ours' else 'theirs'}({name!r}, Path({str(recipe)!r}), {kind!r})"
+    side = "data.ours(" if name == "ours" else f"data.theirs({name!r}, "
+    call = f"{side}Path({str(recipe)!r}), {kind!r})"
     program = f"import json; from pathlib import Path; from tests.bench import data; print(json.dumps({call}))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     run = subprocess.run(
@@ -142,7 +143,7 @@ def theirs(name: str, recipe: Path, kind: str) -> list[Trace]:
     return [trace]
 
 
-def ours(_: str, recipe: Path, kind: str) -> list[Trace]:
+def ours(recipe: Path, kind: str) -> list[Trace]:
     """When each batch came, of each worker of Ray Train."""
     cluster.connect()
     import tempfile
@@ -189,7 +190,7 @@ def reader(config: Config, dataset: Dataset, folder: Path) -> Callable[[Any], No
 
 
 def _wait_share(recipe: Path) -> float:
-    """Of the step time of a short training, what it waits for data, behind its first steps."""
+    """Of the step time of a short training, what it waits for data, behind its first ten steps."""
     folder = storage.folder("runs", "bench_data")
     shutil.rmtree(folder, ignore_errors=True)
     options = ["data.name=bench_data_image", f"train.max_steps={STEPS}", f"train.eval_every_steps={STEPS}",
@@ -198,11 +199,9 @@ def _wait_share(recipe: Path) -> float:
     run = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stdout[-2000:]}{run.stderr[-4000:]}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    counted = [row for row in rows if row["kind"] == "train" and row["step"] - row["steps"] >= WARM_STEPS]
-    seconds = [row["samples"] / row["samples_per_s"] for row in counted]
+    share = float(json.loads((folder / "timing.json").read_text())["wait_share"])
     shutil.rmtree(folder)
-    return sum(row["wait_share"] * each for row, each in zip(counted, seconds, strict=True)) / sum(seconds)
+    return share
 
 
 # ---------------------------------------------------------------------------------------------- material

@@ -4,13 +4,14 @@
 
 Two gloo ranks train a random BERT of 109 million parameters for two steps at each stage. Behind the second backward
 pass, when all three are there, every live storage is counted once, by what it is. The ZeRO paper's formula
-(arXiv:1910.02054, section 3 and 5) is of mixed precision; ours is fp32, as the engine trains: with N ranks each holds
+(arXiv:1910.02054, sections 3 and 5) is of mixed precision; ours is fp32, as the engine trains. Of N ranks each holds,
+in bytes for a parameter:
 
-    stage   weights   gradients   optimizer             bytes for a parameter: 4 for a weight and for a gradient, 8 for
-    0       4         4           8                     Adam's moments; at the stages 1 and 2 DeepSpeed keeps a copy of
-    1       4         4           (8 + 4) / N           its own share of the weights, in fp32 too; at stage 3 the share
-    2       4         4 / N       (8 + 4) / N           is the weight itself
-    3       4 / N     4 / N       8 / N
+    stage   weights   gradients   optimizer
+    0       4         4           8             Adam's moments
+    1       4         4           12 / N        and a copy of its share of the weights, which DeepSpeed steps on and
+    2       4         4 / N       12 / N        keeps in fp32 whatever the weights are
+    3       4 / N     4 / N       12 / N
 
 Then a run goes once over N shards, and over ten times as many, each in a process of its own: what it needs at its peak
 must not grow with the data.
@@ -62,11 +63,10 @@ _LABELS = ("red", "green", "blue", "black")
 
 def per_parameter(stage: int, ranks: int) -> dict[str, float]:
     """Bytes that a rank holds for each parameter that learns."""
-    copy = 4 if stage in (1, 2) else 0
     return {
         "weights": 4 / (ranks if stage == 3 else 1),
         "gradients": 4 / (ranks if stage >= 2 else 1),
-        "optimizer": (8 + copy) / (ranks if stage >= 1 else 1),
+        "optimizer": (8 + 4) / ranks if stage >= 1 else 8,
     }
 
 
@@ -182,7 +182,7 @@ def holdings(model: nn.Module, optimizer: Any) -> dict[str, float]:
             [getattr(weight, "grad_accum", None) for weight in weights],
             [getattr(optimizer, name, None) for name in ("averaged_gradients", "grad_partitions_flat_buffer")],
         ],
-        "optimizer": [stepped, list(inner.state.values())],
+        "optimizer": [stepped, list(inner.state), list(inner.state.values())],
         "other": [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)],
     }
     seen: set[int] = set()
