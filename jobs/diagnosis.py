@@ -27,18 +27,22 @@ def warnings(found: Mapping[str, Any]) -> list[str]:
     return told + list(_of_rates(found)) + list(_of_labels(found["splits"]))
 
 
+def read(dataset: Dataset) -> dict[str, Any] | None:
+    """The last check of a data set; none where there was none, or of other shards than those that are there now."""
+    file = dataset.path / FILE
+    found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+    return found if found is not None and found["shards"] == fingerprint(dataset) else None
+
+
 def known(dataset: Dataset) -> list[str]:
     """The warnings of the last check, as the start of a training tells them; nothing is decoded again."""
+    if (found := read(dataset)) is not None:
+        return [f"warning: {line}" for line in found["warnings"]]
+    counted = {"train": {"labels": {name: _ordered(task.counts) for name, task in dataset.tasks.items()}}}
+    old = f" ({FILE} is of other shards)" if (dataset.path / FILE).exists() else ""
     command = f"python -m jobs.prepare --check --name {dataset.name}"
-    file = dataset.path / FILE
-    if not file.exists():
-        counted = {"train": {"labels": {name: _ordered(task.counts) for name, task in dataset.tasks.items()}}}
-        lines = [f"warning: {line}" for line in _of_labels(counted)]
-        return [*lines, f"{dataset.name} is not checked for leaks, silent sounds and the like: {command}"]
-    found = json.loads(file.read_text())
-    if found["shards"] != fingerprint(dataset):
-        return [f"{file} is of other shards than those that are there now: {command}"]
-    return [f"warning: {line}" for line in found["warnings"]]
+    told = f"{dataset.name} is not checked for leaks, silent sounds and the like{old}: {command}"
+    return [*(f"warning: {line}" for line in _of_labels(counted)), told]
 
 
 def fingerprint(dataset: Dataset) -> str:

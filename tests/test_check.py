@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import soundfile
 import yaml
 from PIL import Image
 
-from jobs import diagnosis
+from jobs import diagnosis, page
 from jobs.prepare import main
 from mmagent import symptoms
 from mmagent.record import Media, Record
@@ -116,8 +117,11 @@ def test_a_training_begins_with_what_was_found(dataset: Dataset) -> None:
     assert "not checked" in diagnosis.known(dataset)[-1]
     found = run()
     assert diagnosis.known(dataset) == [f"warning: {line}" for line in found["warnings"]]
+    [(_, _, section)] = page._checked(dataset)
+    assert all(escape(line) in section for line in found["warnings"])
     dataset.info["splits"]["train"]["shards"][0]["sha256"] = "other"
-    assert "of other shards" in diagnosis.known(dataset)[0]
+    assert "check.json is of other shards" in diagnosis.known(dataset)[-1]
+    assert page._checked(dataset) == []
 
 
 def test_rare_labels_are_told_without_a_check(
