@@ -133,6 +133,13 @@ def test_an_epoch_as_the_ranks_see_it(dataset: Dataset, config: Config) -> None:
     assert [names(blocks) for blocks in rest] == [names(blocks[4:]) for blocks in ranks]
 
 
+def test_a_window_is_cut_into_blocks_by_the_task_that_reads_it(dataset: Dataset, config: Config) -> None:
+    """In another task all its bytes would go through the object store once more."""
+    made = stream.training_stream(order_of(dataset, config), stream.layout_of(config), Position(), 6)
+    assert [len(block) for block in made.iter_batches(batch_size=None, batch_format="pyarrow")] == [6] * 12
+    assert "->StreamingRepartition" in made.stats()
+
+
 def test_the_stream_goes_on_into_the_next_epoch(dataset: Dataset, config: Config) -> None:
     order, layout = order_of(dataset, config), stream.layout_of(config)
     one = order.steps(1, 12)
