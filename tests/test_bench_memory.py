@@ -13,7 +13,6 @@ import yaml
 from torch import nn
 
 from jobs.rehearsal import together
-from mmagent.config import resolve
 from tests.bench import figures, memory
 
 
@@ -26,11 +25,8 @@ def test_the_formula_by_hand() -> None:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_what_zero_holds_is_what_the_formula_says(stage: int) -> None:
     """Stages 0 and 2 are left to `make bench-memory`: a stage takes ten seconds."""
-    config = resolve(
-        {"data": {"name": "none"}, "model": {"backbone": "none"}},
-        {"zero.stage": stage, "cluster.workers": 2, "train.micro_batch": 2, "train.precision": "fp32"},
-    )
-    ranks: list[dict[str, float]] = together(functools.partial(memory.hold, config, (5_000, 512, 2)), 2, config)
+    config = memory.settings(stage)
+    ranks: list[dict[str, float]] = together(functools.partial(memory.hold, config, (20_000, 320, 8)), 2, config)
     for found in ranks:
         for part, size in memory.per_parameter(stage, 2).items():
             assert found[part] == pytest.approx(size * found["parameters"], rel=0.05), part

@@ -2,8 +2,9 @@
 
     make bench-memory           (python -m tests.bench.memory; SCALE=small for a short one)
 
-Two gloo ranks train a random BERT of 109 million parameters for two steps at each stage. Behind the second backward
-pass, when all three are there, every live storage is counted once, by what it is. The ZeRO paper's formula
+Two gloo ranks train a random BERT of 109 million parameters at each stage: one update of two micro-batches, and one
+micro-batch more. Then, in the middle of an accumulation, when all three are there, every live storage is counted once,
+by what it is. The ZeRO paper's formula
 (arXiv:1910.02054, sections 3 and 5) is of mixed precision; ours is fp32, as the engine trains. Of N ranks each holds,
 in bytes for a parameter:
 
@@ -55,9 +56,11 @@ RECIPE = Path("jobs/recipes/small.yaml")
 WORLD, STAGES = 2, (0, 1, 2, 3)
 PARTS = ("weights", "gradients", "optimizer")
 # (vocabulary, width, layers): a BERT base; the small one still has matrices that stage 3 shares out.
-SIZE = (5_000, 512, 2) if SMALL else (30_522, 768, 12)
+SIZE = (20_000, 320, 8) if SMALL else (30_522, 768, 12)
 MODELS = {"0.1B": 0.1e9, "7B": 7e9, "70B": 70e9}
 GPUS = (8, 64, 1024)
+# Where DeepSpeed's optimizers of the stages 1 to 3 keep them.
+_GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer")
 _LABELS = ("red", "green", "blue", "black")
 
 
@@ -137,14 +140,19 @@ class Bert(nn.Module):
 
 def _of_stage(stage: int) -> dict[str, float]:
     """The bytes of the ranks' parts, the larger of each; ranks differ by what does not divide."""
-    settings = {"zero.stage": stage, "cluster.workers": WORLD, "train.micro_batch": 2, "train.precision": "fp32"}
-    config = configs.resolve({"data": {"name": "none"}, "model": {"backbone": "none"}}, settings)
+    config = settings(stage)
     ranks: list[dict[str, float]] = together(functools.partial(hold, config, SIZE), WORLD, config)
     return {key: max(rank[key] for rank in ranks) for key in ranks[0]}
 
 
+def settings(stage: int) -> Config:
+    zero = {"zero.stage": stage, "cluster.workers": WORLD, "train.precision": "fp32"}
+    batch = {"train.micro_batch": 2, "train.accumulation": 2}
+    return configs.resolve({"data": {"name": "none"}, "model": {"backbone": "none"}}, {**zero, **batch})
+
+
 def hold(config: Config, size: tuple[int, int, int], group: Group) -> dict[str, float]:
-    """One rank: two steps but the last update; the bytes of what it holds then."""
+    """One rank: an update and half of another; the bytes of what it holds then."""
     from jobs import engine as engines
 
     torch.manual_seed(0)
@@ -152,12 +160,11 @@ def hold(config: Config, size: tuple[int, int, int], group: Group) -> dict[str, 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     groups = [{"params": list(model.parameters()), "peak_lr": 1e-4, "lr": 1e-4, "stage": 0, "weight_decay": 0.01}]
     engine: Any = engines.make(model, groups, config)
-    for step in range(2):
+    for _ in range(config.train.accumulation + 1):
         engine.set_lr(1.0)
         ids = torch.randint(0, size[0], (config.train.micro_batch, 16))
         engine.backward(engine.forward({"ids": ids})["states"].square().mean())
-        if step == 0:
-            engine.step()
+        engine.step()
     gc.collect()
     return {
         "parameters": parameters,
@@ -180,7 +187,7 @@ def holdings(model: nn.Module, optimizer: Any) -> dict[str, float]:
         "gradients": [
             [each.grad for each in (*weights, *stepped)],
             [getattr(weight, "grad_accum", None) for weight in weights],
-            [getattr(optimizer, name, None) for name in ("averaged_gradients", "grad_partitions_flat_buffer")],
+            [getattr(optimizer, name, None) for name in _GRADIENTS],
         ],
         "optimizer": [stepped, list(inner.state), list(inner.state.values())],
         "other": [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)],
