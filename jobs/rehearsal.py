@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
-import multiprocessing.connection
 import os
-import socket
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +20,12 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 
 from jobs import engine as engines
 from jobs import stream
 from jobs.loop import Feed, Plan, step_seed
 from jobs.meter import Meter
+from jobs.ranks import together
 from jobs.workers import Group
 from mmagent import freeze, measurement, storage
 from mmagent.config import Config
@@ -41,12 +37,10 @@ _STEPS = (3, 20)  # measured: at least, at most
 _LONG_ENOUGH_S = 15.0
 _LOOKED_AT = 512  # rows whose tokens are counted, over all ranks
 _VALIDATED = 64  # rows of the measured validation, over all ranks
-_KILLED = -9
-_DEATH_S = 0.5
 
 
 class RehearsalError(RuntimeError):
-    """The rehearsed run failed; the message is its own."""
+    """A run that cannot be rehearsed on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +81,8 @@ def rehearse(plan: Plan, dataset: Dataset) -> Rehearsal:
         plan: of a run whose folder may be written into.
 
     Raises:
-        RehearsalError: a step failed, or its process was killed.
+        RehearsalError: it wants a GPU, and there is none.
+        RanksFailed: a step failed, or its process was killed.
     """
     world = _world(plan.config)
     gpu = plan.config.cluster.gpu
@@ -102,87 +97,6 @@ def _world(config: Config) -> int:
     if not room:
         raise RehearsalError("cluster.gpu=true, but this machine has no GPU to rehearse on: cluster.gpu=false")
     return config.cluster.workers if config.cluster.workers <= room else 1
-
-
-def together(work: Callable[[Group], Any], world: int, config: Config) -> list[Any]:
-    """Runs `work` in processes that form a group, without Ray; what each rank gives back, in their order.
-
-    Args:
-        work: importable, with what it takes.
-
-    Raises:
-        RehearsalError: one of them failed or was killed; the others are ended.
-    """
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="mmagent-group-") as meeting:
-        pipes = [context.Pipe(duplex=False) for _ in range(world)]
-        processes = [
-            context.Process(target=_entry, args=(work, rank, world, config, f"{meeting}/store", sender), daemon=True)
-            for rank, (_, sender) in enumerate(pipes)
-        ]
-        try:
-            for process, (_, sender) in zip(processes, pipes, strict=True):
-                process.start()
-                sender.close()  # so that the end of the process is the end of its pipe
-            return _answers(processes, [receiver for receiver, _ in pipes])
-        finally:
-            for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
-
-
-def _answers(processes: list[Any], receivers: list[Any]) -> list[Any]:
-    found: dict[int, Any] = {}
-    while len(found) < len(receivers):
-        waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in found]
-        for ready in multiprocessing.connection.wait(waiting):
-            rank = next(rank for rank, receiver in enumerate(receivers) if receiver is ready)
-            try:
-                failed, found[rank] = receivers[rank].recv()
-            except EOFError:
-                processes[rank].join()
-                raise RehearsalError(_last_words(processes[rank].exitcode)) from None
-            if failed:
-                for process in processes:
-                    process.join(_DEATH_S)  # another's end may be the cause of what this one says
-                killed = any(process.exitcode == _KILLED for process in processes)
-                raise RehearsalError(_last_words(_KILLED) if killed else found[rank])
-    return [found[rank] for rank in range(len(receivers))]
-
-
-def _last_words(status: int | None) -> str:
-    if status == _KILLED:
-        return (
-            "a worker was killed, most likely by the kernel for memory: it does not fit; lower train.micro_batch "
-            "(train.accumulation makes up for it), freeze more, or give zero.stage=2 or 3 and more workers"
-        )
-    return f"a worker ended with status {status} and said nothing"
-
-
-def _entry(work: Callable[[Group], Any], rank: int, world: int, config: Config, store: str, sender: Any) -> None:
-    """One process of a group, as Ray Train would have set it up."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }  # the group meets in a file; DeepSpeed wants them set
-    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    os.environ |= {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}
-    torch.set_num_threads(config.cluster.threads)
-    if config.cluster.gpu:
-        torch.cuda.set_device(rank)
-    backend = "nccl" if config.cluster.gpu else "gloo"
-    try:
-        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
-        sender.send((False, work(Group(rank=rank, world=world, blocks=_no_stream, report=print))))
-        dist.destroy_process_group()
-    except Exception as error:  # noqa: BLE001  told by the parent
-        sender.send((True, f"{type(error).__name__}: {error}" if str(error) else repr(error)))
-
-
-def _no_stream(name: str) -> Iterator[pa.Table]:
-    raise AssertionError(f"a rehearsal reads its rows itself, but the stream {name!r} was asked for")
 
 
 def _measure(plan: Plan, dataset: Dataset, group: Group) -> Measured:

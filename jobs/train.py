@@ -92,9 +92,10 @@ def user_errors(*more: type[BaseException]) -> tuple[type[BaseException], ...]:
 
         known += [RunError, WorkersFailed, BundleError, EvaluationError]
     if "jobs.rehearsal" in sys.modules:
+        from jobs.ranks import RanksFailed
         from jobs.rehearsal import RehearsalError
 
-        known += [RehearsalError]
+        known += [RanksFailed, RehearsalError]
     return tuple(known)
 
 

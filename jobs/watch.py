@@ -67,7 +67,7 @@ def rehearse(config: Config, name: str) -> int:
     """Tells what a run would train and take, by a few of its steps; the exit status: 1 where it would not fit.
 
     Raises:
-        DatasetError, BackboneError, RunError, RehearsalError: see `jobs.run` and `jobs.rehearsal`.
+        DatasetError, BackboneError, RunError, RehearsalError, RanksFailed: see `jobs.run` and `jobs.rehearsal`.
     """
     from jobs import forecast, rehearsal, run
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from jobs.rehearsal import together
+from jobs.ranks import together
 from tests.bench import figures, memory
 
 

@@ -18,7 +18,6 @@ from PIL import Image
 
 from jobs import diagnosis, page
 from jobs.prepare import main
-from mmagent import symptoms
 from mmagent.record import Media, Record
 from mmagent.rows import parse
 from mmagent.shards import Dataset
@@ -162,15 +161,3 @@ def test_a_data_set_is_made_and_checked_in_one_command(storage: Path, tmp_path: 
     assert main(["--source", f"jsonl:{tmp_path / 'rows.jsonl'}", "--name", "d", "--workers", "1", "--check"]) == 0
     found = json.loads((_folder() / diagnosis.FILE).read_text())
     assert sum(about["rows"] for about in found["splits"].values()) == 60
-
-
-def test_symptoms_are_told_from_what_is_only_dark_quiet_or_loud() -> None:
-    noise = np.random.default_rng(0)
-    assert symptoms.of_picture(np.full((8, 8, 3), 7, np.uint8)) == "blank"
-    assert symptoms.of_picture(noise.integers(0, 9, (8, 8, 3), np.uint8)) == ""
-    wave = np.sin(np.arange(8000) * 0.05).astype(np.float32)
-    assert symptoms.of_sound(wave * 5e-4) == "silent"
-    assert symptoms.of_sound(np.zeros(0, np.float32)) == "silent"
-    assert symptoms.of_sound(wave * 0.005) == ""
-    assert symptoms.of_sound(np.clip(wave * 2, -1, 1)) == "clipped"
-    assert symptoms.of_sound(wave * 0.99) == ""

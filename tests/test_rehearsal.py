@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,8 @@ import yaml
 
 from jobs import rehearsal, train
 from jobs.forecast import forecast
-from jobs.rehearsal import Measured, Rehearsal, RehearsalError, together
-from jobs.workers import Group
-from mmagent.config import Config, resolve
+from jobs.rehearsal import Measured, Rehearsal, RehearsalError
+from mmagent.config import resolve
 from mmagent.record import Record
 from mmagent.rows import parse
 from mmagent.shards import Dataset
@@ -86,34 +83,7 @@ def test_what_would_not_fit_is_said(recipe: Path, tiny_recipe: dict[str, Any]) -
     assert "4.0 GB of checkpoints and bundle on a disk with 3.0 GB free" in disk
 
 
-def killed(group: Group) -> None:
-    if group.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    group.all(True)
-
-
-def failed(group: Group) -> None:
-    if group.rank == 0:
-        raise ValueError("no such thing")
-    group.all(True)
-
-
-@pytest.fixture
-def config(tiny_recipe: dict[str, Any]) -> Config:
-    return resolve(tiny_recipe, {"cluster.workers": 2})
-
-
-def test_a_worker_that_is_killed_is_told_as_memory(config: Config) -> None:
-    with pytest.raises(RehearsalError, match=r"killed, most likely by the kernel for memory.*train\.micro_batch"):
-        together(killed, 2, config)
-
-
-def test_the_error_of_a_worker_is_told_and_the_others_end(config: Config) -> None:
-    with pytest.raises(RehearsalError, match="ValueError: no such thing"):
-        together(failed, 2, config)
-
-
-def test_a_machine_without_a_gpu_says_so(config: Config, tiny_recipe: dict[str, Any]) -> None:
+def test_a_machine_without_a_gpu_says_so(tiny_recipe: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RehearsalError, match=r"cluster\.gpu=false"):
             rehearsal._world(resolve(tiny_recipe, {"cluster.gpu": True}))

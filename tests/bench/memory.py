@@ -39,7 +39,7 @@ from PIL import Image
 from torch import nn
 
 from jobs import cluster
-from jobs.rehearsal import together
+from jobs.ranks import together
 from jobs.workers import Group
 from mmagent import config as configs
 from mmagent import measurement, storage
