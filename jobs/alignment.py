@@ -152,9 +152,6 @@ class Aligned:
 
     def _sample(self, row: dict[str, Any], epoch: int | None) -> tuple[Sample, bool]:
         blank = replace(self._blank, record=replace(self._blank.record, id=row["id"]))
-        if row["error"]:
-            self.last_error = f"row {row['id']!r}: {row['error']}"
-            return blank, True
         try:
             sample = self._inputs.sample(
                 Record.from_row(row), View(np.asarray(row["ids"], dtype=np.int64), cut=row["cut"])

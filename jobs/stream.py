@@ -1,10 +1,10 @@
 """The only home of `ray.data`: shards stream through it into training workers, and through predictors in evaluation.
 
-Training: a read task takes one window of the order (`mmagent.order`), reads its rows, looks at the headers of their
-media, tokenises their text and lays them out step by step, rank by rank, texts of one length together in a step
-(`mmagent.buckets`). The stream is cut into blocks of one rank's share of one optimizer step and handed out in turn, so
-that every rank gets its rows in the same order in every run, whatever the timing. Where a batch is short or does not
-divide, rows of weight 0 fill it up. Media stay encoded.
+Training: a read task takes one window of the order (`mmagent.order`), reads its rows, tokenises their text and lays
+them out step by step, rank by rank, texts of one length together in a step (`mmagent.buckets`). The stream is cut into
+blocks of one rank's share of one optimizer step and handed out in turn, so that every rank gets its rows in the same
+order in every run, whatever the timing. Where a batch is short or does not divide, rows of weight 0 fill it up. Media
+stay encoded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from mmagent import text
 from mmagent.buckets import Buckets
 from mmagent.config import Config
-from mmagent.media import Limits, MediaError, check_audio, check_image
 from mmagent.order import Order, Part, Position
 from mmagent.record import Record
 from mmagent.shards import Dataset
@@ -55,7 +54,6 @@ class Layout:
     alike: bool  # whether samples of one length share a micro-batch
     tokenizer: str
     max_text_tokens: int
-    limits: Limits
 
     @property
     def buckets(self) -> Buckets:
@@ -89,7 +87,6 @@ def layout_of(config: Config, world: int) -> Layout:
         alike=not compares(config),
         tokenizer=text.locate(config.model.backbone),
         max_text_tokens=config.data.max_text_tokens,
-        limits=config.data.media,
     )
 
 
@@ -100,13 +97,15 @@ def compares(config: Config) -> bool:
 
 def training_stream(order: Order, layout: Layout, position: Position, steps: int) -> ray.data.Dataset:
     """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``cut``
-    (how many were left out), ``rank``, ``micro`` (the number of its micro-batch), ``epoch``, and ``error`` (why its
-    media cannot be read, or empty). To be split among ranks by `split_in_turn`."""
+    (how many were left out), ``rank``, ``micro`` (the number of its micro-batch) and ``epoch``. To be split among ranks
+    by `split_in_turn`."""
     parts = list(order.parts(position, steps, layout.share.batch))
     read = functools.partial(read_part, order=order, layout=layout, parts=parts)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a busy cluster may never have.
     windows = ray.data.from_items([{"id": index} for index in range(len(parts))], override_num_blocks=len(parts))
-    rows = windows.map_batches(read, batch_size=1, num_cpus=0.5, memory=None)
+    # Without a wish of its own for CPUs: only then does Ray Data cut a window into blocks in the task that read it, and
+    # not in another, through which all bytes would go once more.
+    rows = windows.map_batches(read, batch_size=1)
     return rows.repartition(target_num_rows_per_block=layout.share.rows)
 
 
@@ -204,7 +203,7 @@ def read_part(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, par
         place, rank, micro = _dealt(np.array([len(ids) for ids, _ in words]), factor > 0, layout.buckets)
         rows = stored.take(pa.array(taken[place]))
         marks = {"rank": rank, "micro": micro, "epoch": np.full(len(rows), part.epoch)}
-        yield _annotate(rows, layout, [words[index] for index in place], factor[place], marks)
+        yield _annotate(rows, [words[index] for index in place], factor[place], marks)
 
 
 def _filled(rows: np.ndarray, steps: int, share: Share) -> tuple[np.ndarray, np.ndarray]:
@@ -236,45 +235,15 @@ def _words(messages: pa.ChunkedArray, layout: Layout) -> list[tuple[np.ndarray, 
 
 
 def _annotate(
-    rows: pa.Table, layout: Layout, words: Sequence[tuple[np.ndarray, int]], factor: np.ndarray,
-    marks: dict[str, np.ndarray],
-) -> pa.Table:  # fmt: skip
-    errors = _media_errors(rows, layout.limits)
-    factor = factor * np.array([not error for error in errors], np.float32)
+    rows: pa.Table, words: Sequence[tuple[np.ndarray, int]], factor: np.ndarray, marks: dict[str, np.ndarray]
+) -> pa.Table:
     weight = pc.multiply(pc.fill_null(rows["weight"], 1.0).combine_chunks(), pa.array(factor))
     rows = rows.set_column(rows.schema.get_field_index("weight"), "weight", weight)
     extra = {
         "ids": pa.array([ids for ids, _ in words], pa.list_(pa.int64())),
         "cut": pa.array([cut for _, cut in words], pa.int32()),
-        "error": pa.array(errors),
         **{name: pa.array(value, pa.int32()) for name, value in marks.items()},
     }
     for name, column in extra.items():
         rows = rows.append_column(name, column)
     return rows
-
-
-def _media_errors(rows: pa.Table, limits: Limits) -> list[str]:
-    """Why a row's media cannot be read, from their headers; empty where they can. Each distinct medium once."""
-    errors = [""] * len(rows)
-    for kind, check in (("images", check_image), ("audios", check_audio)):
-        known: dict[bytes, str] = {}
-        column = rows[kind].combine_chunks()
-        for index, medias in enumerate(column):
-            for media in medias if medias.is_valid else ():
-                data = media["bytes"].as_py()
-                if data not in known:
-                    known[data] = _fault(data, check, limits)
-                if known[data] and not errors[index]:
-                    errors[index] = f"{kind}: {known[data]}"
-    return errors
-
-
-def _fault(data: bytes | None, check: Any, limits: Limits) -> str:
-    if data is None:
-        return "the shard holds no bytes for it"
-    try:
-        check(data, limits)
-    except MediaError as error:
-        return str(error)
-    return ""

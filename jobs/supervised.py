@@ -20,7 +20,7 @@ from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.augment import Words, augment
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.buckets import cuts
-from mmagent.config import Config
+from mmagent.config import AugmentConfig, Config
 from mmagent.model import Batch, align_loss
 from mmagent.order import sample_rng
 from mmagent.reading import View
@@ -161,9 +161,6 @@ class Batches:
 
     def sample(self, row: dict[str, Any], epoch: int | None) -> tuple[Sample, bool]:
         """A row decoded, augmented where `epoch` is given; a blank of weight 0 and True where it cannot be read."""
-        if row["error"]:
-            self.last_error = f"row {row['id']!r}: {row['error']}"
-            return self._blank(row["id"]), True
         record = Record.from_row(row)
         try:
             targets.check(record)
@@ -175,6 +172,8 @@ class Batches:
             return sample, False
         weight = self.label_weights.get(sample.task, {}).get(sample.record.target.label or "", 1.0)
         sample = replace(sample, weight=sample.weight * weight)
+        if self.config.augment == AugmentConfig():
+            return sample, False
         rng = sample_rng(self.config.seed, epoch, sample.id)
         return augment(sample, self.config.augment, self.words, rng), False
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from jobs import diagnosis
 from jobs.vigil import Alarm
 from mmagent import defaults, stalls, storage, wording
 from mmagent.config import Config
+from mmagent.shards import Dataset
 
 if TYPE_CHECKING:  # they bring Ray, which reads its environment when it is imported
     from jobs.run import Run
@@ -40,6 +43,7 @@ def complete(
     started = time.time()
     work = run.prepare(config, folder, name=name, bundle=bundle)
     tell(work)
+    _warn(config)
     timing = _read_timing(folder)
     if not work.exported:
         timing = {"start_s": round(time.time() - started, 1)}
@@ -59,6 +63,29 @@ def complete(
         + ", ".join(f"{key.removesuffix('_s')} {value:g} s" for key, value in timing.items() if key.endswith("_s"))
     )
     return True
+
+
+def rehearse(config: Config, name: str) -> int:
+    """Tells what a run would train and take, by a few of its steps; the exit status: 1 where it would not fit.
+
+    Raises:
+        DatasetError, BackboneError, RunError, RehearsalError, RanksFailed: see `jobs.run` and `jobs.rehearsal`.
+    """
+    from jobs import estimate, rehearsal, run
+
+    with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=storage.root()) as folder:
+        work = run.prepare(config, Path(folder) / name)
+        tell(work)
+        _warn(config)
+        told = estimate.forecast(work.plan, rehearsal.rehearse(work.plan, work.dataset))
+    print("\n".join([*told.lines, *(f"would not fit: {trouble}" for trouble in told.troubles)]))
+    return 1 if told.troubles else 0
+
+
+def _warn(config: Config) -> None:
+    """What the last check of the data set found that matters."""
+    for line in diagnosis.known(Dataset.open(storage.folder("data", config.data.name))):
+        print(line, flush=True)
 
 
 def tell(work: Run) -> None:

@@ -33,7 +33,7 @@ from mmagent.config import Config
 __all__ = ["Final", "Group", "WorkersFailed", "release", "room", "run"]
 
 _RELEASE_TIMEOUT_S = 30.0
-_DATA_CPUS = 1.6  # left for the tasks of a stream: reading asks for 0.5, cutting into blocks for 1
+_DATA_CPUS = 1.6  # left for the tasks of a stream: reading asks for 1
 
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 

@@ -9,6 +9,7 @@ last of a window may be short, and workers share each one out (`mmagent.share`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -112,4 +113,5 @@ class Order:
 
 def sample_rng(seed: int, epoch: int, sample_id: str) -> np.random.Generator:
     """The random numbers that augment one sample in one epoch, whoever asks and whenever."""
-    return np.random.default_rng([seed, epoch, *sample_id.encode()])
+    name = hashlib.blake2b(f"{seed} {epoch} {sample_id}".encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(name, "little"))
