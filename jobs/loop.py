@@ -264,7 +264,7 @@ def train(group: Group, plan: Plan) -> None:
         engine.step()
         phases.enter("other")
         state.step, state.position = step, plan.order.advance(state.position, share.batch)
-        meter.end_step(share.batch / share.world)
+        meter.end_step(0.0 if fault else share.batch / share.world)
         if trace is not None:
             trace.write(step, table["id"].to_pylist(), losses)
 

@@ -48,7 +48,7 @@ class Meter:
         self._right = self._right + right
         self._weight = self._weight + known
 
-    def end_step(self, samples: int) -> None:
+    def end_step(self, samples: float) -> None:
         """
         Args:
             samples: of this rank in one optimizer step.

@@ -143,6 +143,7 @@ def _fit(
     workers = _workers(config)
     cpus = _cpus_of_a_worker(config, workers)
     entry: Any = _entry  # what Ray declares is its first Train, which took no return value and other callbacks
+    given: Any = {name: functools.partial(_as_it_is, make) for name, make in streams.items()}
     watching: Any = _Failures(folder, config, start)
     trainer: Any = TorchTrainer(
         entry,
@@ -151,7 +152,7 @@ def _fit(
             num_workers=workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus)
         ),
         torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
-        datasets={name: functools.partial(_as_it_is, make) for name, make in streams.items()},
+        datasets=given,
         # What others hold is none of the readers' either.
         dataset_config=_InTurn(cpus * workers + ray.cluster_resources().get("CPU", 0.0) - _free("CPU")),
         run_config=RunConfig(

@@ -128,7 +128,7 @@ class TextEncoder(nn.Module):
         # A pooler makes one vector that nothing here reads; left in, its parameters would never get a gradient.
         for part in (model, getattr(model, "encoder", None)):  # of a pair made of two checkpoints it stands inside
             if getattr(part, "pooler", None) is not None:
-                part.pooler = None  # type: ignore[union-attr, assignment]
+                part.pooler = None  # type: ignore[union-attr]
         self.max_tokens = _max_tokens(model)
         # A decoder would keep every layer's keys and values for a next token that nobody asks for.
         self._options, self._reading = _without_cache(model), _without_cache(self.reads)

@@ -112,7 +112,7 @@ def test_a_run_moves_from_machines_that_go_away(
         finally:
             driver.kill()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kind = {kill: "restart", drain: "drain"}[hurt]
+    kind = "restart" if hurt is kill else "drain"
     assert [row["kind"] for row in rows if row["kind"] not in ("train", "validation")] == [kind]
     for rank in range(2):
         lines = (folder / "trace" / f"rank_{rank}.jsonl").read_text().splitlines()

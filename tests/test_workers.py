@@ -27,13 +27,12 @@ def config(tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Conf
 
 
 def test_as_many_start_as_there_is_room_for(config: Config, tiny_recipe: dict[str, Any]) -> None:
-    @ray.remote(num_cpus=1.0)
     class Service:
         def ready(self) -> bool:
             return True
 
     assert workers._workers(config) == 2
-    service = Service.remote()
+    service: Any = ray.remote(num_cpus=1.0)(Service).remote()
     ray.get(service.ready.remote())
     assert workers._workers(config) == 1
     assert workers._workers(resolve(tiny_recipe, {"cluster.workers": 3})) == 3  # waits for all

@@ -3,6 +3,7 @@ over the wire, and the whole weights gathered."""
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import threading
@@ -57,7 +58,11 @@ class Rows:
         return [self._inputs.batch(filled[at : at + size]) for at in range(0, len(filled), size)]
 
 
-def learn(engine: Engine, micros: list[Batch], share: Share, stage: int, look: Callable[[], None] = bool) -> float:
+def _all_done(saved: Path, count: int) -> bool:
+    return len(list(saved.glob("done_*"))) == count
+
+
+def learn(engine: Engine, micros: list[Batch], share: Share, stage: int, look: Callable[[], object] = bool) -> float:
     """One optimizer step; this rank's part of the mean loss. `look` is called when the gradients are there."""
     engine.set_lr(1.0, stage)
     total = 0.0
@@ -148,7 +153,7 @@ def resume(rank: int, world: int, given_file: Path) -> None:
     out: dict[str, list[float]] = {}
     for told, name, before, settings in moves(world):
         saved = folder_of(given_file, name, before)
-        ranks.until(lambda saved=saved, before=before: len(list(saved.glob("done_*"))) == before)
+        ranks.until(functools.partial(_all_done, saved, before))
         engine, config = built(given, settings, engines.make)
         engine.load(saved)
         losses = torch.tensor(train(engine, config, range(HALF, STEPS)), dtype=torch.float64)

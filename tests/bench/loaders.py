@@ -89,7 +89,8 @@ class Shards(IterableDataset):
 
 def row_of(row: dict[str, Any]) -> Row:
     """A row of a shard."""
-    [message], [media] = row["messages"], [*(row["images"] or ()), *(row["audios"] or ())]
+    found: list[dict[str, Any]] = [*(row["images"] or []), *(row["audios"] or [])]
+    [message], [media] = row["messages"], found
     words = message["content"].replace("<image>", "").replace("<audio>", "").strip()
     return Row(words, media["bytes"], row["target"]["label"])
 
