@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs import fragments
-from jobs.phases import Phases, Timed
+from jobs.phases import Phases
 from mmagent.config import Config
 from mmagent.model import Batch
 
@@ -192,9 +192,9 @@ def tell(engine: Engine, phases: Phases) -> None:
     """Lets phases hear of an engine's collectives, which run inside its backward passes and steps. On a GPU they run
     beside the computation, and what of them is not hidden stays a part of the phase that had to wait for it."""
     if not isinstance(engine, TorchEngine) and engine.device.type == "cpu":
-        from deepspeed.comm import comm
+        from jobs import zero
 
-        comm.cdb = Timed(comm.cdb, phases)  # all of DeepSpeed's exchanges go through it
+        zero.time_exchanges(phases)
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:

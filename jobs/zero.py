@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from jobs import fragments
 from jobs.engine import close, optimizer_of, set_lr_of, use_bf16, weights_of
 from jobs.fragments import Flat, Span
+from jobs.phases import Phases, Timed
 from mmagent.config import Config
 from mmagent.model import Batch
 
@@ -136,6 +137,13 @@ class ZeroEngine:
                 spans.append(Span(names[id(parameter)], start, at, min(size, parameter.ds_numel - start)))
                 at += size
             yield Flat(flat.data, self._inner.state[flat], tuple(spans))
+
+
+def time_exchanges(phases: Phases) -> None:
+    """Lets phases hear of all of DeepSpeed's exchanges."""
+    from deepspeed.comm import comm
+
+    comm.cdb = Timed(comm.cdb, phases)
 
 
 _BUCKET, _SMALL = 500_000_000, 100_000  # parameters; DeepSpeed's defaults

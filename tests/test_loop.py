@@ -66,13 +66,14 @@ def test_less_than_the_least_gain_is_the_best_but_no_gain() -> None:
 # ---------------------------------------------------------------------------------------------- killed, and gone on
 
 STEPS, KILLED = 12, 7  # of 8 rows; the step whose rows a worker dies of
+NEVER = 1 << 30  # rows are read ahead, also of steps behind the last
 
 
 def work(rank: int, world: int, given: Path) -> None:
     """The whole loop of one of two workers, twice: to its end, and until one of them is killed."""
     straight, halting = torch.load(given, weights_only=False)
     loop.train(group_of(straight, rank, world), straight)
-    loop.train(group_of(halting, rank, world, killed=KILLED if rank == 1 else STEPS + 1), halting)
+    loop.train(group_of(halting, rank, world, killed=KILLED if rank == 1 else NEVER), halting)
 
 
 def go_on(rank: int, world: int, given: Path) -> None:
@@ -82,7 +83,7 @@ def go_on(rank: int, world: int, given: Path) -> None:
     loop.train(group_of(plan, rank, world), plan)
 
 
-def group_of(plan: loop.Plan, rank: int, world: int, killed: int = STEPS + 1) -> Group:
+def group_of(plan: loop.Plan, rank: int, world: int, killed: int = NEVER) -> Group:
     """A worker's group without Ray; what it read at which step goes to a file."""
 
     def blocks(name: str) -> Iterator[pa.Table]:

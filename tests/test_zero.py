@@ -43,7 +43,9 @@ class Rows:
 
     def __init__(self, config: Config, rows: Sequence[Sequence[Record]], share: Share, rank: int) -> None:
         tokenizer = text.load_tokenizer(config.model.backbone)
-        self._inputs = Inputs(config.model, config.data, tokenizer, classify(LABELS))
+        with torch.device("meta"):  # asked how long a text may be, no more
+            encoder = text.load_encoder(config.model.backbone, weights=False)
+        self._inputs = Inputs(config.model, config.data, tokenizer, classify(LABELS), encoder)
         self._rows, self._share, self._rank = rows, share, rank
         self._blank = self._inputs.sample(Record("", (Message("user", ""),), task="classify", weight=0.0))
 
@@ -270,9 +272,11 @@ def test_any_rank_may_hold_any_mixture_of_modalities(
             assert ours.keys() == theirs.keys()
             whole = torch.stack([grad.norm() for grad in ours.values()]).norm()
             for key, grad in ours.items():
-                # Of a bias that moves no answer the gradient is rounding: the whole gradient is what it is measured by.
-                room = 1e-5 * max(float(grad.norm()), 0.01 * float(whole))
+                # Alone each is held more loosely: of a part that hardly moves the answer it is mostly rounding.
+                room = 1e-4 * max(float(grad.norm()), 0.01 * float(whole))
                 assert float((theirs[key] - grad).norm()) <= room, f"{name}: {key}"
+            apart = torch.stack([(theirs[key] - grad).norm() for key, grad in ours.items()]).norm()
+            assert float(apart) <= 1e-5 * float(whole), name
 
         for micros in Rows(config, given["rows"], config.share(1), 0).steps():
             learn(engine, micros, config.share(1), 0, look)
