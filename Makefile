@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,7 +58,7 @@ format: $(STAMP) ## let ruff order and format the code
 doctor: $(STAMP) ## what this machine lacks, and the command that mends it
 	@$(PY) -m jobs.doctor
 
-bench-train: $(STAMP) ## samples per second beside plain PyTorch: writes runs/bench/train.json
+bench-train: $(STAMP) ## samples per second beside plain PyTorch and the Trainer, and what packing gains: writes runs/bench/train.json
 	@$(PY) -m tests.bench.train
 
 bench-freeze: $(STAMP) ## speed, memory and trained share of each way of freezing: writes runs/bench/freeze.json
@@ -70,7 +70,13 @@ bench-pretrain: $(STAMP) ## what plain text gains a task of few labels, before a
 bench-quality: $(STAMP) ## what the default recipe reaches on tasks of several kinds: writes runs/bench/quality.json
 	@$(PY) -m tests.bench.quality
 
-figures: $(STAMP) ## paste the figures of runs/bench/*.json into README.md
+bench-data: $(STAMP) ## rows per second of the stream beside other data loaders: writes runs/bench/data.json
+	@$(PY) -m tests.bench.data
+
+bench-memory: $(STAMP) ## memory by ZeRO stage beside its formula, and by size of the data: writes runs/bench/memory.json
+	@$(PY) -m tests.bench.memory
+
+figures: $(STAMP) ## paste the figures of runs/bench/*.json into README.md and docs/
 	@$(PY) -m tests.bench.figures
 
 clean: stop ## end the demo; remove .venv, caches and runs/ of this checkout (the storage root stays)

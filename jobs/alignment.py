@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from jobs.engine import Engine
+from jobs.engine import Engine, moved, pinned
 from jobs.language import leave
 from jobs.loop import Plan, Step
 from jobs.workers import Group
@@ -19,6 +19,7 @@ from mmagent import alignment, freeze, lora, text, towers
 from mmagent.alignment import KINDS, Alignment
 from mmagent.augment import Words, augment
 from mmagent.batch import Inputs, PartError, Sample
+from mmagent.buckets import cuts
 from mmagent.config import Config
 from mmagent.model import Batch
 from mmagent.order import sample_rng
@@ -77,16 +78,19 @@ class Aligned:
         self._device = device
         self._frozen = FrozenStates(self._encoder, device=device) if self.model.backbone is None else None
 
+    @property
+    def notes(self) -> list[str]:
+        return self._encoder.unpacked()
+
     def rows(self, tables: Iterator[pa.Table]) -> list[Sample]:
         found = (self._sample(row, None)[0] for table in tables for row in table.to_pylist())
         return [sample for sample in found if sample.weight > 0]
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
-        size = self._config.train.micro_batch
         for table in tables:
             read = [self._sample(row, row["epoch"]) for row in table.to_pylist()]
             samples = [sample for sample, _ in read]
-            made = [self._make(samples[at : at + size]) for at in range(0, len(samples), size)]
+            made = [self._make(samples[part]) for part in cuts(table["micro"].to_numpy())]
             yield Step(made, sum(bad for _, bad in read), sum(sample.cut > 0 for sample in samples))
 
     def loss(self, out: Batch, batch: Batch) -> Tensor:
@@ -106,7 +110,7 @@ class Aligned:
         scale = 1.0
         for at in range(0, passes * size, size):
             part = rows[at : at + size] or [self._blank]
-            batch = self._make(part)
+            batch = moved(self._make(part), engine.device)
             out = engine.forward(batch)
             scale = float(out["scale"])
             for kind in KINDS:
@@ -128,7 +132,7 @@ class Aligned:
 
     def export(self, engine: Engine, rows: list[Sample], group: Group, chosen: dict[str, Any]) -> None:
         _, found = self.validate(engine, rows, group)
-        weights = engine.state()
+        weights = engine.state(self._plan.folder)
         if group.rank != 0:
             return
         weights = lora.merged(self.model, weights)
@@ -141,16 +145,13 @@ class Aligned:
                 towers.keep(section, self._plan.folder / "towers" / kind, kept)
         if self.model.backbone is not None:
             encoder = text.load_encoder(config.model.backbone, weights=False)
-            encoder.load_state_dict(_below(weights, "backbone"))
+            encoder.load(_below(weights, "backbone"))
         about = {"objective": "align", "validation": found, "checkpoint": chosen}
         assert self._plan.bundle is not None
         leave(self._plan, self._plan.bundle, encoder.save, self._tokenizer, about)
 
     def _sample(self, row: dict[str, Any], epoch: int | None) -> tuple[Sample, bool]:
         blank = replace(self._blank, record=replace(self._blank.record, id=row["id"]))
-        if row["error"]:
-            self.last_error = f"row {row['id']!r}: {row['error']}"
-            return blank, True
         try:
             sample = self._inputs.sample(
                 Record.from_row(row), View(np.asarray(row["ids"], dtype=np.int64), cut=row["cut"])
@@ -168,7 +169,7 @@ class Aligned:
         batch = self._inputs.batch(samples)
         if self._frozen is not None:
             batch["text_states"] = self._frozen(batch["ids"], batch["mask"])
-        return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}
+        return pinned(batch, self._device)
 
 
 def _measured(media: Tensor, words: Tensor, keys: list[bytes], scale: float) -> dict[str, float]:

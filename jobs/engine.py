@@ -1,38 +1,45 @@
-"""The engine of a training loop: forward, backward, step, save, load; DeepSpeed ZeRO, or plain torch in one process.
+"""The engine of a training loop: forward, backward, step, save, load; plain torch in one process, or ZeRO
+(`jobs.zero`).
 
-The loop never asks which. This is the only home of deepspeed, which is imported inside the worker: its import probes
-for accelerators, which the driver of a GPU cluster may lack. Its JSON is derived from the config, so that no number is
-written twice.
+The loop never asks which. Both save the same fragments (`jobs.fragments`), which either reads.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from jobs import fragments
+from jobs.phases import Phases
 from mmagent.config import Config
 from mmagent.model import Batch
 
 
 class Engine(Protocol):
     """What the loop needs. `backward` and `step` are called once for each micro-batch; a step that ends an
-    accumulation updates the parameters."""
+    accumulation updates the parameters. A micro-batch's loss is divided by `Share.passes`, however many there are: the
+    sum over them is the mean over the samples of an optimizer step."""
 
     device: torch.device
     model: Any  # a module of the parts that `mmagent.freeze` knows
+
+    def begin(self, micros: int) -> None:
+        """An optimizer step of so many micro-batches begins; where it is not called there are `Share.passes`."""
+        ...
 
     def forward(self, batch: Batch) -> dict[str, Tensor]: ...
 
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self) -> None: ...
+
+    def skip(self) -> None:
+        """The next step moves no parameter and no state of the optimizer, whatever the gradients are."""
+        ...
 
     def set_lr(self, factor: float, stage: int = 0) -> float:
         """Sets every group's learning rate to its peak times `factor`, and to nothing where the group opens at a later
@@ -43,10 +50,22 @@ class Engine(Protocol):
         """Writes this rank's part into `folder`; all ranks must call it."""
         ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Takes what was saved, by this number of ranks or another, at this ZeRO stage or another; all ranks must call
+        it.
 
-    def state(self) -> dict[str, Tensor]:
-        """The model's whole weights on rank 0, on the CPU; all ranks must call it."""
+        Raises:
+            StateError: it is not whole, or of another model.
+        """
+        ...
+
+    def state(self, folder: Path) -> dict[str, Tensor]:
+        """The model's whole weights on rank 0, on the CPU; all ranks must call it. Never a second copy in memory: they
+        are those that train, or lie in files that vanish with them.
+
+        Args:
+            folder: where there is room for such files.
+        """
         ...
 
 
@@ -111,7 +130,7 @@ class TorchEngine:
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: Config) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = model.to(self.device)
-        self._accumulation, self._seen = config.train.accumulation, 0
+        self._passes = self._left = config.share(1).passes
         self._clip = config.optim.clip_norm
         self._bf16 = use_bf16(config)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
@@ -123,119 +142,82 @@ class TorchEngine:
         return out
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self._accumulation).backward()
+        (loss / self._passes).backward()
+
+    def begin(self, micros: int) -> None:
+        self._left = micros
 
     def step(self) -> None:
-        self._seen += 1
-        if self._seen % self._accumulation == 0:
+        self._left -= 1
+        if not self._left:
+            self._left = self._passes
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
-    def set_lr(self, factor: float, stage: int = 0) -> float:
-        return _set_lr(self._optimizer, factor, stage)
-
-    def save(self, folder: Path) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict(), "seen": self._seen}
-        torch.save(state, folder / "torch.pt")
-
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "torch.pt", map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._seen = state["seen"]
-
-    def state(self) -> dict[str, Tensor]:
-        return {key: value.detach().cpu() for key, value in self.model.state_dict().items()}
-
-
-class ZeroEngine:
-    """DeepSpeed ZeRO over the process group that Ray Train made."""
-
-    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: Config) -> None:
-        deepspeed = _import_deepspeed()
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer_of(groups, config), config=zero_config(config)
-        )
-        # What a gradual run has closed now moves later: going back to this checkpoint takes it back too.
-        self._leaves_out_frozen = config.freeze.strategy != "gradual"
-        self.model: Any = model
-        self.device = torch.device(self._engine.device)
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = self._engine(batch)
-        return out
-
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
-
-    def step(self) -> None:
-        self._engine.step()
+    def skip(self) -> None:
+        close(self._optimizer)
 
     def set_lr(self, factor: float, stage: int = 0) -> float:
-        return _set_lr(self._optimizer, factor, stage)
+        return set_lr_of(self._optimizer, factor, stage)
 
     def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=self._leaves_out_frozen)
+        assert self._left == self._passes, "gradients that wait for the end of a step are in no checkpoint"
+        flats = fragments.whole(self.model, self._optimizer)
+        fragments.write(folder, 0, 1, flats, fragments.buffers(self.model))
 
     def load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
-        if path is None:
-            raise FileNotFoundError(f"the checkpoint {folder} holds no part for this rank")
+        flats = fragments.whole(self.model, self._optimizer)
+        fragments.read(folder, 0, flats, fragments.buffers(self.model))
 
-    def state(self) -> dict[str, Tensor]:
-        import deepspeed
+    def state(self, folder: Path) -> dict[str, Tensor]:
+        return weights_of(self.model)
 
-        saved = self.model.state_dict().keys()  # a buffer that is made anew with the model is none of its weights
-        out = {key: value.detach().cpu() for key, value in self.model.named_buffers() if key in saved}
-        for name, parameter in self.model.named_parameters():
-            # One parameter at a time: no rank ever holds the model twice.
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if torch.distributed.get_rank() == 0:
-                    out[name] = parameter.detach().cpu().float().clone()
-        return out
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A whole module's weights on the CPU; of tied ones each once."""
+    found = [*model.named_parameters(), *fragments.buffers(model).items()]
+    return {name: value.detach().cpu() for name, value in found}
 
 
 def make(model: nn.Module, groups: list[dict[str, Any]], config: Config) -> Engine:
-    return (
-        ZeroEngine(model, groups, config) if config.zero.engine == "deepspeed" else TorchEngine(model, groups, config)
-    )
+    if config.zero.engine == "torch":
+        return TorchEngine(model, groups, config)
+    from jobs.zero import ZeroEngine
+
+    return ZeroEngine(model, groups, config)
 
 
-def zero_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived from the config."""
-    return {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": config.train.accumulation,
-        "gradient_clipping": config.optim.clip_norm,
-        "zero_optimization": {"stage": config.zero.stage},
-        # Autocast, as `TorchEngine` does: parameters stay in fp32, and a layer takes what it computes best in.
-        "torch_autocast": {"enabled": use_bf16(config), "dtype": "bfloat16"},
-        "zero_allow_untested_optimizer": True,  # `SGD`; a step of it needs nothing but a parameter and its gradient
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-    }
+def tell(engine: Engine, phases: Phases) -> None:
+    """Lets phases hear of an engine's collectives, which run inside its backward passes and steps. On a GPU they run
+    beside the computation, and what of them is not hidden stays a part of the phase that had to wait for it."""
+    if not isinstance(engine, TorchEngine) and engine.device.type == "cpu":
+        from jobs import zero
+
+        zero.time_exchanges(phases)
 
 
-def _set_lr(optimizer: Any, factor: float, stage: int) -> float:
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """A batch that can be copied to a device while it computes; what lies there already is left alone."""
+    if device.type != "cuda":
+        return batch
+    return {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the device that computes."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def set_lr_of(optimizer: Any, factor: float, stage: int) -> float:
+    """What `Engine.set_lr` says, of an optimizer."""
     for group in optimizer.param_groups:
         group["closed"] = group["stage"] > stage
         group["lr"] = 0.0 if group["closed"] else group["peak_lr"] * factor
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
-def _import_deepspeed() -> Any:
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    # DeepSpeed speaks at import and at every start; what matters of it is raised as an error.
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    with contextlib.redirect_stdout(None):
-        import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed 0.19 compiles an op for all-reduce within one machine at every first start on a CPU, which only its
-    # inference calls. It wants a C++ compiler, and a worker that is killed meanwhile leaves a lock in
-    # ~/.cache/torch_extensions that all later ones wait for without end.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    return deepspeed
+def close(optimizer: Any) -> None:
+    """No group takes the next step; `set_lr_of` opens them again."""
+    for group in optimizer.param_groups:
+        group["closed"] = True

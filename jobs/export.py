@@ -62,6 +62,7 @@ def export(
         calibration=fitted,
         origin=origin,
     )
+    del weights, trained, encoder  # before the bundle is read again: nothing is held twice
     golden = _golden(Predictor.load(path, device="cpu"), plan.golden_source)
     bundle.add(path, {"golden.jsonl": "".join(json.dumps(row) + "\n" for row in golden)})
 

@@ -14,10 +14,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from jobs.engine import Engine
+from jobs.engine import Engine, moved, pinned
 from jobs.loop import Plan, Step
 from jobs.workers import Group
 from mmagent import freeze, language, lora, storage, text
+from mmagent.buckets import cuts
 from mmagent.config import Config
 from mmagent.language import LanguageModel
 from mmagent.masking import Masking, following
@@ -72,18 +73,21 @@ class Language:
     def begin(self, device: torch.device) -> None:
         self._device = device
 
+    @property
+    def notes(self) -> list[str]:
+        return self.model.backbone.unpacked()
+
     def rows(self, tables: Iterator[pa.Table]) -> list[Row]:
         return [row for table in tables for row in _rows(table) if row[2] > 0]
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
-        size = self._config.train.micro_batch
         for table in tables:
             rows, epoch = _rows(table), table["epoch"][0].as_py()
-            yield Step([self.make(rows[at : at + size], epoch) for at in range(0, len(rows), size)])
+            yield Step([self.make(rows[part], epoch) for part in cuts(table["micro"].to_numpy())])
 
     def make(self, rows: list[Row], epoch: int) -> Batch:
-        """The tensors of a micro-batch: ids, mask, targets (rows, tokens), weight (rows,). What is hidden in a text is
-        a function of (seed, epoch, text)."""
+        """The tensors of a micro-batch, ready to go to the device: ids, mask, targets (rows, tokens), weight (rows,).
+        What is hidden in a text is a function of (seed, epoch, text)."""
         pairs = [self._asked(id, ids, epoch) for id, ids, _ in rows]
         shape = (len(rows), max(len(ids) for ids, _ in pairs))
         ids, mask = np.full(shape, self._tokenizer.pad_token_id, np.int64), np.zeros(shape, np.int64)
@@ -92,7 +96,7 @@ class Language:
             ids[row, : len(shown)], mask[row, : len(shown)], targets[row, : len(shown)] = shown, 1, asked
         batch = {name: torch.from_numpy(value) for name, value in (("ids", ids), ("mask", mask), ("targets", targets))}
         batch["weight"] = torch.tensor([weight for *_, weight in rows])
-        return {name: value.to(self._device, non_blocking=True) for name, value in batch.items()}
+        return pinned(batch, self._device)
 
     def loss(self, out: Batch, batch: Batch) -> Tensor:
         return language.loss(out["logits"], batch, self._config.train.micro_batch)
@@ -109,7 +113,7 @@ class Language:
         blank: Row = ("", np.array([self._tokenizer.pad_token_id]), 0.0)
         sums = [0.0, 0.0, 0.0]
         for at in range(0, passes * size, size):
-            batch = self.make(rows[at : at + size] or [blank], 0)
+            batch = moved(self.make(rows[at : at + size] or [blank], 0), engine.device)
             logits = engine.forward(batch)["logits"]
             right, asked = language.hits(logits, batch)
             each = batch | {"weight": (batch["targets"] != IGNORED).sum(1) * (batch["weight"] > 0)}
@@ -122,7 +126,7 @@ class Language:
 
     def export(self, engine: Engine, rows: list[Row], group: Group, chosen: dict[str, Any]) -> None:
         _, found = self.validate(engine, rows, group)
-        weights = engine.state()
+        weights = engine.state(self._plan.folder)
         if group.rank == 0:
             model = language.load(self._config.model.backbone, self._objective, weights=False)
             model.load(lora.merged(self.model, weights))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,10 +22,15 @@ import pyarrow as pa
 import torch
 
 from jobs import engine as engines
+from jobs import failures, spike
 from jobs.checkpoint import Checkpoint, Checkpoints
 from jobs.engine import Engine
 from jobs.meter import Log, Meter
-from jobs.workers import Group
+from jobs.phases import VALIDATION, Phases
+from jobs.spike import Usual
+from jobs.trace import Trace
+from jobs.vigil import Post
+from jobs.workers import Final, Group
 from mmagent import freeze, storage
 from mmagent.config import Config
 from mmagent.model import Batch
@@ -60,6 +67,11 @@ class Learner(Protocol):
         """Of a row that could not be read."""
         ...
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said before the first step."""
+        ...
+
     def begin(self, device: torch.device) -> None:
         """Takes its place beside the model, which is on its device now."""
         ...
@@ -69,7 +81,8 @@ class Learner(Protocol):
         ...
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
-        """For each table of a stream its micro-batches."""
+        """For each table of a stream, in turn, its micro-batches, as its rows' numbers cut them; ready to go to the
+        device."""
         ...
 
     def loss(self, out: Batch, batch: Batch) -> torch.Tensor:
@@ -89,7 +102,7 @@ class Learner(Protocol):
         ...
 
 
-class BadRowsError(ValueError):
+class BadRowsError(Final):
     """More rows that cannot be read than the config allows; names the last."""
 
 
@@ -130,6 +143,9 @@ class State:
     unimproved: int = 0
     bad_rows: int = 0  # of all that were read, each as often as it was
     cut_rows: int = 0  # likewise
+    usual: Usual = field(default_factory=Usual)  # the losses so far
+    skipped: int = 0  # batches left out for their loss
+    skips_in_row: int = 0  # just before this step
 
 
 def train(group: Group, plan: Plan) -> None:
@@ -137,20 +153,29 @@ def train(group: Group, plan: Plan) -> None:
 
     Raises:
         CheckpointError: a checkpoint could not be written.
-        FloatingPointError: the loss is no number.
+        BadLossError: a loss that is no number or jumped, and `train.on_bad_loss` or `train.max_skips` stops there.
         BadRowsError: more bad rows than `data.max_bad_share` allows.
     """
     # -- set up ------------------------------------------------------------------------------------------------
     storage.use(plan.root)
     config = plan.config
+    post = Post(plan.folder, group.rank, config.train.alarm_minutes)
+    if group.failure is not None:
+        failures.wait(group.failure, (plan.folder / STOP_FILE).exists)
     learner = plan.learner(plan)
-    model = learner.model
+    model, share = learner.model, config.share(group.world)
     engine = engines.make(model, freeze.groups(model, config), config)
     learner.begin(engine.device)
     checkpoints = Checkpoints(
-        plan.folder / "checkpoints", rank=group.rank, barrier=group.all, keep_last=config.train.keep_last
+        plan.folder / "checkpoints",
+        rank=group.rank,
+        world=group.world,
+        barrier=group.all,
+        keep_last=config.train.keep_last,
+        keep_best=config.train.keep_best,
     )
     log = Log(plan.folder, group.rank)
+    trace = Trace(plan.folder, group.rank) if config.train.trace else None
 
     # -- resume ------------------------------------------------------------------------------------------------
     state = State()
@@ -158,39 +183,96 @@ def train(group: Group, plan: Plan) -> None:
         engine.load(found.path)
         state = restore(found)
     log.rewind(state.step)
+    if trace is not None:
+        trace.rewind(state.step)
+    for line in checkpoints.torn:
+        log.write({"kind": "torn", "step": state.step, "reason": line})
+    if (failure := group.failure) is not None:
+        told = {"count": failure.count, "reason": failure.reason, "pause_s": failure.pause_s}
+        log.write({"kind": "restart", "step": state.step, **told})
+    for words in learner.notes if not state.step else ():
+        log.write({"kind": "note", "step": 0, "note": words})
     validation_rows = learner.rows(group.blocks("validation"))
 
     # -- train -------------------------------------------------------------------------------------------------
-    meter = Meter()
-    feed = Feed(learner.steps(group.blocks("train")))
-    done, stopping, stage = state.step >= plan.total_steps, 0.0, -1
+    meter, phases = Meter(), Phases(engine.device)
+    engines.tell(engine, phases)
+    feed = Feed(learner.steps, group.blocks("train"))
+    done, stopping, stage, saved_s = state.step >= plan.total_steps, 0.0, -1, time.monotonic()
+    drained = False
     while not done:
-        taught = feed.next(meter)
-        torch.manual_seed(step_seed(config.seed, state.step, group.rank))
+        post.at("data", step=state.step)
+        phases.enter("wait")
+        table, taught = feed.next(meter)
+        phases.enter("other")
+        seed_step(config.seed, state.step, group.rank)
         if (opened := freeze.stage(model, config.freeze, state.step, plan.total_steps)) != stage:
             freeze.thaw(model, config.freeze, stage := opened)
         rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config), stage)
-        for batch in taught.micros:
+        passes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # right, known, loss
+        engine.begin(len(taught.micros))
+        for micro in taught.micros:
+            if passes:
+                phases.enter("optimizer")
+                engine.step()
+            phases.enter("copy")
+            batch = engines.moved(micro, engine.device)
+            post.at("forward", shapes={name: value.shape for name, value in batch.items()})
+            phases.enter("forward")
             out = engine.forward(batch)
-            loss = learner.loss(out, batch)
-            meter.add(*learner.hits(out, batch), config.train.micro_batch, loss)
+            loss = learner.loss(out, batch) * share.factor
+            passes.append((*learner.hits(out, batch), loss.detach()))
+            post.at("backward")
+            phases.enter("backward")
             engine.backward(loss)
-            engine.step()
-        state.step, state.position = state.step + 1, plan.order.advance(state.position, config.global_batch)
-        meter.end_step()
+        phases.enter("other")
 
-        stop = (plan.folder / STOP_FILE).exists() if group.rank == 0 else False
-        due = state.step % config.train.eval_every_steps == 0 or state.step >= plan.total_steps
-        log_due = group.rank == 0 and (meter.since_log_s() >= _LOG_EVERY_S or due)
-        stopping, logging, bad, cut = group.sum([stop, log_due, taught.bad_rows, taught.cut_rows])
+        # What one rank knows becomes what all know, before any moves a parameter.
+        post.at("collective")
+        losses = [float(loss) for _, _, loss in passes]
+        step = state.step + 1
+        due = step % config.train.eval_every_steps == 0 or step >= plan.total_steps
+        asked, first = group.asked(), group.rank == 0
+        stop = bool(asked) or (first and (plan.folder / STOP_FILE).exists())
+        log_due = first and (meter.since_log_s() >= _LOG_EVERY_S or due)
+        save_due = first and _save_due(config, step, time.monotonic() - saved_s)
+        mine = [
+            sum(losses), share.passes, taught.bad_rows, taught.cut_rows,
+            checkpoints.failed, stop, group.drained(), log_due, save_due,
+        ]  # fmt: skip
+        with phases.within("communication"):
+            total, count, bad, cut, failed, stopping, leaving, logging, saving = group.sum(mine)
+        if failed:
+            checkpoints.wait()  # raises what the thread met
         state.bad_rows, state.cut_rows = state.bad_rows + int(bad), state.cut_rows + int(cut)
         if state.bad_rows > plan.max_bad_rows:
             raise BadRowsError(
                 f"{state.bad_rows} rows could not be read, more than data.max_bad_share={config.data.max_bad_share} "
                 f"of the split allows ({plan.max_bad_rows}); the last: {learner.last_error}"
             )
-        if logging:
+        if fault := spike.fault(total / count, state.usual, config.train.max_loss_jump):
+            words = spike.leave_out(group, plan, state, table, losses, fault)
+            log.write({"kind": "skip", "step": step, "skipped": state.skipped, "reason": words})
+            engine.skip()
+        else:
+            state.skips_in_row = 0
+            state.usual.add(total / count)
+            for right, known, loss in passes:
+                meter.add(right, known, loss * (share.batch / (share.world * share.passes)))
+        post.at("step")
+        phases.enter("optimizer")
+        engine.step()
+        phases.enter("other")
+        state.step, state.position = step, plan.order.advance(state.position, share.batch)
+        meter.end_step(0.0 if fault else share.batch / share.world)
+        if trace is not None:
+            trace.write(step, table["id"].to_pylist(), losses)
+
+        noticed, drained = bool(leaving) and not drained, bool(leaving) or drained
+        saving = bool(saving or stopping or noticed or due)
+        if (logging or saving) and not state.skips_in_row:
             figures = meter.read(group)
+            figures |= phases.read(group, figures["steps"])
             log.write(
                 {
                     "kind": "train",
@@ -200,61 +282,87 @@ def train(group: Group, plan: Plan) -> None:
                     "epoch": state.position.epoch,
                     "bad_rows": state.bad_rows,
                     "cut_rows": state.cut_rows,
+                    "skipped": state.skipped,
                     **figures,
                 }
             )
         if due:
+            post.at("validation", step=state.step)
+            phases.enter(VALIDATION)
             score, metrics = learner.validate(engine, validation_rows, group)
             note(state, score, metrics["loss"], config.train.min_gain)
-            told = {"main": learner.main, "score": score, **metrics}
-            log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **told})
-        if due or stopping:
+            found_now = {"main": learner.main, "score": score, **metrics}
+            log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **found_now})
+        if saving:
+            post.at("checkpoint", step=state.step)
             # Only what was validated just now may be taken for the best.
-            checkpoints.save(engine.save, state_dict(state if due else replace(state, score=UNSCORED)))
+            phases.enter("checkpoint")
+            checkpoints.begin(engine.save, state_dict(state if due else replace(state, score=UNSCORED)))
+            saved_s = time.monotonic()
+            phases.enter("other")
             meter.restart()
         if due:
+            if plan.bundle is None:  # a trial of a search, which may be ended where it reports
+                checkpoints.wait()
             group.report({"step": float(state.step), "score": state.score, "best_score": state.best_score, **metrics})
+        if stopping:
+            reasons = [f"rank {rank}: {why}" for rank, why in enumerate(group.gather(asked)) if why]
+            log.write({"kind": "stop", "step": state.step, "reason": "; ".join(reasons) or "asked to"})
+        if noticed:  # no end of the group's: until Ray takes the machine away there is time to learn
+            log.write({"kind": "drain", "step": state.step})
         early = 0 < config.train.patience <= state.unimproved
         done = bool(stopping) or early or state.step >= plan.total_steps
     feed.close()
+    checkpoints.wait()
 
     # -- export ------------------------------------------------------------------------------------------------
-    if plan.bundle is None or stopping:  # what rank 0 saw, not the file: all ranks must go the same way
+    if plan.bundle is None or stopping:  # what all agreed on, not the file: all ranks must go the same way
+        post.close()
         return
+    post.at("export")
     best = checkpoints.best()
     assert best is not None, "the last step always saves a checkpoint"
     engine.load(best.path)
     chosen = {"step": best.step, "score": best.loop["score"], "wait_share": meter.wait_share()}
     learner.export(engine, validation_rows, group, chosen)
     group.all(True)
+    post.close()
 
 
 class Feed:
     """Makes the next steps' batches in a thread while this one computes; the errors of the thread are raised here."""
 
-    def __init__(self, steps: Iterator[Step]) -> None:
+    def __init__(self, steps: Callable[[Iterator[pa.Table]], Iterator[Step]], tables: Iterator[pa.Table]) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=2)
         self._closed = False
-        self._thread = threading.Thread(target=self._fill, args=(steps,), daemon=True, name="feed")
+        self._thread = threading.Thread(target=self._fill, args=(steps, tables), daemon=True, name="feed")
         self._thread.start()
 
-    def next(self, meter: Meter) -> Step:
+    def next(self, meter: Meter) -> tuple[pa.Table, Step]:
+        """The rows of the next step, and what was made of them."""
         started = time.perf_counter()
         item = self._queue.get()
         waited = time.perf_counter() - started
         if isinstance(item, BaseException):
             raise item
         meter.waited(waited)
-        step: Step = item
-        return step
+        table, step = item
+        return table, step
 
     def close(self) -> None:
         self._closed = True
 
-    def _fill(self, steps: Iterator[Step]) -> None:
+    def _fill(self, steps: Callable[[Iterator[pa.Table]], Iterator[Step]], tables: Iterator[pa.Table]) -> None:
+        read: deque[pa.Table] = deque()
+
+        def noted() -> Iterator[pa.Table]:
+            for table in tables:
+                read.append(table)
+                yield table
+
         try:
-            for item in steps:
-                self._put(item)
+            for item in steps(noted()):
+                self._put((read.popleft(), item))
                 if self._closed:
                     return
             self._put(RuntimeError("the stream ended before the last step"))
@@ -266,6 +374,12 @@ class Feed:
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=1.0)
                 return
+
+
+def _save_due(config: Config, step: int, since_s: float) -> bool:
+    """Whether a checkpoint is due beside those of validations."""
+    steps, minutes = config.train.checkpoint_every_steps, config.train.checkpoint_every_minutes
+    return bool(steps and step % steps == 0) or bool(minutes and since_s >= minutes * 60)
 
 
 def note(state: State, score: float, loss: float, min_gain: float) -> None:
@@ -291,9 +405,13 @@ def state_dict(state: State) -> dict[str, Any]:
 
 def restore(checkpoint: Checkpoint) -> State:
     """The loop's state of a checkpoint."""
-    return State(**{**checkpoint.loop, "position": Position(**checkpoint.loop["position"])})
+    loop = checkpoint.loop
+    return State(**{**loop, "position": Position(**loop["position"]), "usual": Usual(**loop["usual"])})
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of the dropout of one step on one rank."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Sets all that is random in one step on one rank: dropout, and what models of Transformers draw from numpy."""
+    made = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    torch.manual_seed(made)
+    np.random.seed(made)
+    random.seed(made)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from mmagent import storage
 
 METRICS_FILE = "metrics.jsonl"
 _SETTLE_STEPS = 10  # steps of a start after which waiting for data counts
@@ -32,7 +33,7 @@ class Meter:
         self._loss: Tensor | float = 0.0
         self._right: Tensor | float = 0.0
         self._weight: Tensor | float = 0.0
-        self._samples = self._micros = 0
+        self._samples = 0.0
         self._waited = 0.0
         self._interval_steps = 0
 
@@ -41,15 +42,18 @@ class Meter:
         if self._steps >= _SETTLE_STEPS:
             self._wait_s += seconds
 
-    def add(self, right: Tensor, known: Tensor, samples: int, loss: Tensor) -> None:
-        """Of one micro-batch: how many answers are right, of how many; its samples; its loss."""
+    def add(self, right: Tensor, known: Tensor, loss: Tensor) -> None:
+        """Of one micro-batch: how many answers are right, of how many; its loss, summed over its samples."""
         self._loss = self._loss + loss.detach()
         self._right = self._right + right
         self._weight = self._weight + known
-        self._samples += samples
-        self._micros += 1
 
-    def end_step(self) -> None:
+    def end_step(self, samples: float) -> None:
+        """
+        Args:
+            samples: of this rank in one optimizer step.
+        """
+        self._samples += samples
         now = time.perf_counter()
         if self._steps >= _SETTLE_STEPS:
             self._busy_s += now - self._step_started
@@ -65,21 +69,13 @@ class Meter:
         return self._wait_s / self._busy_s if self._busy_s else 0.0
 
     def read(self, group: _Group) -> dict[str, float]:
-        """The interval's figures over all ranks; begins a new one. Every rank calls it.
-
-        Raises:
-            FloatingPointError: the loss is no number.
-        """
+        """The interval's figures over all ranks; begins a new one. Every rank calls it."""
         seconds, steps = self.since_log_s(), self._interval_steps
-        mine = [float(self._loss), float(self._right), float(self._weight), float(self._samples), float(self._micros)]
-        loss, right, weight, samples, micros, waited, took = group.sum([*mine, self._waited, seconds])
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                "the loss is no number any more: lower optim.lr, or look at the data; the last checkpoint is good"
-            )
+        mine = [float(self._loss), float(self._right), float(self._weight), self._samples]
+        loss, right, weight, samples, waited, took = group.sum([*mine, self._waited, seconds])
         self.restart()
         return {
-            "loss": loss / max(1.0, micros),
+            "loss": loss / max(1.0, samples),
             "accuracy": right / max(1.0, weight),
             "samples": samples,
             "steps": float(steps),
@@ -101,21 +97,25 @@ class Log:
 
     def rewind(self, step: int) -> None:
         """Drops lines of later steps: a resumed run writes them again."""
-        if self._file is None or not self._file.exists():
-            return
-        lines = [line for line in self._file.read_text().splitlines() if _step_of(line) <= step]
-        self._file.write_text("".join(line + "\n" for line in lines))
+        if self._file is not None and self._file.exists():
+            drop_after(self._file, step)
 
     def write(self, row: dict[str, Any]) -> None:
         if self._file is None:
             return
-        row = {**row, "time_s": round(time.time(), 3)}
+        row = {**row, "time_s": round(time.time(), 6)}
         with open(self._file, "a") as file:
             file.write(json.dumps(row) + "\n")
         for key, value in row.items():
             if isinstance(value, (int, float)) and key not in ("step", "time_s"):
                 self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
         self._board.flush()
+
+
+def drop_after(file: Path, step: int) -> None:
+    """Drops the lines of later steps from a file of JSON lines, and one that a kill cut off."""
+    lines = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+    storage.publish(file, "".join(line + "\n" for line in lines))
 
 
 def _step_of(line: str) -> int:

@@ -11,12 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import baselines
+from jobs import baselines, diagnosis
 from mmagent import bundle as bundles
 from mmagent import card, evaluation, examples, predictions, report, storage, text
 from mmagent import licence as licences
 from mmagent.bundle import Bundle
 from mmagent.examples import Example
+from mmagent.markup import tag
+from mmagent.panels import panel
 from mmagent.shards import Dataset
 from mmagent.tasks import make_all
 
@@ -44,7 +46,8 @@ def write_report(
     """
     named = result.get("matched", {})
     shown = _examples(table, dataset, result["split"], found, named, first_slice(table, slices), seed)
-    page = report.render(result, curves=curves, examples=shown, limits=found.config.data.media, more=more)
+    told = [*more, *_checked(dataset)]
+    page = report.render(result, curves=curves, examples=shown, limits=found.config.data.media, more=told)
     storage.publish(out / "report.html", page)
 
 
@@ -68,6 +71,16 @@ def describe(bundle: str | Path, dataset: Dataset, result: Mapping[str, Any]) ->
         measured |= part if name == result["task"] else {}
         measured.setdefault("tasks", {})[name] = part
     bundles.add(found.path, {"metrics.json": json.dumps(measured, indent=1) + "\n", "README.md": words})
+
+
+def _checked(dataset: Dataset) -> list[report.Section]:
+    """What the last check of the data set warned of, where there was one."""
+    found = diagnosis.read(dataset)
+    if found is None:
+        return []
+    lines = found["warnings"] or ["nothing that would matter"]
+    words = f"What jobs.prepare --check found in {dataset.name}:"
+    return [("data", "Data", panel(tag("p", words), tag("ul", [tag("li", line) for line in lines])))]
 
 
 def read_curves(file: Path) -> list[dict[str, Any]]:

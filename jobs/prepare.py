@@ -10,12 +10,18 @@
     python -m jobs.prepare --source squad:train-v2.0.json --test dev-v2.0.json --name squad
     python -m jobs.prepare --source parallel:text.de,text.en --name de_en
     python -m jobs.prepare --source webdataset:tars/train-*.tar --name captions --map answer=text
+    python -m jobs.prepare --check --name shop --config jobs/recipes/small.yaml
     ray job submit -- python -m jobs.prepare --source easy_vqa --name easy_vqa
 
 A row's task is what --task says, or its column task, or what its answer is: label, labels, value, spans, answer,
 answers or candidates (the README has the table). Rows of several tasks may stand together where each names its own.
 A row that cannot be used is set aside in ROOT/data/NAME/quarantine with its reason; above --max-bad-share nothing is
 published. The folder appears whole, by a rename: an interrupted command leaves no data set, and is simply run again.
+
+--check looks at every row of the data set, made just now or before: what cannot be used, silent or clipped sound, odd
+sample rates, blank or repeated pictures, media and rows on both sides of a split, one question with several answers,
+lengths, labels. It is told here, and kept in ROOT/data/NAME/check.json, whose warnings a training begins with. With
+--config lengths are tokens of that recipe's language model, and its limits hold.
 """
 
 from __future__ import annotations
@@ -33,6 +39,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jobs import diagnosis
+from jobs.check import check
+from jobs.pool import PoolError
 from jobs.progress import Progress
 from jobs.sources import BadRow, Source, SourceError, tally
 from jobs.sources.choose import choose
@@ -40,6 +49,7 @@ from jobs.sources.cut import Cut
 from jobs.sources.quarantine import Quarantine
 from jobs.sources.spool import Spool
 from jobs.sources.tally import Tally
+from mmagent import config as configs
 from mmagent import shards, storage, targets
 from mmagent.arguments import Parser, mapping, positive
 from mmagent.record import SCHEMA_VERSION
@@ -48,22 +58,34 @@ _SHOWN = 10  # labels named in a note
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.source is None and not options.check:
+        parser.error("--source is missing: easy_vqa, or KIND:PLACE; --help lists them (--check alone needs none)")
     try:
         _run(options)
         return 0
-    except (SourceError, storage.StorageError) as error:
+    except (SourceError, storage.StorageError, shards.DatasetError, configs.ConfigError, PoolError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:  # a full disk, a folder without permission
         print(f"error: {error.strerror or error}: {error.filename or storage.root()}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted: nothing was published; run the same command again", file=sys.stderr)
+        print("interrupted: what was not whole is not published; run the same command again", file=sys.stderr)
         return 130
     return 2
 
 
 def _run(options: argparse.Namespace) -> None:
     folder = storage.folder("data", options.name)
+    if options.source is not None:
+        _make(options, folder)
+    if options.check:
+        config = configs.load(options.config, [f"data.name={options.name}"]) if options.config else None
+        print(diagnosis.show(check(shards.Dataset.open(folder), config, options.workers)))
+        print(f"checked: {folder / diagnosis.FILE}")
+
+
+def _make(options: argparse.Namespace, folder: Path) -> None:
     with _claim(folder) as draft:
         source = choose(
             options.source,
@@ -230,7 +252,7 @@ def _print_notes(name: str, task: Mapping[str, Any]) -> None:
 
 def _parser() -> Parser:
     parser = Parser("jobs.prepare", __doc__)
-    parser.add_argument("--source", required=True, help="easy_vqa, or KIND:PLACE, see above")
+    parser.add_argument("--source", help="easy_vqa, or KIND:PLACE, see above; may be left out with --check")
     parser.add_argument("--name", required=True, help="the data set's name")
     parser.add_argument("--map", type=mapping, default={}, help="FIELD=COLUMN,...: which columns hold the fields")
     parser.add_argument(
@@ -246,6 +268,8 @@ def _parser() -> Parser:
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="of rows set aside (default %(default)s)")
     parser.add_argument("--workers", type=positive, default=_cores(), help="processes (default: all cores)")
     parser.add_argument("--replace", action="store_true", help="make the data set anew where it exists")
+    parser.add_argument("--check", action="store_true", help="look at every row, and write check.json")
+    parser.add_argument("--config", type=Path, metavar="RECIPE", help="of --check: whose tokens and limits")
     return parser
 
 

@@ -63,7 +63,7 @@ def pretrain(args: argparse.Namespace) -> int:
     with locked(folder):
         work = prepare(config, folder, origin, args.data or args.source)
         watch.tell(work)
-        if not work.exported and not watch.fit(work.fit, work.stop, folder / "metrics.jsonl"):
+        if not work.exported and not watch.fit(work.fit, work.stop, folder, work.config.train.alarm_minutes):
             print(f"stopped at step {work.resumed_step()}; the same command goes on from there")
             return watch.EXIT_STOPPED
         _tell_end(work, config)
@@ -86,8 +86,10 @@ def prepare(config: Config, folder: Path, origin: Dataset | Source, name: str) -
     from jobs.loop import Plan
     from mmagent import defaults, text, towers
 
+    if not config.train.micro_batch:
+        raise run.RunError("train.micro_batch=auto is found by jobs.train; without labels give a number, such as 32")
     aligned = config.pretrain.objective == "align"
-    config = defaults.settle_unlabelled(config, aligned=aligned)
+    config = defaults.settle_unlabelled(run.keep_batch(config, folder), aligned=aligned)
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
     parts = _check_model(config, aligned=aligned)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from jobs import draw, stream, workers
+from jobs import draw, fitting, stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, train
 from jobs.supervised import Supervised, build
@@ -23,7 +23,7 @@ from mmagent import bundle as bundles
 from mmagent import defaults, freeze, storage, text, towers
 from mmagent.assembly import load_language, load_reading
 from mmagent.batch import Inputs
-from mmagent.config import Config, resolve
+from mmagent.config import Config, override, resolve, value
 from mmagent.order import Order, Position
 from mmagent.shards import Dataset
 from mmagent.targets import TaskInfo
@@ -101,13 +101,16 @@ def prepare(
     _check_splits(dataset)
     if config.data.labels_per_class is not None:
         dataset = _drawn(dataset, config, folder)
-    config, notes = defaults.settle(config, dataset)
+    config, notes = defaults.settle(keep_batch(config, folder), dataset)
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
     tasks = defaults.described(config, dataset)
     parts, takes = _check_model(config, tasks)
     if config.model.join == "native":
         _check_media(config, dataset, takes)
+    if not config.train.micro_batch:
+        config, note = _fitted(config, folder, tasks, dataset)
+        notes.append(note)
     hold(config, folder)
     order = training_order(dataset, config)
     steps = total_steps(order, config)
@@ -132,9 +135,21 @@ def prepare(
     return Run(folder, config, dataset, plan, tuple(notes))
 
 
+def _fitted(config: Config, folder: Path, tasks: Mapping[str, TaskInfo], dataset: Dataset) -> tuple[Config, str]:
+    """`train.micro_batch=auto` settled: as the run began, or by trial."""
+    if (before := _began(folder)) is not None:
+        found = {key: value(before, key) for key in ("train.micro_batch", "train.accumulation")}
+        return override(config, found), f"train.micro_batch={before.train.micro_batch}: as the run began"
+    measure = functools.partial(workers.beside, fitting.trials) if config.cluster.gpu else fitting.trials
+    try:
+        return fitting.settle(config, Supervised, tasks, dataset, measure)
+    except fitting.FitError as error:
+        raise RunError(str(error)) from error
+
+
 def training_order(dataset: Dataset, config: Config) -> Order:
-    """The order of a training split; its windows are whole batches."""
-    window_rows = -(-config.data.window_rows // config.global_batch) * config.global_batch
+    """The order of a training split; a window holds one batch at least."""
+    window_rows = max(config.data.window_rows, config.global_batch)
     return stream.order_of(dataset, "train", seed=config.seed, window_rows=window_rows, share=config.data.share)
 
 
@@ -149,30 +164,28 @@ def _checkpoints(folder: Path) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", rank=0, barrier=bool, keep_last=1)
 
 
-def _streams(plan: Plan, dataset: Dataset) -> dict[str, Callable[[], Any]]:
+def _streams(plan: Plan, dataset: Dataset) -> dict[str, Callable[[int], Any]]:
     return {
         "train": functools.partial(_training, plan),
         "validation": functools.partial(_validation, plan, dataset),
     }
 
 
-def _training(plan: Plan) -> Any:
-    """The stream from where the newest checkpoint stands: made anew whenever workers start."""
+def _training(plan: Plan, world: int) -> Any:
+    """The stream from where the newest checkpoint stands, for so many workers: made anew whenever they start."""
     storage.use(plan.root)
     found = _checkpoints(plan.folder).latest()
     position = Position(**found.loop["position"]) if found else Position()
     steps = plan.total_steps - (found.step if found else 0)
-    return stream.training_stream(plan.order, stream.layout_of(plan.config), position, max(1, steps))
+    return stream.training_stream(plan.order, stream.layout_of(plan.config, world), position, max(1, steps))
 
 
-def _validation(plan: Plan, dataset: Dataset) -> Any:
+def _validation(plan: Plan, dataset: Dataset, world: int) -> Any:
     """The first rows of the validation split in seeded order, the same for any number of workers."""
     storage.use(plan.root)
-    layout = stream.layout_of(plan.config)
-    window = -(-plan.config.train.eval_rows // layout.global_batch) * layout.global_batch
-    order = stream.order_of(dataset, "validation", seed=plan.config.seed, window_rows=window)
-    steps = -(-min(plan.config.train.eval_rows, order.rows) // layout.global_batch)
-    return stream.training_stream(order, layout, Position(), steps)
+    layout = stream.layout_of(plan.config, world)
+    order = stream.order_of(dataset, "validation", seed=plan.config.seed, window_rows=plan.config.train.eval_rows)
+    return stream.training_stream(order, layout, Position(), order.part(Position()).steps(layout.share.batch))
 
 
 def _drawn(dataset: Dataset, config: Config, folder: Path) -> Dataset:
@@ -230,24 +243,44 @@ def _check_media(config: Config, dataset: Dataset, takes: Sequence[str]) -> None
         )
 
 
+# How a run is computed and kept, not what it learns from good batches: it may go on with others. Sizes are here, since
+# its global batch makes up for them.
+_HOW = (
+    "cluster.", "zero.", "data.cache_mb", "train.micro_batch", "train.accumulation", "train.gradient_checkpointing",
+    "train.keep_last", "train.keep_best", "train.checkpoint_every_steps", "train.checkpoint_every_minutes",
+    "train.on_bad_loss", "train.max_loss_jump", "train.max_skips", "train.alarm_minutes", "train.trace",
+)  # fmt: skip
+
+
+def keep_batch(config: Config, folder: Path) -> Config:
+    """The config with its global batch written out: where nobody gave one, that which the run began with, not what
+    other workers or another micro-batch would make of it."""
+    began = config if config.train.global_batch else _began(folder) or config
+    return override(config, {"train.global_batch": began.global_batch})
+
+
 def hold(config: Config, folder: Path) -> None:
-    """Writes the config of a run. One that has a checkpoint or a bundle goes on only with the config it began with: its
-    curve belongs to one.
+    """Writes the config of a run. One that has a checkpoint or a bundle goes on only with what it began to compute: its
+    curve belongs to one. How that is computed, and by how many workers, may change.
 
     Raises:
         RunError: it began with another.
     """
-    file = folder / CONFIG_FILE
-    began = _checkpoints(folder).latest() or (folder / "bundle" / bundles.MANIFEST).exists()
-    if file.exists() and began:
-        before = resolve(yaml.safe_load(file.read_text()), {})
-        if before != config:
-            changed = differences(before, config)
+    if (before := _began(folder)) is not None:
+        changed = [line for line in differences(before, config) if not line.startswith(_HOW)]
+        if changed:
             raise RunError(
                 f"the run {folder.name!r} began with another config ({', '.join(changed)}): give another --name, or "
                 f"the same config to go on"
             )
-    storage.publish(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    storage.publish(folder / CONFIG_FILE, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _began(folder: Path) -> Config | None:
+    """The config of a run that has a checkpoint or a bundle."""
+    file = folder / CONFIG_FILE
+    began = _checkpoints(folder).latest() or (folder / "bundle" / bundles.MANIFEST).exists()
+    return resolve(yaml.safe_load(file.read_text()), {}) if file.exists() and began else None
 
 
 def differences(before: Config, now: Config) -> list[str]:

@@ -81,7 +81,7 @@ def search(recipe: Path, space_file: Path, name: str, overrides: Sequence[str]) 
     """Runs the search and exports the winner; the exit status."""
     config, space = configs.load(recipe, overrides), load_space(space_file)
     base = configs.override(config, space.set)
-    first = {key: _value(base, key) for key in space.space}
+    first = {key: configs.value(base, key) for key in space.space}
     folder = storage.folder("search", name)
     Dataset.open(storage.folder("data", config.data.name))
     cluster.connect()
@@ -171,13 +171,6 @@ def _explain(item: Any) -> str:
     if not key:
         return f"it holds {type(item['input']).__name__}, but a map with trials and space is wanted (see --help)"
     return f"{key}: got {item['input']!r:.80}, but {item['msg']}"
-
-
-def _value(config: Config, dotted: str) -> Any:
-    value: Any = config
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _table(done: list[Trial]) -> str:

@@ -1,9 +1,10 @@
 """The only home of `ray.data`: shards stream through it into training workers, and through predictors in evaluation.
 
-Training: a read task takes one window of the order (`mmagent.order`), reads its rows, looks at the headers of their
-media, tokenises their text and lays them out step by step, rank by rank. The stream is cut into blocks of one rank's
-share of one optimizer step and handed out in turn, so that every rank gets its rows in the same order in every run,
-whatever the timing. A short last batch is filled up with rows of weight 0. Media stay encoded.
+Training: a read task takes one window of the order (`mmagent.order`), reads its rows, tokenises their text and lays
+them out step by step, rank by rank, texts of one length together in a step (`mmagent.buckets`). The stream is cut into
+blocks of one rank's share of one optimizer step and handed out in turn, so that every rank gets its rows in the same
+order in every run, whatever the timing. Where a batch is short or does not divide, rows of weight 0 fill it up. Media
+stay encoded.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from mmagent import text
+from mmagent.buckets import Buckets
 from mmagent.config import Config
-from mmagent.media import Limits, MediaError, check_audio, check_image
 from mmagent.order import Order, Part, Position
 from mmagent.record import Record
 from mmagent.shards import Dataset
+from mmagent.share import Share
 
 _PACE_S = 0.03
 
@@ -47,15 +49,16 @@ class Pace(ExecutionCallback):
 class Layout:
     """How a global batch is shared out, and what the read tasks need to know."""
 
-    world: int
-    rows_per_rank: int  # of one optimizer step
+    share: Share
+    micro_tokens: int | None  # of a micro-batch, in place of a number of samples
+    alike: bool  # whether samples of one length share a micro-batch
     tokenizer: str
     max_text_tokens: int
-    limits: Limits
 
     @property
-    def global_batch(self) -> int:
-        return self.world * self.rows_per_rank
+    def buckets(self) -> Buckets:
+        share = self.share
+        return Buckets(share.world, share.rows, share.micro_batch, self.micro_tokens, alike=self.alike)
 
 
 def order_of(dataset: Dataset, split: str, *, seed: int, window_rows: int, share: float = 1.0) -> Order:
@@ -76,37 +79,43 @@ def row_groups(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
     return groups
 
 
-def layout_of(config: Config) -> Layout:
+def layout_of(config: Config, world: int) -> Layout:
+    """For a group of so many workers."""
     return Layout(
-        world=config.cluster.workers,
-        rows_per_rank=config.train.micro_batch * config.train.accumulation,
+        share=config.share(world),
+        micro_tokens=config.train.micro_tokens,
+        alike=not compares(config),
         tokenizer=text.locate(config.model.backbone),
         max_text_tokens=config.data.max_text_tokens,
-        limits=config.data.media,
     )
+
+
+def compares(config: Config) -> bool:
+    """Whether a loss compares the samples of a micro-batch with each other: which ones are together counts then."""
+    return config.model.match == "dual" or config.pretrain.objective == "align"
 
 
 def training_stream(order: Order, layout: Layout, position: Position, steps: int) -> ray.data.Dataset:
     """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``cut``
-    (how many were left out), ``rank``, ``epoch``, and ``error`` (why its media cannot be read, or empty). To be split
-    among ranks by `split_in_turn`."""
-    parts = list(order.parts(position, steps, layout.global_batch))
+    (how many were left out), ``rank``, ``micro`` (the number of its micro-batch) and ``epoch``. To be split among ranks
+    by `split_in_turn`."""
+    parts = list(order.parts(position, steps, layout.share.batch))
     read = functools.partial(read_part, order=order, layout=layout, parts=parts)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a busy cluster may never have.
     windows = ray.data.from_items([{"id": index} for index in range(len(parts))], override_num_blocks=len(parts))
-    rows = windows.map_batches(read, batch_size=1, num_cpus=0.5, memory=None)
-    return rows.repartition(target_num_rows_per_block=layout.rows_per_rank)
+    # Without a wish of its own for CPUs: only then does Ray Data cut a window into blocks in the task that read it, and
+    # not in another, through which all bytes would go once more.
+    rows = windows.map_batches(read, batch_size=1)
+    return rows.repartition(target_num_rows_per_block=layout.share.rows)
 
 
-def tables(order: Order, layout: Layout, position: Position, steps: int) -> Iterator[pa.Table]:
-    """The same rows without Ray, for one process alone: a table for each optimizer step."""
-    if layout.world != 1:
-        raise ValueError(f"{layout.world} ranks share a stream; without Ray there is one")
-    parts = list(order.parts(position, steps, layout.global_batch))
+def tables(order: Order, layout: Layout, position: Position, steps: int, rank: int = 0) -> Iterator[pa.Table]:
+    """The same rows for one rank without Ray: a table for each optimizer step, at least as many as are asked for."""
+    parts, rows = list(order.parts(position, steps, layout.share.batch)), layout.share.rows
     for index in range(len(parts)):
         for window in read_part({"id": np.array([index])}, order=order, layout=layout, parts=parts):
-            for start in range(0, len(window), layout.global_batch):
-                yield window.slice(start, layout.global_batch)
+            for start in range(rank * rows, len(window), layout.share.world * rows):
+                yield window.slice(start, rows)
 
 
 def split_in_turn(stream: ray.data.Dataset, world: int, reserved_cpus: float) -> list[Any]:
@@ -184,71 +193,57 @@ def _read_group(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
 def read_part(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, parts: list[Part]) -> Iterator[pa.Table]:
     for index in batch["id"]:
         part = parts[int(index)]
-        taken, weights = _laid_out(order.shuffle(part), part.steps(layout.global_batch), layout)
+        taken, factor = _filled(order.shuffle(part), part.steps(layout.share.batch), layout.share)
         tables = []
         for piece in part.pieces:
             table = pq.ParquetFile(piece.file).read_row_group(piece.row_group, columns=COLUMNS)
             tables.append(table.slice(piece.start, piece.stop - piece.start))
-        rows = pa.concat_tables(tables).combine_chunks().take(pa.array(taken.ravel()))
-        world = np.tile(np.repeat(np.arange(layout.world), layout.rows_per_rank), len(taken))
-        yield _annotate(rows, layout, part.epoch, world, weights.ravel())
+        stored = pa.concat_tables(tables).combine_chunks()
+        words = _words(stored["messages"].take(pa.array(taken)), layout)
+        place, rank, micro = _dealt(np.array([len(ids) for ids, _ in words]), factor > 0, layout.buckets)
+        rows = stored.take(pa.array(taken[place]))
+        marks = {"rank": rank, "micro": micro, "epoch": np.full(len(rows), part.epoch)}
+        yield _annotate(rows, [words[index] for index in place], factor[place], marks)
 
 
-def _laid_out(rows: np.ndarray, steps: int, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers as (steps, rank x rows of a rank), and the factor of their weights: 0 for what fills the end up."""
-    size = steps * layout.global_batch
-    factor = np.zeros(size, np.float32)
-    factor[: len(rows)] = 1
-    filled = np.resize(rows, size)
-    # Rank r takes every world-th row, so that a short last batch is short on every rank alike.
-    shape = (steps, layout.rows_per_rank, layout.world)
-    return (
-        filled.reshape(shape).transpose(0, 2, 1).reshape(steps, -1),
-        factor.reshape(shape).transpose(0, 2, 1).reshape(steps, -1),
-    )
+def _filled(rows: np.ndarray, steps: int, share: Share) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of whole steps, and the factor of their weights: 0 for what fills a step up."""
+    places = np.arange(share.world * share.rows)
+    number = np.arange(steps)[:, None] * share.batch + places  # of the part's rows
+    real = (places < share.batch) & (number < len(rows))
+    return rows[number % len(rows)].ravel(), real.astype(np.float32).ravel()
 
 
-def _annotate(rows: pa.Table, layout: Layout, epoch: int, rank: np.ndarray, factor: np.ndarray) -> pa.Table:
+def _dealt(lengths: np.ndarray, real: np.ndarray, buckets: Buckets) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For all rows as they are handed out, step by step and rank by rank: their places, ranks and micro-batches."""
+    size = buckets.world * buckets.rows
+    places, micros = [], []
+    for start in range(0, len(lengths), size):
+        place, micro = buckets.deal(lengths[start : start + size], real[start : start + size])
+        places.append(start + place.ravel())
+        micros.append(micro.ravel())
+    rank = np.tile(np.repeat(np.arange(buckets.world), buckets.rows), len(places))
+    return np.concatenate(places), rank, np.concatenate(micros)
+
+
+def _words(messages: pa.ChunkedArray, layout: Layout) -> list[tuple[np.ndarray, int]]:
+    """The tokens of each row's text, and how many were left out."""
     tokenizer = text.shared_tokenizer(layout.tokenizer)
-    words = [text.words(Record.from_row({"id": "", "messages": row})) for row in rows["messages"].to_pylist()]
+    words = [text.words(Record.from_row({"id": "", "messages": row})) for row in messages.to_pylist()]
     known = dict(zip(unique := sorted(set(words)), text.fitted(tokenizer, unique, layout.max_text_tokens), strict=True))
-    errors = _media_errors(rows, layout.limits)
-    factor = factor * np.array([not error for error in errors], np.float32)
+    return [known[word] for word in words]
+
+
+def _annotate(
+    rows: pa.Table, words: Sequence[tuple[np.ndarray, int]], factor: np.ndarray, marks: dict[str, np.ndarray]
+) -> pa.Table:
     weight = pc.multiply(pc.fill_null(rows["weight"], 1.0).combine_chunks(), pa.array(factor))
     rows = rows.set_column(rows.schema.get_field_index("weight"), "weight", weight)
     extra = {
-        "ids": pa.array([known[word][0] for word in words], pa.list_(pa.int64())),
-        "cut": pa.array([known[word][1] for word in words], pa.int32()),
-        "error": pa.array(errors),
-        "rank": pa.array(rank, pa.int32()),
-        "epoch": pa.array(np.full(len(rows), epoch), pa.int32()),
+        "ids": pa.array([ids for ids, _ in words], pa.list_(pa.int64())),
+        "cut": pa.array([cut for _, cut in words], pa.int32()),
+        **{name: pa.array(value, pa.int32()) for name, value in marks.items()},
     }
     for name, column in extra.items():
         rows = rows.append_column(name, column)
     return rows
-
-
-def _media_errors(rows: pa.Table, limits: Limits) -> list[str]:
-    """Why a row's media cannot be read, from their headers; empty where they can. Each distinct medium once."""
-    errors = [""] * len(rows)
-    for kind, check in (("images", check_image), ("audios", check_audio)):
-        known: dict[bytes, str] = {}
-        column = rows[kind].combine_chunks()
-        for index, medias in enumerate(column):
-            for media in medias if medias.is_valid else ():
-                data = media["bytes"].as_py()
-                if data not in known:
-                    known[data] = _fault(data, check, limits)
-                if known[data] and not errors[index]:
-                    errors[index] = f"{kind}: {known[data]}"
-    return errors
-
-
-def _fault(data: bytes | None, check: Any, limits: Limits) -> str:
-    if data is None:
-        return "the shard holds no bytes for it"
-    try:
-        check(data, limits)
-    except MediaError as error:
-        return str(error)
-    return ""

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from jobs.engine import Engine
+from jobs.engine import Engine, pinned
 from jobs.export import export
 from jobs.loop import Plan, Step
 from jobs.validation import answers, calibrations, validate
@@ -19,7 +19,8 @@ from mmagent import freeze, lora, targets
 from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.augment import Words, augment
 from mmagent.batch import Inputs, PartError, Sample
-from mmagent.config import Config
+from mmagent.buckets import cuts
+from mmagent.config import AugmentConfig, Config
 from mmagent.model import Batch, align_loss
 from mmagent.order import sample_rng
 from mmagent.reading import View
@@ -51,6 +52,10 @@ class Supervised:
     def last_error(self) -> str:
         return self._batches.last_error
 
+    @property
+    def notes(self) -> list[str]:
+        return self._encoder.unpacked()
+
     def rows(self, tables: Iterator[pa.Table]) -> list[Sample]:
         found = (self._batches.sample(row, None)[0] for table in tables for row in table.to_pylist())
         return [sample for sample in found if sample.weight > 0]
@@ -69,12 +74,13 @@ class Supervised:
 
     def export(self, engine: Engine, rows: list[Sample], group: Group, chosen: dict[str, Any]) -> None:
         answered, _ = answers(engine, self._batches, rows, group)
-        weights = engine.state()
+        weights = engine.state(self._plan.folder)
         if group.rank == 0:
-            weights = lora.merged(self.model, weights)
-            fitted = calibrations(self._tasks, answered)
-            assert self._plan.bundle is not None
-            export(self._plan.bundle, self._plan, weights, self._encoder, self._tokenizer, fitted, chosen)
+            path, fitted = self._plan.bundle, calibrations(self._tasks, answered)
+            assert path is not None
+            # Merged weights are the export's alone, which lets them go when they are written.
+            given = (self._encoder, self._tokenizer, fitted, chosen)
+            export(path, self._plan, lora.merged(self.model, weights), *given)
 
 
 def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder, *, weights: bool = True) -> Model:
@@ -147,18 +153,14 @@ class Batches:
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
         """For each table of a stream its micro-batches."""
-        size = self.config.train.micro_batch
         for table in tables:
             pairs = [self.sample(row, row["epoch"]) for row in table.to_pylist()]
             samples = [sample for sample, _ in pairs]
-            made = [self.make(samples[at : at + size], train=True) for at in range(0, len(samples), size)]
+            made = [self.make(samples[part], train=True) for part in cuts(table["micro"].to_numpy())]
             yield Step(made, sum(bad for _, bad in pairs), sum(sample.cut > 0 for sample in samples))
 
     def sample(self, row: dict[str, Any], epoch: int | None) -> tuple[Sample, bool]:
         """A row decoded, augmented where `epoch` is given; a blank of weight 0 and True where it cannot be read."""
-        if row["error"]:
-            self.last_error = f"row {row['id']!r}: {row['error']}"
-            return self._blank(row["id"]), True
         record = Record.from_row(row)
         try:
             targets.check(record)
@@ -170,6 +172,8 @@ class Batches:
             return sample, False
         weight = self.label_weights.get(sample.task, {}).get(sample.record.target.label or "", 1.0)
         sample = replace(sample, weight=sample.weight * weight)
+        if self.config.augment == AugmentConfig():
+            return sample, False
         rng = sample_rng(self.config.seed, epoch, sample.id)
         return augment(sample, self.config.augment, self.words, rng), False
 
@@ -179,10 +183,11 @@ class Batches:
 
     @torch.no_grad()
     def make(self, samples: list[Sample], *, train: bool = False) -> Batch:
-        """The tensors of a micro-batch, with the states of a frozen language model where there is one."""
+        """The tensors of a micro-batch, with the states of a frozen language model where there is one; ready to go to
+        the device."""
         batch = self.inputs.batch(samples)
         if self.frozen is not None:
             batch["text_states"] = self.frozen(batch["ids"], batch["mask"])
             if train and "transcript_ids" in batch:
                 batch["transcript_states"] = self.frozen(batch["transcript_ids"], batch["transcript_mask"])
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        return pinned(batch, self.device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jobs.engine import Engine
+from jobs.engine import Engine, moved
 from jobs.workers import Group
 from mmagent import freeze
 from mmagent.batch import Sample
@@ -47,7 +47,7 @@ def answers(
     loss = weight = 0.0
     for at in range(0, passes * size, size):
         part = samples[at : at + size]
-        batch = batches.make(part or [batches.blank])
+        batch = moved(batches.make(part or [batches.blank]), engine.device)
         out = engine.forward(batch)
         for name, task in tasks.items():
             loss += float(task.loss(out[name], batch, 1, 0.0))

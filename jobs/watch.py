@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,8 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mmagent import defaults, storage, wording
+from jobs import diagnosis
+from jobs.vigil import Alarm
+from mmagent import defaults, stalls, storage, wording
 from mmagent.config import Config
+from mmagent.shards import Dataset
 
 if TYPE_CHECKING:  # they bring Ray, which reads its environment when it is imported
     from jobs.run import Run
@@ -38,11 +43,12 @@ def complete(
     started = time.time()
     work = run.prepare(config, folder, name=name, bundle=bundle)
     tell(work)
+    _warn(config)
     timing = _read_timing(folder)
     if not work.exported:
         timing = {"start_s": round(time.time() - started, 1)}
         began = time.time()
-        if not fit(work.fit, work.stop, folder / "metrics.jsonl"):
+        if not fit(work.fit, work.stop, folder, config.train.alarm_minutes):
             print(f"stopped at step {work.resumed_step()}; the same command goes on from there")
             return False
         timing |= _split_times(work, began)
@@ -59,15 +65,39 @@ def complete(
     return True
 
 
+def rehearse(config: Config, name: str) -> int:
+    """Tells what a run would train and take, by a few of its steps; the exit status: 1 where it would not fit.
+
+    Raises:
+        DatasetError, BackboneError, RunError, RehearsalError, RanksFailed: see `jobs.run` and `jobs.rehearsal`.
+    """
+    from jobs import estimate, rehearsal, run
+
+    with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=storage.root()) as folder:
+        work = run.prepare(config, Path(folder) / name)
+        tell(work)
+        _warn(config)
+        told = estimate.forecast(work.plan, rehearsal.rehearse(work.plan, work.dataset))
+    print("\n".join([*told.lines, *(f"would not fit: {trouble}" for trouble in told.troubles)]))
+    return 1 if told.troubles else 0
+
+
+def _warn(config: Config) -> None:
+    """What the last check of the data set found that matters."""
+    for line in diagnosis.known(Dataset.open(storage.folder("data", config.data.name))):
+        print(line, flush=True)
+
+
 def tell(work: Run) -> None:
     """What is about to be trained: rows, steps, parts."""
     from mmagent import freeze
 
     step, plan, config = work.resumed_step(), work.plan, work.config
+    share = config.share(config.cluster.workers)
     print(
         f"run {work.name}: {work.dataset.rows('train')} rows of {work.dataset.name}, {plan.total_steps} steps of "
-        f"{config.global_batch} samples ({config.cluster.workers} workers x {config.train.micro_batch} x "
-        f"{config.train.accumulation}), ZeRO {config.zero.stage}" + (f"; goes on at step {step}" if step else ""),
+        f"{share.batch} samples ({share.world} workers x {share.micro_batch} x {share.passes}), "
+        f"ZeRO {config.zero.stage}" + (f"; goes on at step {step}" if step else ""),
         flush=True,
     )
     for line in work.notes:
@@ -75,12 +105,15 @@ def tell(work: Run) -> None:
     print(f"freeze.strategy={config.freeze.strategy}\n{freeze.show(plan.parts)}", flush=True)
 
 
-def fit(work: Callable[[], bool], stop: Callable[[], None], metrics: Path) -> bool:
+def fit(
+    work: Callable[[], bool], stop: Callable[[], None], folder: Path, alarm_minutes: float | None = None
+) -> bool:  # fmt: skip
     """Trains in a thread, so that this one can hear signals and show progress; whether it came to its end.
 
     Args:
         work, stop: of `jobs.run.Run`: trains; asks to save and end.
-        metrics: the file that the workers write their figures into.
+        folder: the run's own, which the workers write their figures into.
+        alarm_minutes: a step that takes longer raises an alarm.
 
     Raises:
         WorkersFailed: as `work`.
@@ -101,14 +134,18 @@ def fit(work: Callable[[], bool], stop: Callable[[], None], metrics: Path) -> bo
     before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     thread = threading.Thread(target=train, daemon=True, name="fit")
     thread.start()
-    follower = Follower(metrics)
+    follower, alarm = Follower(folder / "metrics.jsonl"), Alarm(folder, alarm_minutes)
     while thread.is_alive():
         thread.join(0.5)
         follower.show()
+        for line in alarm.look():
+            follower.say(line)
     for number, handler in before.items():
         signal.signal(number, handler)
     if "error" in result:
         raise result["error"]
+    if spent := stalls.shares(_lines(folder / "metrics.jsonl")):
+        print(stalls.sentence(spent), flush=True)
     return bool(result["done"])
 
 
@@ -116,8 +153,8 @@ class Follower:
     """Shows the lines that the workers add to ``metrics.jsonl``: one line on a terminal, a log elsewhere."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        self._seen = file.stat().st_size if file.exists() else 0
+        self._file, self._of, self._seen = file, 0, 0  # the file's number, and how far it was read
+        self._shown_s = max((row["time_s"] for row in _whole_lines(file)), default=0.0)
         self._rates: list[float] = []
         self._terminal = sys.stdout.isatty()
         self._told_cut = False
@@ -125,17 +162,31 @@ class Follower:
     def show(self) -> None:
         if not self._file.exists():
             return
-        if self._file.stat().st_size < self._seen:  # a resumed run dropped what it will write again
-            self._seen = 0
         with open(self._file) as file:
+            # A resumed run drops what it will write again: then the file is another one.
+            number = os.fstat(file.fileno()).st_ino
+            self._of, self._seen = number, self._seen if number == self._of else 0
             file.seek(self._seen)
             while (line := file.readline()).endswith("\n"):
                 self._seen = file.tell()
-                self._print(json.loads(line))
+                row = json.loads(line)
+                if row["time_s"] > self._shown_s:
+                    self._shown_s = row["time_s"]
+                    self._print(row)
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        print(("\r\x1b[K" if self._terminal else "") + line, flush=True)
 
     def _print(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "note":
+            print(row["note"], flush=True)
+            return
         if row["kind"] == "validation":
-            print(("\r\x1b[K" if self._terminal else "") + validated(row), flush=True)
+            self.say(validated(row))
+        if row["kind"] in _EVENTS:
+            self.say(_EVENTS[row["kind"]].format(**row))
+        if row["kind"] != "train":
             return
         if row["cut_rows"] and not self._told_cut:
             self._told_cut = True
@@ -156,6 +207,21 @@ class Follower:
         print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", flush=True)
 
 
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """What an earlier start of the run wrote, but for a line that a kill cut off."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+_EVENTS = {
+    "restart": "the workers failed for the {count}. time: {reason}\nthey go on from step {step}, after {pause_s:g} s",
+    "skip": "left out, {skipped} so far: {reason}",
+    "drain": "a machine of the run is to go: saved at step {step}; Ray moves the workers when it goes",
+    "stop": "saved at step {step}, and stopping: {reason}",
+    "torn": "{reason}",
+}
+
+
 def validated(row: Mapping[str, Any]) -> str:
     """A validation's line of ``metrics.jsonl`` in words: the score that checkpoints are chosen by, and its parts."""
     main = row["main"]
@@ -172,10 +238,13 @@ def _read_timing(folder: Path) -> dict[str, float]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def _lines(metrics: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
 def _split_times(work: Run, began: float) -> dict[str, float]:
     """Seconds of starting the workers, training and exporting, from the times of the run's first and last lines."""
-    rows = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
-    mine = [row["time_s"] for row in rows if row["time_s"] >= began] or [began]
+    mine = [row["time_s"] for row in _lines(work.folder / "metrics.jsonl") if row["time_s"] >= began] or [began]
     assert work.plan.bundle is not None
     manifest = json.loads((work.plan.bundle / "manifest.json").read_text())
     return {

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import os
+import signal
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +19,31 @@ import ray
 import torch
 import torch.distributed as dist
 from ray._raylet import PlacementGroupID
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_jobs, list_placement_groups
 
-from jobs import stream
+from jobs import failures, forecast, stream, vigil
+from jobs.failures import Failure
 from mmagent.config import Config
 
-__all__ = ["Group", "WorkersFailed", "release", "room", "run"]
+__all__ = ["Final", "Group", "WorkersFailed", "release", "room", "run"]
 
 _RELEASE_TIMEOUT_S = 30.0
-_DATA_CPUS = 1.6  # left for the tasks of a stream: reading asks for 0.5, cutting into blocks for 1
+_DATA_CPUS = 1.6  # left for the tasks of a stream: reading asks for 1
 
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 
 
 class WorkersFailed(RuntimeError):
     """The training workers failed; the message is theirs."""
+
+
+class Final(RuntimeError):
+    """What all ranks raise together, and would raise again: no reason to start them anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,9 @@ class Group:
     world: int
     blocks: Callable[[str], Iterator[pa.Table]]  # a stream by name: one table for each optimizer step
     report: Callable[[dict[str, float]], None]
+    asked: Callable[[], str] = str  # why this rank's process shall end, or nothing
+    drained: Callable[[], bool] = bool  # whether a machine of the group is to go: Ray moves the group when it does
+    failure: Failure | None = None  # that this start of the workers follows
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks."""
@@ -66,7 +80,8 @@ class Group:
 
 
 class _InTurn(DataConfig):
-    """Splits streams so that block n goes to rank n modulo the number of workers (see `jobs.stream`)."""
+    """Makes streams for the workers that there are, and splits them so that block n goes to rank n modulo their number
+    (see `jobs.stream`)."""
 
     def __init__(self, reserved_cpus: float) -> None:
         super().__init__()
@@ -74,8 +89,8 @@ class _InTurn(DataConfig):
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         output: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            for rank, split in enumerate(stream.split_in_turn(dataset, world_size, self._reserved_cpus)):
+        for name, make in datasets.items():
+            for rank, split in enumerate(stream.split_in_turn(make(world_size), world_size, self._reserved_cpus)):
                 output[rank][name] = split
         return output
 
@@ -84,70 +99,153 @@ def run(
     work: Callable[[Group], None],
     config: Config,
     folder: Path,
-    streams: Mapping[str, Callable[[], Any]],
+    streams: Mapping[str, Callable[[int], Any]],
     callbacks: list[Any] | None = None,
 ) -> None:
-    """Runs `work` in every worker of a group, again from the start where workers fail (`cluster.max_failures`).
+    """Runs `work` in every worker of a group, again from the start where workers fail (`cluster.max_failures`), with
+    fewer of them where there is no room for all (`cluster.min_workers`).
 
     Args:
         folder: the run's own.
-        streams: by name, what makes a stream; called anew whenever the group starts.
+        streams: by name, what makes a stream for a number of workers; called anew whenever a group starts.
 
     Raises:
         WorkersFailed: they failed more often than `cluster.max_failures` allows.
     """
     _release_orphans()
-    cpus = _cpus_of_a_worker(config)
-    trainer = TorchTrainer(
-        _entry,
-        train_loop_config={"work": work, "threads": config.cluster.threads},
+    start, count = uuid.uuid4().hex[:8], 0
+    while True:
+        try:
+            final = _fit(work, config, folder, streams, callbacks, start)
+            break
+        except TrainingFailedError as error:
+            count += 1
+            words = _last_words(error, failures.last(folder, start))
+            if config.cluster.min_workers is None or count > config.cluster.max_failures:
+                raise WorkersFailed(words) from error
+            print(f"workers failed ({words.splitlines()[0]}): counting who is left", flush=True)
+    if final:
+        raise WorkersFailed(final)
+
+
+def _fit(
+    work: Callable[[Group], None],
+    config: Config,
+    folder: Path,
+    streams: Mapping[str, Callable[[int], Any]],
+    callbacks: list[Any] | None,
+    start: str,
+) -> str:
+    """One group, with as many workers as there is room for; what its workers gave back: why another try makes no sense,
+    or nothing. Ray starts a group that failed again by itself where its size is fixed; where it may change, it is
+    counted anew. Ray's own elastic groups (2.60) count the CPUs of whole nodes, also those that a service holds, and
+    leave none to the tasks that read the data."""
+    workers = _workers(config)
+    cpus = _cpus_of_a_worker(config, workers)
+    entry: Any = _entry  # what Ray declares is its first Train, which took no return value and other callbacks
+    given: Any = {name: functools.partial(_as_it_is, make) for name, make in streams.items()}
+    watching: Any = _Failures(folder, config, start)
+    trainer: Any = TorchTrainer(
+        entry,
+        train_loop_config={"work": work, "threads": config.cluster.threads, "folder": folder, "start": start},
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers,
-            use_gpu=config.cluster.gpu,
-            resources_per_worker=_resources(config, cpus),
+            num_workers=workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus)
         ),
         torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
-        datasets=dict(streams),
+        datasets=given,
         # What others hold is none of the readers' either.
-        dataset_config=_InTurn(cpus * config.cluster.workers + ray.cluster_resources().get("CPU", 0.0) - _free_cpus()),
+        dataset_config=_InTurn(cpus * workers + ray.cluster_resources().get("CPU", 0.0) - _free("CPU")),
         run_config=RunConfig(
             name="train",
             storage_path=str(folder / "ray"),
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            callbacks=callbacks or [],
+            failure_config=FailureConfig(
+                max_failures=config.cluster.max_failures if config.cluster.min_workers is None else 0
+            ),
+            callbacks=[*(callbacks or []), watching],
         ),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise WorkersFailed(_last_words(error)) from error
+    return trainer.fit().return_value or ""
 
 
-def _last_words(error: TrainingFailedError) -> str:
+def _as_it_is(make: Callable[[int], Any]) -> Callable[[int], Any]:
+    """Ray makes a stream before it says for how many workers: it is given what makes one (see `_InTurn`)."""
+    return make
+
+
+class _Failures(UserCallback):
+    """Writes down why workers failed; it lives in the controller."""
+
+    def __init__(self, folder: Path, config: Config, start: str) -> None:
+        self._folder, self._config, self._start = folder, config, start
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        words = {rank: f"{type(error).__name__}: {error}" for rank, error in worker_exceptions.items()}
+        standings = {standing.rank: standing for standing in vigil.read(self._folder)}
+        steps = [int(path.name.removeprefix("step_")) for path in (self._folder / "checkpoints").glob("step_*")]
+        reason = forecast.explain(words, standings, self._config)
+        failures.note(self._folder, self._start, max(steps, default=0), reason)
+
+
+def _last_words(error: TrainingFailedError, failure: Failure | None) -> str:
     """What the workers said. An error of this project explains itself; of any other the traceback is wanted too."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    failed = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    causes = [getattr(each, "_base_exc", each) for each in failed]
     if causes and all(_explains_itself(cause) for cause in causes):
         return "\n".join(dict.fromkeys(str(cause) for cause in causes))
-    return str(error)
+    return f"{failure.reason}\n{error}" if failure else str(error)
 
 
 def _explains_itself(error: BaseException) -> bool:
-    return isinstance(error, FloatingPointError) or type(error).__module__.startswith(("jobs.", "mmagent."))
+    return type(error).__module__.startswith(("jobs.", "mmagent."))
 
 
-def _entry(spec: dict[str, Any]) -> None:
+def _entry(spec: dict[str, Any]) -> str:
+    """A worker's whole life; what a `Final` error says, or nothing."""
     torch.set_num_threads(spec["threads"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    spec["work"](
-        Group(
-            rank=rank,
-            world=context.get_world_size(),
-            blocks=lambda name: stream.rank_blocks(ray.train.get_dataset_shard(name), rank),
-            report=lambda metrics: ray.train.report(metrics),
+    sigterm = Sigterm()
+    try:
+        spec["work"](
+            Group(
+                rank=rank,
+                world=context.get_world_size(),
+                blocks=lambda name: stream.rank_blocks(ray.train.get_dataset_shard(name), rank),
+                report=lambda metrics: ray.train.report(metrics),
+                asked=lambda: "SIGTERM" if sigterm else "",
+                drained=lambda: get_train_context().preemption_context.preemption_info is not None,
+                failure=failures.last(spec["folder"], spec["start"]),
+            )
         )
-    )
+    except Final as error:
+        return str(error)
+    finally:
+        sigterm.close()
+    return ""
+
+
+class Sigterm:
+    """Whether SIGTERM has reached this process; it then ends when the training does.
+
+    The training runs in a thread, where Python sets no signal handlers, and Ray's main thread runs no Python for
+    seconds. The handler of faulthandler is set from any thread and runs at once: it writes a stack into a file.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the handler
+        faulthandler.register(signal.SIGTERM, file=self._file, all_threads=False, chain=False)
+
+    def __bool__(self) -> bool:
+        return os.fstat(self._file.fileno()).st_size > 0
+
+    def close(self) -> None:
+        faulthandler.unregister(signal.SIGTERM)
+        self._file.close()
+
+
+def beside(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function says on a machine with a free GPU, as a worker would have it; alone in a process of its own."""
+    return ray.get(ray.remote(num_cpus=0, num_gpus=1, max_calls=1)(function).remote(*arguments))
 
 
 def release() -> None:
@@ -180,15 +278,35 @@ def _address() -> str:
 
 def room(config: Config) -> int:
     """How many groups the free CPUs of the cluster hold beside each other; one at least."""
-    return max(1, int((_free_cpus() - _DATA_CPUS) // (config.cluster.workers * config.cluster.threads)))
+    return max(1, int((_free("CPU") - _DATA_CPUS) // (config.cluster.workers * config.cluster.threads)))
 
 
-def _cpus_of_a_worker(config: Config) -> float:
+def _workers(config: Config) -> int:
+    """How many workers start: all, or what there is room for now, where that is enough (`cluster.min_workers`)."""
+    wanted, least = config.cluster.workers, config.cluster.min_workers
+    if least is None:
+        return wanted
+    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+    while (found := _hold(config)) < wanted and time.monotonic() < deadline:
+        time.sleep(0.5)  # what failed a moment ago may still hold what it had
+    number = max(least, min(wanted, found))
+    if number < wanted:
+        print(f"{number} of cluster.workers={wanted} start: Ray has no room for more", flush=True)
+    return number
+
+
+def _hold(config: Config) -> int:
+    """How many workers the free CPUs and GPUs hold."""
+    found = (_free("CPU") - _DATA_CPUS) // config.cluster.threads
+    return int(min(found, _free("GPU")) if config.cluster.gpu else found)
+
+
+def _cpus_of_a_worker(config: Config, workers: int) -> float:
     """What a worker asks of Ray: its threads, or less where the machine is small or a service runs beside, so that
     the tasks which read the data have theirs; on a full machine they would wait for ever."""
-    wanted = _DATA_CPUS + 0.1 * config.cluster.workers
+    wanted = _DATA_CPUS + 0.1 * workers
     deadline = time.monotonic() + _RELEASE_TIMEOUT_S
-    while (free := _free_cpus()) < wanted and time.monotonic() < deadline:
+    while (free := _free("CPU")) < wanted and time.monotonic() < deadline:
         time.sleep(0.5)  # what ended a moment ago may still hold its CPUs
     if free < wanted:
         print(
@@ -196,12 +314,12 @@ def _cpus_of_a_worker(config: Config) -> float:
             "(ray job list; ray job stop ID) or a service is stopped",
             flush=True,
         )
-    share = (free - _DATA_CPUS) / config.cluster.workers
+    share = (free - _DATA_CPUS) / workers
     return round(min(float(config.cluster.threads), max(0.1, share)), 2)
 
 
-def _free_cpus() -> float:
-    return float(ray.available_resources().get("CPU", 0.0))
+def _free(resource: str) -> float:
+    return float(ray.available_resources().get(resource, 0.0))
 
 
 def _resources(config: Config, cpus: float) -> dict[str, float]:

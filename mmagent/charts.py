@@ -186,6 +186,21 @@ def dots(rows: Sequence[tuple[str, Sequence[Mark]]], *, title: str, x_label: str
     return svg(frame.width, frame.height, title, *body, class_="chart wide")
 
 
+def bars(rows: Sequence[tuple[str, float]], *, title: str, x_label: str) -> Markup:
+    """Shares of one whole, a bar for each row."""
+    step, left = 26, 130
+    end = max(0.1, math.ceil(max(share for _, share in rows) * 10) / 10)
+    frame = Frame((0, end), (0, 1), height=len(rows) * step + 58, left=left, right=64, bottom=46, top=12)
+    body: list[Child] = [grid(frame, ticks(0, end), [], percent_tick, percent_tick, x_label, "")]
+    for index, (name, share) in enumerate(rows):
+        y = frame.top + index * step
+        body.append(_text(frame.left - 10, y + step / 2 + 4, name, "end", class_="row"))
+        width = frame.px(share) - frame.left
+        body.append(_bar(frame.left, y + 4, max(1.0, width), step - 8, "bar s1", f"{name}: {percent(share)}"))
+        body.append(_text(frame.left + width + 6, y + step / 2 + 4, percent(share), "start"))
+    return svg(frame.width, frame.height, title, *body)
+
+
 def svg(width: float, height: float, title: str, *children: Child, class_: str = "chart") -> Markup:
     return tag("svg", *children, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=title, class_=class_)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mmagent.media import Limits
+from mmagent.share import Share
 
 Count = Annotated[int, Field(gt=0)]
 LONGEST = 4  # a picture's longer side to its shorter
@@ -25,6 +26,10 @@ LONGEST = 4  # a picture's longer side to its shorter
 
 class ConfigError(ValueError):
     """A recipe or an override that cannot be used; the message names the key and the nearest right one."""
+
+
+def _auto_is_zero(value: Any) -> Any:
+    return 0 if value == "auto" else value
 
 
 class _Section(BaseModel):
@@ -294,8 +299,19 @@ class TrainConfig(_Section):
         gt=0,
         description="runs of each number of a learning curve (data.labels_per_class=[...]), from seed on",
     )
-    micro_batch: int = Field(32, gt=0, description="samples of one forward pass on one worker")
+    micro_batch: Annotated[int, BeforeValidator(_auto_is_zero)] = Field(
+        32, ge=0, description="samples of one forward pass on one worker; auto (or 0): the most that memory holds, "
+        "found by trial; a step keeps its 32 x train.accumulation samples for each worker",
+    )  # fmt: skip
     accumulation: int = Field(1, gt=0, description="forward passes before an optimizer step")
+    global_batch: int | None = Field(
+        None, gt=0, description="samples of an optimizer step over all workers; none: cluster.workers x micro_batch x "
+        "accumulation. A run keeps it: with other workers or another micro_batch the passes of a worker follow from it",
+    )  # fmt: skip
+    micro_tokens: int | None = Field(
+        None, gt=0, description="tokens of a text of one forward pass on one worker, padding with them: a worker's "
+        "samples of an optimizer step are cut into as few passes as hold no more; none: micro_batch samples each",
+    )  # fmt: skip
     eval_every_steps: int = Field(50, gt=0, description="optimizer steps between validations")
     eval_every_epochs: float | None = Field(
         None, gt=0, description="epochs between validations, where that is more than eval_every_steps"
@@ -314,19 +330,67 @@ class TrainConfig(_Section):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
     cache_text: bool = Field(True, description="keep the states of a frozen language model in memory, by text")
-    keep_last: int = Field(2, ge=1, description="checkpoints kept beside the best one")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: int = Field(1, ge=1, description="checkpoints kept beside them, those of the best validations")
+    checkpoint_every_steps: int | None = Field(
+        None, gt=0, description="optimizer steps between checkpoints, beside those of validations; none: only those"
+    )
+    checkpoint_every_minutes: float | None = Field(
+        None, gt=0, description="minutes after which a checkpoint is due, at the next step; none: never by time"
+    )
+    on_bad_loss: Literal["stop", "skip"] = Field(
+        "stop", description="what a loss does that is no number or jumps: stop the run, or leave the batch out; either "
+        "way its rows are kept in runs/NAME/inspect",
+    )  # fmt: skip
+    max_loss_jump: float | None = Field(
+        10.0, gt=0, description="deviations above its running mean that make a loss a jump, where one counts as a "
+        "tenth of the mean of the first 20 steps at least; none: only what is no number is bad",
+    )  # fmt: skip
+    max_skips: int = Field(5, ge=1, description="batches left out in a row before the run stops (on_bad_loss=skip)")
+    alarm_minutes: float | None = Field(
+        10.0, gt=0, description="a step that takes longer raises an alarm: which rank stands where; none: never"
+    )  # fmt: skip
+    trace: bool = Field(False, description="write the sample ids and the loss of each step into runs/NAME/trace")
 
 
 class ClusterConfig(_Section):
-    workers: int = Field(1, gt=0, description="training workers")
+    workers: int = Field(1, gt=0, description="training workers; a run may go on with another number")
+    min_workers: int | None = Field(
+        None, gt=0, description="as few workers as a run starts with, or goes on with after a failure, where there is "
+        "no room for all. none: it waits for all of them",
+    )  # fmt: skip
     gpu: bool = Field(False, description="one GPU for each worker")
     threads: int = Field(1, gt=0, description="CPU threads of one worker")
-    max_failures: int = Field(1, ge=0, description="times failed workers are started again from the last checkpoint")
+    max_failures: int = Field(
+        1, ge=0, description="times failed workers are started again from the last checkpoint, after a pause of 1 s "
+        "that doubles, up to 60 s, with each failure without a new checkpoint",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _fewest_first(self) -> ClusterConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"cluster.min_workers={self.min_workers} is more than cluster.workers={self.workers}")
+        return self
 
 
 class ZeroConfig(_Section):
     engine: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: one plain process, for measurements")
-    stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage")
+    stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage; a run may go on with another")
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="kept in the CPU's memory, where the optimizer then steps: its state and the fp32 weights "
+        "(optimizer; stages 1 to 3), the weights that wait as well (parameters; stage 3)",
+    )
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> ZeroConfig:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.stage < least or (least and self.engine == "torch"):
+            raise ValueError(
+                f"zero.offload={self.offload} needs zero.engine=deepspeed and zero.stage={least} or more, got "
+                f"{self.engine} and {self.stage}"
+            )
+        return self
 
 
 class Config(_Section):
@@ -344,7 +408,12 @@ class Config(_Section):
     @property
     def global_batch(self) -> int:
         """Samples of one optimizer step over all workers."""
-        return self.cluster.workers * self.train.micro_batch * self.train.accumulation
+        passed = self.train.micro_batch or TrainConfig.model_fields["micro_batch"].default  # auto keeps the step's size
+        return self.train.global_batch or self.cluster.workers * passed * self.train.accumulation
+
+    def share(self, world: int) -> Share:
+        """What each of so many workers takes of a step."""
+        return Share(self.global_batch, self.train.micro_batch, world)
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -387,6 +456,14 @@ def resolve(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
 def override(config: Config, sample: Mapping[str, Any]) -> Config:
     """`config` with dotted keys replaced: what a trial of a search runs."""
     return resolve(config.model_dump(mode="json"), sample)
+
+
+def value(config: Config, dotted: str) -> Any:
+    """What a config says of a dotted key."""
+    found: Any = config
+    for part in dotted.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:

@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
         self.backbone = TextEncoder(base)
         self.head = nn.ModuleDict({name: part for name, part in whole.named_children() if part is not base})
         self._whole = (whole,)  # in a tuple: its parts are registered above, under the names that freezing knows
-        self._places: Tensor | None = None
+        self._places: Tensor | None = None  # that have a target, among all of a pass
         base.register_forward_hook(self._gather)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,9 +102,15 @@ class LanguageModel(nn.Module):
         if not places.any():
             places = torch.zeros_like(places)
             places[0, 0] = True
-        self._places = places
         options = {"use_cache": False} if "use_cache" in pretrained.takes(self._whole[0]) else {}
-        out = self._whole[0](input_ids=batch["ids"], attention_mask=batch["mask"], **options)
+        packed = self.backbone.pack(batch["mask"].bool())
+        if packed is None:
+            self._places = places.flatten().nonzero()[:, 0]
+            out = self._whole[0](input_ids=batch["ids"], attention_mask=batch["mask"], **options)
+        else:
+            self._places = packed.slot[places[packed.keep]]
+            ids = packed.put(batch["ids"][packed.keep])
+            out = self._whole[0](input_ids=ids, **self.backbone.given(packed), **options)
         return {"logits": out.logits[0]}
 
     def save(self, folder: Path) -> None:
@@ -120,7 +126,7 @@ class LanguageModel(nn.Module):
     def _gather(self, module: nn.Module, given: Any, out: Any) -> Any:
         """Hands the head the states (1, places, width) of the places that are asked for; a head looks at each alone."""
         if self._places is not None:
-            out.last_hidden_state = out.last_hidden_state[self._places][None]
+            out.last_hidden_state = out.last_hidden_state.flatten(0, 1)[self._places][None]
         return out
 
 

@@ -12,6 +12,8 @@ import operator
 import os
 import platform
 import re
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,8 +71,9 @@ def publish(bench: str, rows: Sequence[Row], checkout: Path, *, keep: bool = Fal
     """
     made, new = machine(), {row.id: row.to_dict() for row in rows}
     file = checkout / "runs" / "bench" / f"{bench}.json"
-    known = json.loads(file.read_text()) if keep and file.exists() else {}
-    before = {row["id"]: row for row in known["rows"]} if known.get("machine") == made else {}
+    known = json.loads(file.read_text()) if keep and file.exists() else {"machine": {}, "rows": []}
+    same = {**known["machine"], "measured": made["measured"]} == made  # at whatever time
+    before = {row["id"]: row for row in known["rows"]} if same else {}
     value = {"bench": bench, "machine": made, "rows": [*(before | new).values()]}
     for folder in (storage.root() / "bench", checkout / "runs" / "bench"):
         storage.publish_json(folder / f"{bench}.json", value)
@@ -98,6 +101,16 @@ def machine() -> dict[str, Any]:
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def resident_peak() -> int:
+    """The most bytes that this process has had in memory. Not `ru_maxrss` where the kernel says better: that begins
+    with what the process was started from."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _short(value: float) -> str:

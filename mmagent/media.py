@@ -74,16 +74,7 @@ def check_image(data: bytes, limits: Limits) -> ImageHeader:
     """
     _check_size(data, limits)
     with _open_image(data) as image:
-        width, height = image.size
-        if image.format == "JPEG" and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
-            width, height = height, width
-        header = ImageHeader(image.format or "?", width, height)
-    if header.width * header.height > limits.max_image_pixels:
-        raise MediaTooLarge(
-            f"the image has {header.width} x {header.height} = {header.width * header.height} pixels; "
-            f"the limit max_image_pixels is {limits.max_image_pixels}"
-        )
-    return header
+        return _image_header(image, limits)
 
 
 def decode_image(data: bytes, limits: Limits) -> Image.Image:
@@ -92,9 +83,10 @@ def decode_image(data: bytes, limits: Limits) -> Image.Image:
     Raises:
         MediaTooLarge, MediaError: see `check_image`; also where the pixels are cut off or damaged.
     """
-    check_image(data, limits)
+    _check_size(data, limits)
     try:
         with _open_image(data) as image:
+            _image_header(image, limits)
             image.load()
             turned = _eight_bits(ImageOps.exif_transpose(image))
             if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
@@ -114,31 +106,8 @@ def check_audio(data: bytes, limits: Limits) -> AudioHeader:
         MediaTooLarge: over a limit.
         MediaError: not a sound, or empty.
     """
-    _check_size(data, limits)
-    try:
-        info = soundfile.info(io.BytesIO(data))
-    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        raise MediaError(f"not a sound that can be read (wav, flac, ogg, mp3): {_first_words(data)}") from error
-    header = AudioHeader(info.format, int(info.frames), int(info.samplerate), int(info.channels))
-    if header.format not in AUDIO_FORMATS:
-        raise MediaError(f"the sound is of the format {header.format}; wav, flac, ogg or mp3 is wanted")
-    if header.frames <= 0:
-        raise MediaError("the sound is empty: its header says 0 samples")
-    if header.frames >= _UNKNOWN_FRAMES:
-        raise MediaError("the sound's header does not say how long it is: write it to a file, not to a stream")
-    if not SAMPLE_RATES_HZ[0] <= header.sample_rate_hz <= SAMPLE_RATES_HZ[1]:
-        raise MediaError(
-            f"the sound has {header.sample_rate_hz} samples a second; "
-            f"{SAMPLE_RATES_HZ[0]} to {SAMPLE_RATES_HZ[1]} can be read"
-        )
-    if header.duration_s > limits.max_audio_s:
-        raise MediaTooLarge(
-            f"the sound lasts {header.duration_s:.1f} s; the limit max_audio_s is {limits.max_audio_s:g} s"
-        )
-    # libsndfile corrects the length of a cut file in silence.
-    if _cut_wav(data) or _cut_ogg(data):
-        raise MediaError("the sound is cut off: its header promises more bytes than there are")
-    return header
+    with _open_sound(data, limits) as file:
+        return _audio_header(file, data, limits)
 
 
 def decode_audio(data: bytes, sample_rate_hz: int, limits: Limits) -> np.ndarray:
@@ -147,9 +116,9 @@ def decode_audio(data: bytes, sample_rate_hz: int, limits: Limits) -> np.ndarray
     Raises:
         MediaTooLarge, MediaError: see `check_audio`; also where samples that the header promises are missing.
     """
-    header = check_audio(data, limits)
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with _open_sound(data, limits) as file:
+            header = _audio_header(file, data, limits)
             # Read in blocks, (samples, channels): all channels at full rate would be many times what is kept.
             parts = [np.zeros(0, np.float32)]
             while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
@@ -173,6 +142,50 @@ def _open_image(data: bytes) -> Image.Image:
         raise MediaError(
             f"not a picture that can be read ({', '.join(IMAGE_FORMATS).lower()}): {_first_words(data)}"
         ) from error
+
+
+def _image_header(image: Image.Image, limits: Limits) -> ImageHeader:
+    width, height = image.size
+    if image.format == "JPEG" and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
+        width, height = height, width
+    header = ImageHeader(image.format or "?", width, height)
+    if header.width * header.height > limits.max_image_pixels:
+        raise MediaTooLarge(
+            f"the image has {header.width} x {header.height} = {header.width * header.height} pixels; "
+            f"the limit max_image_pixels is {limits.max_image_pixels}"
+        )
+    return header
+
+
+def _open_sound(data: bytes, limits: Limits) -> soundfile.SoundFile:
+    _check_size(data, limits)
+    try:
+        return soundfile.SoundFile(io.BytesIO(data))
+    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
+        raise MediaError(f"not a sound that can be read (wav, flac, ogg, mp3): {_first_words(data)}") from error
+
+
+def _audio_header(file: soundfile.SoundFile, data: bytes, limits: Limits) -> AudioHeader:
+    header = AudioHeader(file.format, int(file.frames), int(file.samplerate), int(file.channels))
+    if header.format not in AUDIO_FORMATS:
+        raise MediaError(f"the sound is of the format {header.format}; wav, flac, ogg or mp3 is wanted")
+    if header.frames <= 0:
+        raise MediaError("the sound is empty: its header says 0 samples")
+    if header.frames >= _UNKNOWN_FRAMES:
+        raise MediaError("the sound's header does not say how long it is: write it to a file, not to a stream")
+    if not SAMPLE_RATES_HZ[0] <= header.sample_rate_hz <= SAMPLE_RATES_HZ[1]:
+        raise MediaError(
+            f"the sound has {header.sample_rate_hz} samples a second; "
+            f"{SAMPLE_RATES_HZ[0]} to {SAMPLE_RATES_HZ[1]} can be read"
+        )
+    if header.duration_s > limits.max_audio_s:
+        raise MediaTooLarge(
+            f"the sound lasts {header.duration_s:.1f} s; the limit max_audio_s is {limits.max_audio_s:g} s"
+        )
+    # libsndfile corrects the length of a cut file in silence.
+    if _cut_wav(data) or _cut_ogg(data):
+        raise MediaError("the sound is cut off: its header promises more bytes than there are")
+    return header
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

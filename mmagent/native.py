@@ -64,6 +64,9 @@ class Native(TextEncoder):
         """The part that reads tokens alone; of an encoder-decoder both."""
         return self.model.get_submodule(self._language)
 
+    def _ask(self) -> None:
+        """Its places tell of pictures too: texts are not packed."""
+
     def blocks(self) -> list[nn.Module]:
         if not self._pair:
             return blocks(self.language)

@@ -3,11 +3,13 @@
 Row groups of all shards are permuted by (seed, epoch) and laid end to end; the line is cut into windows of equal
 length; the rows of a window are shuffled by (seed, epoch, window). A reader needs one window in memory, and a
 position is (epoch, window, row): no list of ids, nothing read twice but the row group on a window's edge.
-The number of workers is no part of it: they share out each global batch.
+Neither the number of workers nor the size of a batch is any part of it: a batch takes the next rows of the window, the
+last of a window may be short, and workers share each one out (`mmagent.share`).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -111,4 +113,5 @@ class Order:
 
 def sample_rng(seed: int, epoch: int, sample_id: str) -> np.random.Generator:
     """The random numbers that augment one sample in one epoch, whoever asks and whenever."""
-    return np.random.default_rng([seed, epoch, *sample_id.encode()])
+    name = hashlib.blake2b(f"{seed} {epoch} {sample_id}".encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(name, "little"))

@@ -45,9 +45,10 @@ def _loaded(name: str, place: str) -> Any:
         # Transformers makes no part for videos without torchvision, whose wheels fit few builds of torch; and none of
         # settings that were saved where it was not there.
         config = pretrained.config_of(name, _KEY)
-        if type(config) not in PROCESSOR_MAPPING or _VIDEO not in PROCESSOR_MAPPING[type(config)].get_attributes():
+        kind: Any = PROCESSOR_MAPPING.get(type(config), None)
+        if kind is None or _VIDEO not in kind.get_attributes():
             raise
-        return _without_videos(PROCESSOR_MAPPING[type(config)], place)
+        return _without_videos(kind, place)
 
 
 def _without_videos(kind: Any, place: str) -> Any:
@@ -55,7 +56,7 @@ def _without_videos(kind: Any, place: str) -> Any:
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
     from transformers.video_processing_utils import BaseVideoProcessor
 
-    makers = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
+    makers: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
     settings, options = kind.get_processor_dict(place)
     parts = []
     for part in kind.get_attributes():

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmagent import charts, example_cards, learning, transfer, wording
+from mmagent import charts, example_cards, learning, stalls, transfer, wording
 from mmagent.charts import SPACE, Mark, Series, percent
 from mmagent.evaluation import blocks
 from mmagent.examples import Example, group_name
@@ -55,6 +55,8 @@ def render(
             found = [(f"{anchor}-{index}", f"{task}: {title}", body) for anchor, title, body in found]
         if index == 0 and (learnt := learning.section(curves, tasks)):
             found.insert(1, ("learning", "Learning", learnt))
+        if index == 0 and (spent := stalls.section(curves)):
+            found.insert(2 if learnt else 1, ("time", "Time", spent))
         if index == 0:
             found[1:1] = [*more, *transfer.sections(evaluation)]
         parts.append((_headline(block), found))

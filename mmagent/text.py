@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmagent import pretrained
+from mmagent import packing, pretrained
+from mmagent.packing import Packed, Style
 from mmagent.pretrained import BackboneError, locate
 from mmagent.record import Record, segments
 
@@ -105,6 +106,9 @@ def check(name: str, max_tokens: int = 0) -> None:
 class TextEncoder(nn.Module):
     """A language model as a function from token ids to the states of its last layer.
 
+    Texts of different lengths are packed where the model says the same of packed ones (see `mmagent.packing`); states
+    of padding are zeros then.
+
     Args:
         model: the Transformers model, or the encoder of one.
         config: of the checkpoint that the model is a part of, where it is one.
@@ -112,7 +116,10 @@ class TextEncoder(nn.Module):
 
     Attributes:
         max_tokens: the longest text the model has positions for; none: any length.
+        packs: how the model is told of packed texts; none: it is not.
     """
+
+    packs: Style | None
 
     def __init__(self, model: nn.Module, config: Any = None, prefix: str = "") -> None:
         super().__init__()
@@ -121,10 +128,12 @@ class TextEncoder(nn.Module):
         # A pooler makes one vector that nothing here reads; left in, its parameters would never get a gradient.
         for part in (model, getattr(model, "encoder", None)):  # of a pair made of two checkpoints it stands inside
             if getattr(part, "pooler", None) is not None:
-                part.pooler = None  # type: ignore[union-attr, assignment]
+                part.pooler = None  # type: ignore[union-attr]
         self.max_tokens = _max_tokens(model)
         # A decoder would keep every layer's keys and values for a next token that nobody asks for.
-        self._options = {"use_cache": False} if "use_cache" in pretrained.takes(model) else {}
+        self._options, self._reading = _without_cache(model), _without_cache(self.reads)
+        self._first = _first_place(self.reads) if "position_ids" in pretrained.takes(self.reads) else None
+        self.packs = self._ask()
 
     @property
     def decodes(self) -> bool:
@@ -153,7 +162,7 @@ class TextEncoder(nn.Module):
             BackboneError: more tokens than the model has positions for.
         """
         self.check_length(ids.shape[1])
-        return self.model(input_ids=ids, attention_mask=mask, **self._options).last_hidden_state
+        return self._states("input_ids", ids, mask)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids of any shape -> their embeddings (..., width)."""
@@ -166,7 +175,61 @@ class TextEncoder(nn.Module):
             BackboneError: more tokens than the model has positions for.
         """
         self.check_length(embeds.shape[1])
-        return self.model(inputs_embeds=embeds, attention_mask=mask, **self._options).last_hidden_state
+        return self._states("inputs_embeds", embeds, mask)
+
+    @property
+    def reads(self) -> Any:
+        """The Transformers model whose states are read."""
+        return self.model
+
+    def pack(self, keep: Tensor) -> Packed | None:
+        """keep: (batch, tokens) bool -> how its texts are packed; None where they are not."""
+        return None if self.packs is None else packing.pack(keep, width=self.width, most=self.max_tokens)
+
+    def unpacked(self) -> list[str]:
+        """What is to be said where texts are not packed."""
+        if self.packs is not None:
+            return []
+        name = type(self.model).__name__
+        note = f"{name} does not take several texts in one row: they are padded, those of one length in one micro-batch"
+        return [f"{note}; where lengths differ much, train.micro_tokens or a larger train.accumulation pads less"]
+
+    def given(self, packed: Packed) -> dict[str, Tensor]:
+        """What the model is told of packed texts beside their tokens."""
+        assert self.packs is not None
+        return packing.given(packed, self.packs, first=self._first, dtype=next(self.parameters()).dtype)
+
+    def _states(self, name: str, x: Tensor, mask: Tensor) -> Tensor:
+        """States (batch, tokens, width) of ids or embeds, which the model calls `name`."""
+        if (packed := self.pack(mask.bool())) is None:
+            return self.reads(**{name: x}, attention_mask=mask, **self._reading).last_hidden_state
+        return self._packed_states(name, x, packed)
+
+    def _packed_states(self, name: str, x: Tensor, packed: Packed) -> Tensor:
+        told = self.given(packed)
+        out = self.reads(**{name: packed.put(x[packed.keep])}, **told, **self._reading).last_hidden_state
+        return packed.back(out)
+
+    def _ask(self) -> Style | None:
+        """How the model understands packed texts, by what it says of a few."""
+        part = self.reads
+        if next(part.parameters()).is_meta:
+            return None
+        pad, training = getattr(part.config, "pad_token_id", None), part.training
+        part.eval()
+        for style in packing.styles(part.config, decodes=self.decodes, first=self._first):
+            self.packs = style
+            if packing.holds(
+                lambda ids, mask: part(input_ids=ids, attention_mask=mask, **self._reading).last_hidden_state,
+                lambda ids, packed: self._packed_states("input_ids", ids, packed),
+                part.get_input_embeddings().weight.shape[0],
+                -1 if pad is None else pad,
+            ):
+                break
+        else:
+            self.packs = None
+        part.train(training)
+        return self.packs
 
     def blocks(self) -> list[nn.Module]:
         """The layers, first to last (see `blocks`)."""
@@ -310,15 +373,23 @@ def length(tokenizer: Any, *words: str) -> int:
     return len(tokenizer(*words, split_special_tokens=True, verbose=False)["input_ids"])
 
 
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in pretrained.takes(model) else {}
+
+
 def _max_tokens(model: Any) -> int | None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or limit <= 0:
-        return None
-    # Some families begin to count behind the padding token's id, in a table that is larger by as much.
+    return int(limit) - _first_place(model) if limit is not None and limit > 0 else None
+
+
+def _first_place(model: Any) -> int:
+    """The number of a text's first place: some families begin to count behind the padding token's id, in a table that
+    is larger by as much."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     words = model.get_input_embeddings()
     tables = (table for table in model.modules() if isinstance(table, nn.Embedding) and table is not words)
     offsets = (t.padding_idx + 1 for t in tables if t.num_embeddings == limit and t.padding_idx is not None)
-    return int(limit) - max(offsets, default=0)
+    return max(offsets, default=0)
 
 
 class FrozenStates:

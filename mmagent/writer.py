@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmagent import pretrained
+from mmagent.packing import Packed
 from mmagent.text import TextEncoder, blocks
 
 IGNORED = -100  # a place of a reply that holds no token
@@ -32,19 +33,26 @@ class Writer(TextEncoder):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
         self._decoder = not model.config.is_encoder_decoder  # type: ignore[union-attr]
         self._accepts = pretrained.takes(model)
+        super().__init__(model)
+        self._asked: Tensor | None = None  # the packed places whose logits are wanted
+        self._seen: Tensor | None = None  # the states of all packed places
+        if self._decoder:
+            self.reads.register_forward_hook(self._gather)
 
     def blocks(self) -> list[nn.Module]:
         if self._decoder:
             return super().blocks()
         return [*blocks(self.model.get_encoder()), *blocks(self.model.get_decoder())]  # type: ignore[operator]
 
+    @property
+    def reads(self) -> Any:
+        return self.model.base_model if self._decoder else self.model.get_encoder()  # type: ignore[operator]
+
     def read(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """From embeds (rows, tokens, width) and mask (rows, tokens) to states (rows, tokens, width)."""
-        part = self.model.base_model if self._decoder else self.model.get_encoder()  # type: ignore[operator]
-        return part(inputs_embeds=embeds, attention_mask=mask).last_hidden_state  # type: ignore[operator]
+        return self._states("inputs_embeds", embeds, mask)
 
     def score(self, embeds: Tensor, mask: Tensor, reply: Tensor, *, states: bool) -> Scored:
         """The logits of given replies, each token from what stands before it.
@@ -59,6 +67,8 @@ class Writer(TextEncoder):
     def _continue(self, embeds: Tensor, mask: Tensor, reply: Tensor, states: bool) -> Scored:
         said = reply != IGNORED
         whole = torch.cat([embeds, self.embed(reply.clamp(min=0)).to(embeds.dtype)], dim=1)
+        if (packed := self.pack(torch.cat([mask.bool(), said], dim=1))) is not None:
+            return self._continue_packed(whole, said, packed, states)
         aligned, keep, order = aligned_at_the_end(whole, torch.cat([mask.bool(), said], dim=1))
         kept = reply.shape[1] + 1
         options: dict[str, Any] = {"logits_to_keep": kept} if "logits_to_keep" in self._accepts else {}
@@ -72,6 +82,31 @@ class Writer(TextEncoder):
         last = out.hidden_states[-1]
         back = torch.zeros_like(last).scatter(1, order[..., None].expand_as(last), last * keep[..., None])
         return Scored(logits, back[:, : embeds.shape[1]])
+
+    def _continue_packed(self, whole: Tensor, said: Tensor, packed: Packed, states: bool) -> Scored:
+        """As `_continue`; logits are made of the reply's tokens alone, and are zeros where it has none.
+
+        Args:
+            whole: (rows, tokens + reply, width) of what is read and the reply, the kept ones as `packed` says.
+            said: (rows, reply) which of the reply are tokens.
+        """
+        tokens = whole.shape[1] - said.shape[1]
+        replied = nn.functional.pad(said, (tokens, 0))[packed.keep]  # (kept,)
+        self._asked = packed.slot[replied] - 1  # the place before each
+        told = self.given(packed)
+        out = self.model(inputs_embeds=packed.put(whole[packed.keep]), **told, **self._options)
+        self._asked, seen, self._seen = None, self._seen, None
+        assert seen is not None
+        found = out.logits[0]  # (replied, vocabulary)
+        logits = found.new_zeros(*said.shape, found.shape[-1]).masked_scatter(said[..., None], found)
+        return Scored(logits, packed.back(seen)[:, :tokens] if states else None)
+
+    def _gather(self, module: nn.Module, given: Any, out: Any) -> Any:
+        """Hands the output layer the states (1, places, width) of the places that are asked for."""
+        if self._asked is not None:
+            self._seen = out.last_hidden_state
+            out.last_hidden_state = out.last_hidden_state.flatten(0, 1)[self._asked][None]
+        return out
 
     def _translate(self, embeds: Tensor, mask: Tensor, reply: Tensor) -> Scored:
         from transformers.modeling_outputs import BaseModelOutput

@@ -134,7 +134,7 @@ def _qwen_vl(folder: Path, *, three: bool = False) -> None:
     places = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
     ids = dict(zip(signs, tokenizer.convert_tokens_to_ids(list(signs)), strict=True))
     words = {**SIZES, "max_position_embeddings": 400, "vocab_size": len(tokenizer), "rope_parameters": places}
-    vision = {
+    vision: dict[str, Any] = {
         "depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2,
         "hidden_size": 32, "initializer_range": 0.3,
     }  # fmt: skip
@@ -198,8 +198,9 @@ def _idefics3(folder: Path) -> None:
     }  # fmt: skip
     config = transformers.Idefics3Config(
         text_config={**SIZES, "model_type": "llama", "max_position_embeddings": 400, "vocab_size": len(tokenizer)},
-        vision_config=vision, scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=1,
+        vision_config=vision, scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
+    config.pad_token_id = 1
     transformers.Idefics3ForConditionalGeneration(config).save_pretrained(folder)
     pictures = {
         **_PIXELS, "image_processor_type": "Idefics3ImageProcessor", "do_image_splitting": True,

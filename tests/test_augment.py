@@ -247,7 +247,7 @@ def test_noise_is_as_loud_as_a_waveform_asks_for(words: Words) -> None:
 
 def test_words_of_a_native_model_are_left_to_its_processor(words: Words) -> None:
     media = (np.zeros((1, 1), np.float32),)
-    native = replace(full(words), views=(View(np.zeros(0, np.int64)),), processed=Processed({}, media))
+    native = replace(full(words), views=(View(np.zeros(0, np.int64)),), processed=(Processed({}, media),))
     changed = augment(native, AugmentConfig(word_drop=0.9, text_drop=0.9), words, sample_rng(0, 0, "a"))
     assert changed.has_words
     assert len(changed.views[0].ids) == 0

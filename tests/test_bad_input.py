@@ -110,7 +110,7 @@ def batches(config: Config, tiny_backbone: Path, infos: dict[str, TaskInfo]) -> 
 
 
 def as_streamed(record: Record) -> dict[str, Any]:
-    return record.to_row() | {"ids": [2, 5, 3], "cut": 0, "error": "", "epoch": 0, "weight": 1.0}
+    return record.to_row() | {"ids": [2, 5, 3], "cut": 0, "epoch": 0, "micro": 0, "weight": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
 import subprocess
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +102,84 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert (best.step, latest.step) == (2, 5)
 
 
+def test_several_of_the_best_are_kept_where_asked(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, rank=0, barrier=bool, keep_last=1, keep_best=2)
+    for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (4, 0.7), (5, 0.3), (6, 0.2)):
+        checkpoints.save(writer(), loop(step, score))
+    assert steps(tmp_path) == [2, 4, 6]
+
+
+def test_what_is_torn_is_named_with_its_reason(tmp_path: Path) -> None:
+    checkpoints = alone(tmp_path)
+    checkpoints.save(writer(), loop(10))
+    (checkpoints.save(writer(), loop(20)) / MARKER).unlink()
+    assert checkpoints.latest() is not None
+    (line,) = checkpoints.torn
+    assert "step_00000020 is torn and passed over: marker.json is missing" in line
+
+
+# ---------------------------------------------------------------------------------------------- beside the training
+
+
+@pytest.fixture
+def far() -> Iterator[Path]:
+    """A folder on another file system than the temporary folder."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or memory.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev:
+        pytest.skip("there is no second file system to write to")
+    with tempfile.TemporaryDirectory(prefix="mmagent-tests-", dir=memory) as folder:
+        yield Path(folder)
+
+
+def test_the_hashes_are_those_of_the_files_wherever_they_come_from(tmp_path: Path, far: Path) -> None:
+    for folder in (tmp_path, far):
+        path = alone(folder / "checkpoints").save(writer(size=1000), loop(10))
+        marker = json.loads((path / MARKER).read_text())
+        assert marker.keys() == {"part.pt", "loop.json"}
+        assert all(hashlib.sha256((path / file).read_bytes()).hexdigest() == marker[file] for file in marker)
+        assert [file.name for file in path.parent.iterdir()] == [path.name]  # no draft, nothing staged
+    assert not list(Path(tempfile.gettempdir()).glob("mmagent-checkpoint-*"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_brought_home(tmp_path: Path) -> None:
+    """The second rank's part is late: the first does not wait for it, and nothing is sealed without it."""
+    lasts = [True, True]
+    ranks = [
+        Checkpoints(tmp_path, rank=rank, world=2, barrier=lambda mine: mine and all(lasts), keep_last=2)
+        for rank in range(2)
+    ]
+    ranks[0].begin(part(0), loop(10))
+    time.sleep(0.3)
+    assert steps(tmp_path) == []
+    assert not ranks[0].failed
+    ranks[1].begin(part(1), loop(10))
+    ranks[1].wait()
+    ranks[0].wait()
+    assert steps(tmp_path) == [10]
+
+
+def test_two_ranks_that_write_one_file_make_no_checkpoint(tmp_path: Path) -> None:
+    errors = together(tmp_path, [part(0), part(0)], loop(10))
+    assert all(isinstance(error, CheckpointError) for error in errors)
+    assert "two ranks wrote rank_0.pt" in str(errors[0])
+    assert steps(tmp_path) == []
+
+
+def test_an_error_met_beside_the_training_is_raised_by_the_next_wait(tmp_path: Path) -> None:
+    checkpoints = alone(tmp_path)
+    checkpoints.save(writer(), loop(10))
+    checkpoints.begin(lambda folder: (folder / "part.pt").symlink_to("/proc/self/mem"), loop(20))
+    deadline = time.monotonic() + 10
+    while not checkpoints.failed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert checkpoints.failed
+    with pytest.raises(CheckpointError, match=r"the last good checkpoint is .*step_00000010"):
+        checkpoints.begin(writer(), loop(30))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
+    checkpoints.save(writer(), loop(30))
+    assert steps(tmp_path) == [10, 30]
+
+
 def test_of_equal_scores_the_lowest_loss_is_the_best(tmp_path: Path) -> None:
     checkpoints = alone(tmp_path, keep_last=1)
     for step, loss in ((1, 0.5), (2, 0.2), (3, 0.4)):
@@ -133,7 +215,7 @@ def together(folder: Path, writes: list[Callable[[Path], None]], state: Loop) ->
             return everyone
 
         try:
-            Checkpoints(folder, rank=rank, barrier=barrier, keep_last=2).save(writes[rank], state)
+            Checkpoints(folder, rank=rank, barrier=barrier, keep_last=2, world=len(writes)).save(writes[rank], state)
         except CheckpointError as error:
             errors[rank] = error
 

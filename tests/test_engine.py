@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from jobs import engine as engines
+from jobs import zero
 from jobs.engine import Engine, TorchEngine
 from mmagent import freeze, text
 from mmagent.batch import Inputs
-from mmagent.config import Config, resolve
+from mmagent.config import Config, ConfigError, resolve
 from mmagent.model import Batch, MultimodalModel
 from mmagent.record import Record
 from mmagent.tasks.classify import cross_entropy
@@ -64,14 +65,42 @@ def test_deepspeeds_settings_follow_from_the_config(tiny_recipe: dict[str, Any])
         {"train.micro_batch": 7, "train.accumulation": 3, "optim.clip_norm": 0.5, "zero.stage": 2,
          "train.precision": "bf16", "cluster.workers": 2},
     )  # fmt: skip
-    settings = engines.zero_config(config)
+    settings = zero.zero_config(config, 2, torch.nn.Linear(3, 4))
     assert settings["train_micro_batch_size_per_gpu"] == 7
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == 0.5
     assert settings["zero_optimization"]["stage"] == 2
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 16
+    assert settings["zero_optimization"]["stage3_param_persistence_threshold"] == 4
     assert "optimizer" not in settings  # the one of plain torch is handed over
     assert "train_batch_size" not in settings  # follows from the number of workers
     json.dumps(settings)
+
+
+def test_passes_follow_from_the_workers_that_there_are(tiny_recipe: dict[str, Any]) -> None:
+    config = resolve(tiny_recipe, {"train.micro_batch": 4, "train.accumulation": 3, "cluster.workers": 2})
+    found = {
+        world: zero.zero_config(config, world, torch.nn.Linear(3, 4))["gradient_accumulation_steps"]
+        for world in (1, 2, 3, 5)
+    }
+    assert found == {1: 6, 2: 3, 3: 2, 5: 2}  # 24 rows: 24, 12, 8 and 5 of a worker
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "wanted"),
+    [(1, "optimizer", {"offload_optimizer"}), (3, "parameters", {"offload_optimizer", "offload_param"})],
+)
+def test_what_is_offloaded(tiny_recipe: dict[str, Any], stage: int, offload: str, wanted: set[str]) -> None:
+    config = resolve(tiny_recipe, {"zero.stage": stage, "zero.offload": offload})
+    settings = zero.zero_config(config, 1, torch.nn.Linear(3, 4))["zero_optimization"]
+    assert {key for key in settings if key.startswith("offload")} == wanted
+    assert all(settings[key]["device"] == "cpu" for key in wanted)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, "optimizer"), (2, "parameters")])
+def test_offload_that_a_stage_cannot_is_refused(tiny_recipe: dict[str, Any], stage: int, offload: str) -> None:
+    with pytest.raises(ConfigError, match=f"zero.offload={offload} needs"):
+        resolve(tiny_recipe, {"zero.stage": stage, "zero.offload": offload})
 
 
 @pytest.mark.parametrize(("precision", "wanted"), [("fp32", False), ("bf16", True)])
@@ -131,6 +160,11 @@ def train(engine: Engine, config: Config, batches: list[Batch], rate: float = 1.
     return losses
 
 
+def state(engine: Engine) -> dict[str, torch.Tensor]:
+    """Of plain torch, which makes no files."""
+    return engine.state(Path())
+
+
 def assert_same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], atol: float = 1e-6) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -154,16 +188,16 @@ def test_small_batches_accumulated_are_one_big_batch(
 ) -> None:
     whole, one = make({"train.micro_batch": 16})
     parts, many = make({"train.micro_batch": micro, "train.accumulation": accumulation})
-    before = parts.state()
+    before = state(parts)
     first = {name: value.clone() for name, value in before.items()}
     small = batches(micro)
     train(parts, many, small[:-1])
-    assert_same(parts.state(), first)  # nothing moves before the accumulation is full
+    assert_same(state(parts), first)  # nothing moves before the accumulation is full
     train(parts, many, small[-1:])
     train(whole, one, batches(16))
     # Adam divides by the gradient's size: where that is next to nothing, rounding decides. Hence the tolerance.
-    assert_same(without_key_biases(parts.state()), without_key_biases(whole.state()), atol=2e-4)
-    assert any(not torch.equal(value, first[name]) for name, value in whole.state().items())
+    assert_same(without_key_biases(state(parts)), without_key_biases(state(whole)), atol=2e-4)
+    assert any(not torch.equal(value, first[name]) for name, value in state(whole).items())
 
 
 def test_it_goes_on_where_it_was_saved(make: Make, batches: Callable[[int], list[Batch]], tmp_path: Path) -> None:
@@ -176,16 +210,16 @@ def test_it_goes_on_where_it_was_saved(make: Make, batches: Callable[[int], list
     other, _ = make(settings)
     other.load(tmp_path)
     assert train(other, config, batches(4)) == pytest.approx(wanted, abs=1e-6)
-    assert_same(other.state(), engine.state())
+    assert_same(state(other), state(engine))
 
 
 def test_each_group_keeps_its_share_of_the_rate(make: Make, batches: Callable[[int], list[Batch]]) -> None:
     engine, config = make({"train.micro_batch": 16, "optim.lr": 0.1, "optim.lr_towers": 0.3})
     assert engine.set_lr(0.5) == pytest.approx(0.15)
     still, _ = make({"train.micro_batch": 16})
-    before = {name: value.clone() for name, value in still.state().items()}
+    before = {name: value.clone() for name, value in state(still).items()}
     train(still, config, batches(16), rate=0.0)
-    assert_same(still.state(), before)
+    assert_same(state(still), before)
 
 
 def test_bf16_trains_mixed_batches(make: Make, batches: Callable[[int], list[Batch]]) -> None:
@@ -193,7 +227,7 @@ def test_bf16_trains_mixed_batches(make: Make, batches: Callable[[int], list[Bat
     half, _ = make({"train.micro_batch": 8, "train.precision": "bf16"})
     wanted = train(exact, config, batches(8) * 3)
     assert train(half, config, batches(8) * 3) == pytest.approx(wanted, abs=0.1)
-    assert {value.dtype for value in half.state().values()} == {torch.float32}
+    assert {value.dtype for value in state(half).values()} == {torch.float32}
 
 
 def test_the_clipped_gradient_has_the_norm_asked_for(make: Make, batches: Callable[[int], list[Batch]]) -> None:
@@ -201,9 +235,9 @@ def test_the_clipped_gradient_has_the_norm_asked_for(make: Make, batches: Callab
     moved = []
     for norm in (1e6, 1e-3):
         engine, config = make({**settings, "optim.clip_norm": norm, "optim.lr": 1.0, "optim.lr_backbone": 1.0})
-        before = {name: value.clone() for name, value in engine.state().items()}
+        before = {name: value.clone() for name, value in state(engine).items()}
         train(engine, config, batches(16))
-        change = [(value - before[name]).double().flatten() for name, value in engine.state().items()]
+        change = [(value - before[name]).double().flatten() for name, value in state(engine).items()]
         moved.append(torch.cat(change))
     free, clipped = moved
     assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-2)
@@ -231,6 +265,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gradual": {"zero.stage": 1, "freeze.strategy": "gradual", "optim.name": "sgd", "optim.lr": 0.1},
     "gradual, stage 3": {"zero.stage": 3, "freeze.strategy": "gradual", "optim.name": "sgd", "optim.lr": 0.1},
     "gradual, AdamW": {"zero.stage": 2, "freeze.strategy": "gradual", "optim.lr_backbone": 1e-3},
+    # Steps of three micro-batches, then of one, where the config counts on two.
+    **{f"stage {stage}, as many as fit": {"zero.stage": stage, "train.micro_tokens": 500} for stage in range(4)},
     "again": {"zero.stage": 2, "freeze.strategy": "all", "train.gradient_checkpointing": True},
 }
 ZERO = """
@@ -248,9 +284,9 @@ torch.save(found, out)
 """
 
 
-def copy_of(engine: Engine) -> dict[str, torch.Tensor]:
+def copy_of(engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
     """Its state as it is now: what an engine gives may be the weights themselves, which train and are loaded into."""
-    return {name: value.clone() for name, value in engine.state().items()}
+    return {name: value.clone() for name, value in engine.state(folder).items()}
 
 
 def run(
@@ -273,14 +309,18 @@ def run(
         model.eval()
         if config.train.gradient_checkpointing:
             model.backbone.train()  # type: ignore[union-attr]  # its dropout is set to nothing
-        for batch in batches[index : index + 2]:
+        step = batches[index : index + 2]
+        if config.train.micro_tokens:
+            step = [*step, batches[0]] if index % 4 else step[:1]
+            engine.begin(len(step))
+        for batch in step:
             out["losses"] += train(engine, config, [batch], stage=stage)
         if index + 2 == len(batches) // 2:
             engine.save(folder)
-            out["half"] = copy_of(engine)
-    out["state"] = copy_of(engine)
+            out["half"] = copy_of(engine, folder)
+    out["state"] = copy_of(engine, folder)
     engine.load(folder)
-    out["loaded"] = copy_of(engine)
+    out["loaded"] = copy_of(engine, folder)
     return out
 
 

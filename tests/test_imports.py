@@ -22,7 +22,7 @@ HOMES = {
     "ray.data": ["jobs/stream.py"],
     "ray.train": ["jobs/workers.py"],
     "ray.tune": ["jobs/trials.py"],
-    "deepspeed": ["jobs/engine.py"],
+    "deepspeed": ["jobs/zero.py"],
     "ray.serve": ["serve/"],
     "fastapi": ["serve/"],
 }

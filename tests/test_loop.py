@@ -1,10 +1,32 @@
-"""What the loop takes from a validation. The whole loop is run in test_run.py and test_train.py."""
+"""What the loop takes from a validation; and the whole of it, killed and gone on with any number of workers, on gloo
+without Ray. With Ray it is run in test_train.py."""
 
 from __future__ import annotations
 
-import pytest
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pytest
+import torch
+
+from jobs import loop, run, stream
+from jobs.checkpoint import Checkpoints
 from jobs.loop import State, note
+from jobs.workers import Group
+from mmagent import storage as storages
+from mmagent.config import resolve
+from mmagent.order import Position
+from mmagent.record import Record
+from mmagent.shards import Dataset
+from tests import ranks
 
 
 def noted(measured: list[tuple[float, float]], min_gain: float = 0.0) -> State:
@@ -39,3 +61,103 @@ def test_less_than_the_least_gain_is_the_best_but_no_gain() -> None:
     state = noted([(0.70, 1.0), (0.75, 0.9), (0.75, 0.5), (0.79, 0.4)], min_gain=0.1)
     assert (state.best_step, state.best_score, state.unimproved) == (4, 0.79, 3)
     assert noted([(0.7, 1.0), (0.85, 2.0)], min_gain=0.1).unimproved == 0
+
+
+# ---------------------------------------------------------------------------------------------- killed, and gone on
+
+STEPS, KILLED = 12, 7  # of 8 rows; the step whose rows a worker dies of
+NEVER = 1 << 30  # rows are read ahead, also of steps behind the last
+
+
+def work(rank: int, world: int, given: Path) -> None:
+    """The whole loop of one of two workers, twice: to its end, and until one of them is killed."""
+    straight, halting = torch.load(given, weights_only=False)
+    loop.train(group_of(straight, rank, world), straight)
+    loop.train(group_of(halting, rank, world, killed=KILLED if rank == 1 else NEVER), halting)
+
+
+def go_on(rank: int, world: int, given: Path) -> None:
+    """The loop of a copy of the killed run, for each number of workers one."""
+    plan = torch.load(given, weights_only=False)[1]
+    plan = replace(plan, folder=plan.folder.with_name(f"halting_{world}"))
+    loop.train(group_of(plan, rank, world), plan)
+
+
+def group_of(plan: loop.Plan, rank: int, world: int, killed: int = NEVER) -> Group:
+    """A worker's group without Ray; what it read at which step goes to a file."""
+
+    def blocks(name: str) -> Iterator[pa.Table]:
+        layout = stream.layout_of(plan.config, world)
+        if name == "validation":
+            yield from stream.tables(plan.order, layout, Position(), 1, rank)
+            return
+        found = Checkpoints(plan.folder / "checkpoints", rank=0, barrier=bool, keep_last=1).latest()
+        state = loop.restore(found) if found else State()
+        left = STEPS - state.step
+        for step, table in enumerate(stream.tables(plan.order, layout, state.position, left, rank), state.step + 1):
+            if step == killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            read = [
+                row for row, weight in zip(table["id"].to_pylist(), table["weight"].to_pylist(), strict=True) if weight
+            ]
+            with open(plan.folder / f"read_{rank}.jsonl", "a") as file:
+                file.write(json.dumps([step, read]) + "\n")
+            yield table
+
+    return Group(rank=rank, world=world, blocks=blocks, report=lambda _: None)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+
+
+def rows_of(folder: Path) -> dict[int, Counter[str]]:
+    """What all workers read for each step; of one that was read twice, the second time."""
+    out: dict[int, Counter[str]] = {}
+    for file in folder.glob("read_*.jsonl"):
+        mine = dict(json.loads(line) for line in file.read_text().splitlines())
+        for step, names in mine.items():
+            out[step] = out.get(step, Counter()) + Counter(names)
+    return {step: names for step, names in out.items() if step <= STEPS}
+
+
+@pytest.mark.timeout(900)  # half a minute; on a machine where much else runs, many
+@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    storage: Path, tiny_recipe: dict[str, Any], make_dataset: Callable[..., Dataset],
+    make_records: Callable[..., list[Record]], stage: int,
+) -> None:  # fmt: skip
+    """With as many workers the losses are the same to the last bit; with more or fewer, each row is read once all the
+    same, and the losses differ by rounding."""
+    make_dataset(storage / "data" / "tiny", {"train": make_records(44), "validation": make_records(8, "validation")})
+    still = {"model.dropout": 0.0, "model.audio.dropout": 0.0}  # a worker has a dropout of its own
+    settings = {
+        "train.micro_batch": 4, "train.global_batch": 8, "train.max_steps": STEPS, "train.eval_every_steps": 1,
+        "train.epochs": 9, "cluster.workers": 2, "zero.stage": stage, "data.window_rows": 20, **still,
+    }  # fmt: skip
+    plans = [
+        run.prepare(resolve(tiny_recipe, settings), storages.folder("runs", name), export=False).plan
+        for name in ("straight", "halting")
+    ]
+    torch.save(plans, storage / "given.pt")
+    with pytest.raises(AssertionError):
+        ranks.run("tests.test_loop:work", storage / "given.pt", (2,), timeout_s=400)
+    straight, halting = (plan.folder for plan in plans)
+    reached = max(losses(halting))
+    assert sorted(losses(straight)) == list(range(1, STEPS + 1))
+    assert 1 <= reached < KILLED
+    for world in (1, 2, 3):
+        shutil.copytree(halting, halting.with_name(f"halting_{world}"))
+        for file in halting.with_name(f"halting_{world}").glob("read_*"):
+            file.unlink()
+    ranks.run("tests.test_loop:go_on", storage / "given.pt", (1, 2, 3), timeout_s=400)
+    wanted = losses(straight)
+    assert losses(halting.with_name("halting_2")) == wanted
+    for world in (1, 2, 3):
+        folder = halting.with_name(f"halting_{world}")
+        assert losses(folder) == pytest.approx(wanted, rel=1e-4), world
+        read = rows_of(folder)
+        assert read == {step: rows_of(straight)[step] for step in read}
+        assert max(read) == STEPS
+        assert min(read) <= reached + 1

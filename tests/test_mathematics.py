@@ -17,6 +17,7 @@ from jobs import supervised
 from jobs.engine import TorchEngine
 from mmagent import freeze, text
 from mmagent.batch import Inputs, Sample
+from mmagent.buckets import Buckets, cuts
 from mmagent.config import Config, resolve
 from mmagent.model import Batch
 from mmagent.reading import View
@@ -129,20 +130,28 @@ def samples(tiny_recipe: dict[str, Any], make_records: Callable[..., list[Record
 
 
 def gradients_of(
-    raw: Mapping[str, Any], inputs: Inputs, samples: list[Sample], micro: int, accumulation: int
-) -> dict[str, Tensor]:
-    """The gradient of one optimizer step, in double precision and without dropout, before it is clipped."""
+    raw: Mapping[str, Any], inputs: Inputs, samples: list[Sample], micro: int, accumulation: int,
+    parts: list[slice] | None = None, *, packed: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The gradient of one optimizer step, in double precision and without dropout, before it is clipped.
+
+    Args:
+        parts: the micro-batches, where they are others than `micro` samples each.
+        packed: whether texts may share a row.
+    """
     config = resolve(
         raw, {"freeze.strategy": "all", "model.dropout": 0.0, "model.audio.dropout": 0.0, "model.backbone_dropout": 0.0,
               "train.micro_batch": micro, "train.accumulation": accumulation},
     )  # fmt: skip
     encoder = text.load_encoder(config.model.backbone, dropout=0.0)
+    assert encoder.packs is not None
+    encoder.packs = encoder.packs if packed else None
     model = supervised.build(config, classify(LABELS), encoder).double()
     engine = TorchEngine(model, freeze.groups(model, config), config)
-    for at in range(0, len(samples), micro):
+    for part in parts or [slice(at, at + micro) for at in range(0, len(samples), micro)]:
         batch: Batch = {
             key: (value.double() if value.is_floating_point() else value).to(engine.device)
-            for key, value in inputs.batch(samples[at : at + micro]).items()
+            for key, value in inputs.batch(samples[part]).items()
         }
         engine.backward(supervised.loss_of(engine.forward(batch), batch, inputs.tasks, config))
     return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
@@ -170,6 +179,23 @@ def test_the_risk_is_the_mean_over_samples_however_they_are_batched(
                 total[name] = total.get(name, torch.zeros_like(gradient)) + sample.weight * gradient / len(made)
     for name, gradient in whole.items():
         torch.testing.assert_close(total[name], gradient, atol=2e-6, rtol=1e-3, msg=f"{name}: {{}}".format)
+
+
+def test_the_risk_is_the_same_dealt_by_length_cut_by_tokens_and_packed(
+    tiny_recipe: dict[str, Any], samples: tuple[Inputs, list[Sample]]
+) -> None:
+    inputs, made = samples
+    lengths = np.array([sample.tokens for sample in made])
+    padded = gradients_of(tiny_recipe, inputs, made, 12, 1, packed=False)
+    packed = gradients_of(tiny_recipe, inputs, made, 12, 1)
+    [places], [micros] = Buckets(1, 12, 12, tokens=2 * int(lengths.max())).deal(lengths, np.ones(12, bool))
+    dealt = [made[place] for place in places]
+    parts = cuts(micros)
+    assert len(parts) > 3
+    cut = gradients_of(tiny_recipe, inputs, dealt, 12, 1, parts)
+    for name, gradient in padded.items():
+        for other in (packed, cut):
+            torch.testing.assert_close(other[name], gradient, atol=2e-6, rtol=1e-3, msg=f"{name}: {{}}".format)
 
 
 def test_rows_that_fill_up_a_batch_count_nothing(

@@ -59,7 +59,11 @@ def test_a_long_measurement_can_be_made_in_parts(
     measurement.publish("quality", [Row("a", 1.0, "%", "x"), Row("b", 2.0, "%", "x")], tmp_path, keep=True)
     measurement.publish("quality", [Row("a", 3.0, "%", "x"), Row("c", 4.0, "%", "x")], tmp_path, keep=True)
     assert ids() == [("a", 3.0), ("b", 2.0), ("c", 4.0)]
-    other = measurement.machine() | {"cores": 1024}
+    later = measurement.machine() | {"measured": "2099-01-01T00:00:00Z"}
+    monkeypatch.setattr(measurement, "machine", lambda: later)
+    measurement.publish("quality", [Row("b", 6.0, "%", "x")], tmp_path, keep=True)
+    assert ids() == [("a", 3.0), ("b", 6.0), ("c", 4.0)]
+    other = later | {"cores": 1024}
     monkeypatch.setattr(measurement, "machine", lambda: other)
     measurement.publish("quality", [Row("a", 5.0, "%", "x")], tmp_path, keep=True)
     assert ids() == [("a", 5.0)]  # what another machine made does not stand beside it

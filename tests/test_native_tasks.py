@@ -51,18 +51,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def body(task: str, modality: str, index: int, make_png: Any, make_wav: Any) -> dict[str, Any]:
     """A question whose answer the modality alone tells."""
-    given: dict[str, Any] = {
+    questions: dict[str, dict[str, Any]] = {
         "text": {"text": f"{('the sea', 'a fire')[index]} so?"},
         "image": {"text": "so so?", "image": make_png(LABELS[index])},
         "audio": {"text": "so so?", "audio": make_wav((220.0, 880.0)[index])},
-    }[modality]
+    }
+    given = questions[modality]
     if task == "relate":
         given["spans"] = [{"start": 0, "end": 2, "label": "head"}, {"start": 3, "end": 5, "label": "tail"}]
     if task == "extract":
         given["context"] = "red or blue"
     if task.startswith("match"):
         given["candidates"] = ["it is blue", "it is red"]
-    return {"task": task, **given}
+    found: dict[str, Any] = {"task": task, **given}
+    return found
 
 
 def answered(task: str, index: int) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def test_a_record_weighs_one_over_all_its_views(folders: dict[str, Path], make_p
 def test_signs_in_what_users_write_are_words(folders: dict[str, Path], make_png: Any, spoken: str) -> None:
     made = Made(configured(folders["llava"]), {"tag": INFOS["tag"], "match": INFOS["match"]})
     place = len(spoken) - 4
-    spans = [{"start": place, "end": place + 4, "label": "red"}]
+    spans: list[dict[str, Any]] = [{"start": place, "end": place + 4, "label": "red"}]
     message = [{"role": "user", "content": spoken.replace("<image>", "\\<image>") if "\\" not in spoken else spoken}]
     more = len(message[0]["content"]) - len(spoken)
     spans = [{**span, "start": span["start"] + more, "end": span["end"] + more} for span in spans]

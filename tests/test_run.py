@@ -57,11 +57,13 @@ def test_what_is_fixed_before_the_first_step(prepare: Prepare) -> None:
     assert resolve(config, {}) == prepared.config
 
 
-def test_a_windows_last_batch_is_the_only_short_one(prepare: Prepare) -> None:
-    """Windows are whole batches, so that no batch but an epoch's last is filled up."""
-    order = prepare({"data.window_rows": 10}).plan.order
-    assert order.window_rows == 16
-    assert order.steps(1, 8) == 7
+def test_a_window_is_what_the_config_says_and_holds_a_batch(prepare: Prepare) -> None:
+    """Whatever the number of workers, so that the order of rows is the same; a window's last batch may be short."""
+    for workers in (1, 2, 5):
+        order = prepare({"data.window_rows": 10, "train.global_batch": 8, "cluster.workers": workers}).plan.order
+        assert order.window_rows == 10
+        assert order.steps(1, 8) == 10
+    assert prepare({"data.window_rows": 3}).plan.order.window_rows == 8
 
 
 def test_rare_labels_weigh_more_where_asked(
@@ -92,6 +94,32 @@ def test_a_run_goes_on_only_with_its_own_config(prepare: Prepare) -> None:
     assert "freeze.strategy: was 'connector', is 'all'" in words
     assert "another --name" in words
     assert resolve(yaml.safe_load((first.folder / "config.yaml").read_text()), {}) == first.config
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"cluster.workers": 3},
+        {"cluster.workers": 1, "train.accumulation": 2, "zero.stage": 3},
+        {"train.micro_batch": 1, "train.gradient_checkpointing": True},
+        {"cluster.workers": 4, "cluster.min_workers": 2, "zero.offload": "optimizer"},
+    ],
+)
+def test_a_run_goes_on_with_other_workers_and_keeps_its_batch(prepare: Prepare, other: dict[str, Any]) -> None:
+    settings = {"train.eval_every_epochs": 1.0, "train.eval_every_steps": 1}
+    begun(first := prepare(settings))
+    again = prepare({**settings, **other})
+    assert first.config.global_batch == again.config.global_batch == 8
+    assert again.plan.total_steps == first.plan.total_steps
+    assert again.plan.order.window_rows == first.plan.order.window_rows
+    assert again.config.train.eval_every_steps == first.config.train.eval_every_steps
+    assert prepare(settings).config == first.config  # and back again
+
+
+def test_a_run_does_not_go_on_with_another_batch(prepare: Prepare) -> None:
+    begun(prepare())
+    with pytest.raises(run.RunError, match=r"train\.global_batch: was 8, is 16"):
+        prepare({"train.global_batch": 16})
 
 
 def test_a_run_that_has_its_bundle_keeps_its_config(prepare: Prepare) -> None:

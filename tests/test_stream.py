@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -9,16 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from jobs import stream
 from jobs.stream import Layout
+from mmagent.buckets import cuts
 from mmagent.config import Config, resolve
 from mmagent.order import Order, Position
 from mmagent.record import Media, Record
 from mmagent.rows import parse
 from mmagent.shards import Dataset
+from mmagent.share import Share
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -27,17 +33,14 @@ ROWS = 90
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, make_dataset: Callable[..., Dataset], make_png: Any, make_wav: Any) -> Dataset:
-    """90 rows of words and pictures in row groups of 16; two have media that are none."""
+def dataset(tmp_path: Path, make_dataset: Callable[..., Dataset], make_png: Any) -> Dataset:
+    """90 rows of words and pictures in row groups of 16."""
     pictures = [make_png(colour) for colour in ("red", "blue")]
     records = [
         parse({"id": f"row-{i}", "text": f"shape {i}?", "image": pictures[i % 2], "label": "red", "split": "train"})
         for i in range(ROWS)
     ]
-    records[7] = replace(records[7], images=(Media(b"no picture"),))
-    records[40] = replace(
-        records[40], images=(), audios=(Media(make_wav(seconds=6.0)),), messages=parse({"text": "hm?"}).messages
-    )
+    records[7] = replace(records[7], images=(Media(b"no picture"),))  # which is for whoever decodes it to find
     records[50] = replace(records[50], weight=0.25)
     return make_dataset(tmp_path / "data", {"train": records})
 
@@ -59,8 +62,7 @@ def test_all_that_a_task_reads_travels(tmp_path: Path, config: Config, make_data
     ]
     records = [parse({"id": str(index), "split": "train", **row}) for index, row in enumerate(rows)]
     made = make_dataset(tmp_path / "rows", {"train": records})
-    layout = replace(stream.layout_of(config), world=1, rows_per_rank=3)
-    [table] = stream.tables(order_of(made, config), layout, Position(), 1)
+    [table] = stream.tables(order_of(made, config), layout_of(config, 1, 3), Position(), 1)
     found = {record.id: record for record in map(Record.from_row, table.to_pylist())}
     for record in records:
         # What fills a batch up weighs nothing; where a row came from is no concern of a task.
@@ -72,10 +74,21 @@ def order_of(dataset: Dataset, config: Config) -> Order:
     return stream.order_of(dataset, "train", seed=config.seed, window_rows=config.data.window_rows)
 
 
+def layout_of(config: Config, world: int, batch: int) -> Layout:
+    return replace(stream.layout_of(config, world), share=Share(batch, MICRO, world))
+
+
+def weighty(table: pa.Table) -> list[str]:
+    """The rows that count, each once."""
+    rows = [row for row in table.to_pylist() if row["weight"] > 0]
+    return list(dict.fromkeys(row["id"] for row in rows))
+
+
 def drain(order: Order, layout: Layout, position: Position, steps: int) -> list[list[pa.Table]]:
     """The blocks that each rank gets, as training workers take them: all ranks at once."""
-    iterators = stream.split_in_turn(stream.training_stream(order, layout, position, steps), layout.world, 1.0)
-    out: list[list[pa.Table]] = [[] for _ in range(layout.world)]
+    world = layout.share.world
+    iterators = stream.split_in_turn(stream.training_stream(order, layout, position, steps), world, 1.0)
+    out: list[list[pa.Table]] = [[] for _ in range(world)]
     faults: list[BaseException] = []
 
     def take(rank: int) -> None:
@@ -84,7 +97,7 @@ def drain(order: Order, layout: Layout, position: Position, steps: int) -> list[
         except Exception as error:  # noqa: BLE001  raised below, in the test's thread
             faults.append(error)
 
-    threads = [threading.Thread(target=take, args=(rank,), daemon=True) for rank in range(layout.world)]
+    threads = [threading.Thread(target=take, args=(rank,), daemon=True) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -99,8 +112,8 @@ def names(blocks: list[pa.Table]) -> list[list[str]]:
 
 
 def test_an_epoch_as_the_ranks_see_it(dataset: Dataset, config: Config) -> None:
-    order, layout = order_of(dataset, config), stream.layout_of(config)
-    assert (layout.world, layout.rows_per_rank, layout.global_batch) == (2, 6, 12)
+    order, layout = order_of(dataset, config), stream.layout_of(config, WORLD)
+    assert layout.share == Share(batch=12, micro_batch=MICRO, world=2)
     steps = order.steps(1, 12)
     ranks = drain(order, layout, Position(), steps)
 
@@ -112,18 +125,11 @@ def test_an_epoch_as_the_ranks_see_it(dataset: Dataset, config: Config) -> None:
 
     # Every row exactly once, but for those that fill the last batch up, which weigh nothing.
     assert Counter(row["id"] for row in rows if row["weight"] > 0) == Counter(
-        {f"row-{index}": 1 for index in range(ROWS) if index not in (7, 40)}
+        {f"row-{index}": 1 for index in range(ROWS)}
     )
-    blank = [row for row in rows if row["weight"] == 0 and not row["error"]]
+    blank = [row for row in rows if row["weight"] == 0]
     assert 0 < len(blank) <= steps * 12 - ROWS
     assert next(row["weight"] for row in rows if row["id"] == "row-50" and row["weight"]) == 0.25
-
-    # What cannot be read says why, and weighs nothing.
-    errors = {row["id"]: row["error"] for row in rows if row["error"]}
-    assert set(errors) == {"row-7", "row-40"}
-    assert errors["row-7"].startswith("images: not a picture")
-    assert "max_audio_s" in errors["row-40"]
-    assert {row["weight"] for row in rows if row["error"]} == {0}
 
     # The words are tokenised; media stay as they were.
     first = next(row for row in rows if row["id"] == "row-12")
@@ -143,8 +149,15 @@ def test_an_epoch_as_the_ranks_see_it(dataset: Dataset, config: Config) -> None:
     assert [names(blocks) for blocks in rest] == [names(blocks[4:]) for blocks in ranks]
 
 
+def test_a_window_is_cut_into_blocks_by_the_task_that_reads_it(dataset: Dataset, config: Config) -> None:
+    """In another task all its bytes would go through the object store once more."""
+    made = stream.training_stream(order_of(dataset, config), stream.layout_of(config, WORLD), Position(), 6)
+    assert [len(block) for block in made.iter_batches(batch_size=None, batch_format="pyarrow")] == [6] * 12
+    assert "->StreamingRepartition" in made.stats()
+
+
 def test_the_stream_goes_on_into_the_next_epoch(dataset: Dataset, config: Config) -> None:
-    order, layout = order_of(dataset, config), stream.layout_of(config)
+    order, layout = order_of(dataset, config), stream.layout_of(config, WORLD)
     one = order.steps(1, 12)
     ranks = drain(order, layout, Position(), one + 2)
     epochs = [[set(block["epoch"].to_pylist()) for block in blocks] for blocks in ranks]
@@ -154,14 +167,53 @@ def test_the_stream_goes_on_into_the_next_epoch(dataset: Dataset, config: Config
     assert names(ranks[0])[0] != names(ranks[0])[one]
 
 
-def test_all_ranks_together_see_what_one_alone_sees(dataset: Dataset, config: Config) -> None:
-    """The number of workers shares a global batch out; it does not change what is in it."""
-    order, layout = order_of(dataset, config), stream.layout_of(config)
-    single = replace(layout, world=1, rows_per_rank=12)
-    alone = [Counter(table["id"].to_pylist()) for table in stream.tables(order, single, Position(), 3)]
-    ranks = drain(order, layout, Position(), 3)
-    shared = [sum((Counter(blocks[step]["id"].to_pylist()) for blocks in ranks), start=Counter()) for step in range(3)]
-    assert shared == alone[:3]
+@pytest.mark.parametrize(("world", "batch"), [(1, 12), (2, 12), (3, 12), (5, 12), (2, 7), (16, 12)])
+def test_any_number_of_ranks_shares_out_the_same_batches(
+    dataset: Dataset, config: Config, world: int, batch: int
+) -> None:
+    """The number of workers does not change what is in a batch, also where it does not divide: blanks fill it up."""
+    order, position, steps = order_of(dataset, config), Position(), 9
+    layout = layout_of(config, world, batch)
+    ranks = [
+        list(itertools.islice(stream.tables(order, layout, position, steps, rank), steps)) for rank in range(world)
+    ]
+    alone = list(itertools.islice(stream.tables(order, layout_of(config, 1, batch), position, steps), steps))
+    assert {len(table) for tables in ranks for table in tables} == {-(-batch // world)}
+    for step, table in enumerate(alone):
+        wanted = Counter(weighty(table))
+        assert sum((Counter(weighty(tables[step])) for tables in ranks), start=Counter()) == wanted
+        counts = [len(weighty(tables[step])) for tables in ranks]
+        assert max(counts) - min(counts) <= 1
+        position = order.advance(position, batch)
+
+
+def test_the_ranks_of_a_stream_take_what_each_would_alone(dataset: Dataset, config: Config) -> None:
+    order, layout = order_of(dataset, config), layout_of(config, 3, 10)
+    ranks = drain(order, layout, Position(), 4)
+    for rank, blocks in enumerate(ranks):
+        assert names(blocks)[:4] == names(list(stream.tables(order, layout, Position(), 4, rank)))[:4]
+
+
+def test_a_run_that_goes_on_with_other_workers_sees_each_row_once(dataset: Dataset, config: Config) -> None:
+    """An epoch cut at uneven places, between groups of other sizes."""
+    order, position, seen = order_of(dataset, config), Position(), []
+    for world, steps in ((2, 2), (1, 1), (5, 2), (3, 99)):
+        layout = layout_of(config, world, 12)
+        ranks = [list(stream.tables(order, layout, position, steps, rank)) for rank in range(world)]
+        for step in range(steps):
+            if position.epoch == 0:
+                seen += [name for tables in ranks for name in weighty(tables[step])]
+                position = order.advance(position, 12)
+    assert position == Position(epoch=1)
+    assert Counter(seen) == Counter(f"row-{index}" for index in range(ROWS))
+
+
+def test_fewer_rows_than_ranks(tmp_path: Path, config: Config, make_dataset: Any) -> None:
+    made = make_dataset(tmp_path / "one", {"train": [parse({"id": "only", "text": "one", "label": "red"})]})
+    order, layout = order_of(made, config), layout_of(config, 3, 12)
+    ranks = drain(order, layout, Position(), 2)
+    assert [[weighty(block) for block in blocks[:2]] for blocks in ranks] == [[["only"]] * 2, [[], []], [[], []]]
+    assert {len(block) for blocks in ranks for block in blocks} == {4}
 
 
 def test_a_share_of_the_data_is_whole_row_groups_drawn_by_the_seed(dataset: Dataset) -> None:
@@ -174,6 +226,31 @@ def test_a_share_of_the_data_is_whole_row_groups_drawn_by_the_seed(dataset: Data
     assert share(0, 0.5).part(Position()) == half.part(Position())
     assert share(0, 0.0001).rows > 0
     assert share(0, 1.0).rows == ROWS
+
+
+def test_a_step_is_cut_alike_for_all_ranks_by_length(config: Config, tmp_path: Path, make_dataset: Any) -> None:
+    """What is in a step stays; which rank and micro-batch takes it follows the lengths of the texts."""
+    rows = [
+        parse({"id": str(index), "text": "red " * (1 + index * 7 % 23), "label": "red", "split": "train"})
+        for index in range(48)
+    ]
+    order = stream.order_of(make_dataset(tmp_path / "lengths", {"train": rows}), "train", seed=0, window_rows=48)
+    read = functools.partial(stream.read_part, order=order, parts=list(order.parts(Position(), 2, 24)))
+    known = []
+    for alike, tokens in ((True, None), (False, None), (True, 60)):
+        layout = replace(layout_of(config, 2, 24), alike=alike, micro_tokens=tokens)
+        [window] = read({"id": np.array([0])}, layout=layout)
+        steps = [window.slice(start, 24) for start in range(0, len(window), 24)]
+        known.append([sorted(step["id"].to_pylist()) for step in steps])
+        for step in steps:
+            first, second = step.slice(0, 12), step.slice(12, 12)
+            assert (pc.unique(first["rank"]).to_pylist(), pc.unique(second["rank"]).to_pylist()) == ([0], [1])
+            assert first["micro"].equals(second["micro"])
+            lengths = [[len(ids) for ids in part["ids"].to_pylist()] for part in (first, second)]
+            assert alike == (abs(sum(lengths[0]) - sum(lengths[1])) < 8 and lengths[0] == sorted(lengths[0])[::-1])
+            for part in cuts(first["micro"].to_numpy()) if tokens else ():
+                assert max(len(each[part]) * max(each[part]) for each in lengths) <= 60
+    assert known[0] == known[1] == known[2]
 
 
 def test_a_split_is_asked_row_by_row_in_order(dataset: Dataset) -> None:
@@ -193,12 +270,7 @@ def test_a_split_is_asked_row_by_row_in_order(dataset: Dataset) -> None:
 
 
 def test_a_row_for_another_rank_ends_the_run(dataset: Dataset, config: Config) -> None:
-    order, layout = order_of(dataset, config), stream.layout_of(config)
+    order, layout = order_of(dataset, config), stream.layout_of(config, WORLD)
     whole = stream.split_in_turn(stream.training_stream(order, layout, Position(), 1), 1, 0.0)[0]
     with pytest.raises(RuntimeError, match="rank 0 was handed rows meant for"):
         list(stream.rank_blocks(whole, 0))
-
-
-def test_without_ray_there_is_one_rank(dataset: Dataset, config: Config) -> None:
-    with pytest.raises(ValueError, match="2 ranks share a stream"):
-        next(stream.tables(order_of(dataset, config), stream.layout_of(config), Position(), 1))

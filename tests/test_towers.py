@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,14 +116,18 @@ def test_a_masked_token_is_not_attended_to() -> None:
 @pytest.mark.parametrize("kind", ["image", "audio"])
 def test_of_a_pair_of_checkpoints_the_encoder_is_the_tower(tmp_path: Path, kind: pretrained.Kind) -> None:
     """As models that read writing, or transcribe, are published: a vision or speech encoder with a decoder behind."""
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    small: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+    }  # fmt: skip
+    whole: Any
     decoder = transformers.BertConfig(**small, vocab_size=99)
     if kind == "image":
         sees = transformers.ViTConfig(**small, image_size=32, patch_size=8)
         config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(sees, decoder)
         whole = transformers.VisionEncoderDecoderModel(config)
     else:
-        hears = transformers.Wav2Vec2Config(**small, conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3))
+        filters: dict[str, Any] = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
+        hears = transformers.Wav2Vec2Config(**small, **filters)
         config = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(hears, decoder)
         whole = transformers.SpeechEncoderDecoderModel(config)
     whole.save_pretrained(tmp_path)

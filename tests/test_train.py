@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from jobs.checkpoint import Checkpoints
 from mmagent import Predictor, bundle
 from mmagent.record import Media, Record
 from mmagent.shards import Dataset
+from mmagent.stalls import PHASES
 
 Command = Callable[..., int]
 STEPS = 12
@@ -96,6 +98,17 @@ def test_a_run_stopped_and_gone_on_is_the_run_that_was_not(
     for file in ("evaluation.json", "report.html", "timing.json", "config.yaml"):
         assert (straight / file).stat().st_size > 0, file
     assert json.loads((straight / "evaluation.json").read_text())["n"] == 24
+
+    # the time of a step is split into all that it is spent on, and the run says what to change
+    for row in lines(straight, "train"):
+        parts = {name: row[f"{name}_s"] for name in PHASES}
+        assert sum(parts.values()) == pytest.approx(row["step_s"])
+        step_s = row["samples"] / row["samples_per_s"] / row["steps"]  # by the clock of the meter
+        assert row["step_s"] - row["checkpoint_s"] == pytest.approx(step_s, rel=0.05, abs=0.02)
+        assert min(parts["forward"], parts["backward"], parts["communication"], parts["optimizer"]) > 0
+    assert lines(straight, "train")[-1]["checkpoint_s"] > 0  # the one of step 6
+    assert re.search(r"^Training .* of its time.*\b(train|cluster|data|freeze)\.", shown, re.MULTILINE)
+    assert "Where the time goes" in (straight / "report.html").read_text()
 
     # the bad row and the long one were counted, in both epochs, and cost nothing else
     assert "samples are longer than data.max_text_tokens" in shown

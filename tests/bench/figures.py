@@ -1,7 +1,7 @@
-"""Pastes measured figures into README.md: `python -m tests.bench.figures`, or `make figures`.
+"""Pastes measured figures into README.md and docs/*.md: `python -m tests.bench.figures`, or `make figures`.
 
 Between ``<!-- figures:NAME -->`` and ``<!-- /figures -->`` stands a table of runs/bench/NAME.json; figures are never
-typed. A block whose file is not there is left as it is, and said.
+typed. Rows that say ``ROW | COLUMN`` become a grid. A block whose file is not there is left as it is, and said.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def paste(text: str, bench: Path) -> tuple[str, list[str]]:
 
 def markdown(measured: dict[str, Any]) -> str:
     """A measurement as a table, and the machine it was made on."""
+    if all(" | " in row["what"] for row in measured["rows"]):
+        return grid(measured["rows"])
     lines = ["| figure | value | goal | what |", "|---|---|---|---|"]
     for row in measured["rows"]:
         goal = f"{row['goal']} {'✓' if row['met'] else '✗'}" if row["goal"] else ""
@@ -44,19 +46,28 @@ def markdown(measured: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def grid(rows: list[dict[str, Any]]) -> str:
+    """Figures by row and column, their unit in the first line: what follows from a formula is of no machine."""
+    cells = {tuple(row["what"].split(" | ")): row["value"] for row in rows}
+    across, down = (list(dict.fromkeys(place[axis] for place in cells)) for axis in (1, 0))
+    lines = [f"| {rows[0]['unit']} | {' | '.join(across)} |", "|---|" + "---|" * len(across)]
+    lines += [f"| {name} | {' | '.join(f'{cells[name, column]:,.3g}' for column in across)} |" for name in down]
+    return "\n".join(lines) + "\n"
+
+
 def _value(row: dict[str, Any]) -> str:
     number = f"{row['value']:.1f}" if row["unit"] in ("%", "s") else f"{row['value']:.3g}"
     return number if row["unit"] in ("ratio", "fraction") else f"{number} {row['unit']}"
 
 
-def main() -> int:
-    readme = CHECKOUT / "README.md"
-    before = readme.read_text()
-    after, missing = paste(before, CHECKOUT / "runs" / "bench")
-    readme.write_text(after)
-    print(f"{readme}: {'figures pasted' if after != before else 'figures unchanged'}")
-    for name in missing:
-        print(f"left as it was: runs/bench/{name}.json is not there", file=sys.stderr)
+def main(checkout: Path = CHECKOUT) -> int:
+    for page in (checkout / "README.md", *sorted((checkout / "docs").glob("*.md"))):
+        before = page.read_text()
+        after, missing = paste(before, checkout / "runs" / "bench")
+        page.write_text(after)
+        print(f"{page}: {'figures pasted' if after != before else 'figures unchanged'}")
+        for name in missing:
+            print(f"left as it was: runs/bench/{name}.json is not there", file=sys.stderr)
     return 0
 
 

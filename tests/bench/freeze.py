@@ -119,16 +119,17 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
     frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
     inputs = Inputs(config.model, config.data, text.load_tokenizer(config.model.backbone), tasks)
     batches = supervised.Batches(inputs, frozen, config, {}, engine.device)
-    feed, meter = loop.Feed(batches.steps(_tables(config, dataset))), Meter()
+    feed, meter = loop.Feed(batches.steps, _tables(config, dataset)), Meter()
     started = 0.0
     for step in range(STEPS):
         if step == WARM_STEPS:
             started = time.perf_counter()
-        micros = feed.next(meter).micros
+        micros = feed.next(meter)[1].micros
         stage = freeze.stage(model, config.freeze, step, STEPS)
         freeze.thaw(model, config.freeze, stage)
         engine.set_lr(1.0, stage)
-        for batch in micros:
+        for micro in micros:
+            batch = engines.moved(micro, engine.device)
             engine.backward(supervised.loss_of(engine.forward(batch), batch, tasks, config))
             engine.step()
     seconds = time.perf_counter() - started
@@ -145,7 +146,7 @@ def _tables(config: Config, dataset: Dataset) -> Iterator[pa.Table]:
     from mmagent.order import Position
 
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=config.data.window_rows)
-    return iter(list(stream.tables(order, stream.layout_of(config), Position(), STEPS)))
+    return iter(list(stream.tables(order, stream.layout_of(config, 1), Position(), STEPS)))
 
 
 if __name__ == "__main__":

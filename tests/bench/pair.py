@@ -28,7 +28,8 @@ def write(folder: Path, *, layers: int = 2) -> None:
             intermediate_size=2 * known.hidden_size, is_decoder=True, add_cross_attention=True,
         )
     )  # fmt: skip
-    decoder.get_input_embeddings().weight.data.copy_(encoder.get_input_embeddings().weight.data)
+    words = encoder.get_input_embeddings().weight.detach()
+    decoder.get_input_embeddings().weight.data.copy_(words)  # type: ignore[operator]
     model = EncoderDecoderModel(encoder=encoder, decoder=decoder)
     for settings in (model.config, model.generation_config):
         settings.decoder_start_token_id = tokenizer.cls_token_id

@@ -51,9 +51,7 @@ class Case(NamedTuple):
     what: str
     goal: str | None
     overrides: tuple[str, ...] = ()  # of the recipe
-    writes: tuple[
-        str, ...
-    ] = ()  # texts that a decoder from scratch shall know the letters of; none: the recipe's model
+    writes: bool = False  # the model is one that writes (see `pair`)
 
 
 def _templates(kind: str, metric: str) -> Case:

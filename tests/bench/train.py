@@ -1,11 +1,17 @@
-"""What distribution costs: samples a second of the ZeRO workers against plain PyTorch, in turn, in one run.
+"""How fast training is: samples a second of the ZeRO workers against plain PyTorch, and the Transformers Trainer.
 
-    make bench-train            (python -m tests.bench.train [key.path=value ...]; SCALE=small for a short one)
+    make bench-train            (python -m tests.bench.train [--only packing|others] [key.path=value ...]; SCALE=small)
 
-Ours is what `jobs.train` runs: shards through Ray Data into two ZeRO workers of one thread each under Ray Train. Plain
-is one process of two threads with the same module, batch function, precision, cache and global batch, fed from rows
-that are in memory before its clock starts. Both sides' first steps, while caches fill, do not count. Medians of the
-rounds.
+The work: a frozen MiniLM reads texts, two fusion layers and a head learn to classify them. Ours is what `jobs.train`
+runs: shards through Ray Data into two ZeRO workers of one thread each under Ray Train. The others are one process of
+two threads with the same module, precision and global batch, fed from rows in memory.
+
+- `vs_plain`, `vs_trainer`: all texts are of one length, so that nothing is packed, and no states are kept.
+- `vs_trainer_full`: texts of 10 to 200 tokens, four passes, everything from the first step on; ours packs texts and
+  keeps the frozen model's states, the Trainer pads each batch to its longest.
+- `bucket_speedup`: see `tests.bench.packing`.
+
+Sides take turns; medians of the rounds.
 """
 
 from __future__ import annotations
@@ -17,84 +23,156 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from jobs import cluster
 from mmagent import config as configs
-from mmagent import measurement, storage
+from mmagent import storage
+from mmagent.arguments import Parser
 from mmagent.config import Config
-from mmagent.measurement import Row
+from mmagent.measurement import Row, publish, table
+from tests.bench import texts, trainer
+from tests.bench.texts import LONGEST, SHORTEST
 
-RECIPE = Path("jobs/recipes/easy_vqa.yaml")
+RECIPE = cluster.CHECKOUT / "jobs/recipes/small.yaml"
 SMALL = os.environ.get("SCALE") == "small"
-ROUNDS, STEPS, WARM_STEPS = (1, 12, 4) if SMALL else (3, 100, 30)
+ROUNDS = 1 if SMALL else 3
+SETTINGS = (
+    f"data.max_text_tokens={LONGEST}", f"model.backbone={texts.BACKBONE}", "model.join=output", "model.image=null",
+    "model.audio=null", "freeze.strategy=connector", "train.min_steps=0", "train.patience=0", "train.eval_rows=64",
+    "train.micro_batch=32", "cluster.workers=2", "cluster.threads=1", "zero.stage=1",
+)  # fmt: skip
 
 
-def main() -> int:
-    overrides = sys.argv[1:]
-    config = configs.load(
-        RECIPE, [f"train.max_steps={STEPS}", f"train.eval_every_steps={STEPS}", "train.eval_rows=64", *overrides]
-    )
+class Work(NamedTuple):
+    """What all sides do."""
+
+    name: str
+    rows: int
+    shortest: int
+    longest: int
+    steps: int
+    warm_steps: int  # that do not count
+    keeps: bool  # whether our side keeps states
+
+    @property
+    def data(self) -> str:
+        return f"{self.name}_{self.rows}"
+
+    def settings(self, overrides: Sequence[str]) -> list[str]:
+        own = [f"data.name={self.data}", f"train.max_steps={self.steps}", f"train.eval_every_steps={self.steps}"]
+        return [*SETTINGS, *own, "train.epochs=100", f"train.cache_text={str(self.keeps).lower()}", *overrides]
+
+
+EVEN = Work("bench_even", 128 if SMALL else 512, 96, 96, 8 if SMALL else 60, 2 if SMALL else 10, keeps=False)
+VARIED = Work("bench_varied", 128 if SMALL else 1024, SHORTEST, LONGEST, 4 if SMALL else 64, 0, keeps=True)
+
+
+def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -> int:
+    parser = Parser("tests.bench.train", __doc__)
+    parser.add_argument("--only", choices=("packing", "others"), help="this part alone")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the recipe, on all sides")
+    args = parser.parse_args(argv)
+    rows: list[Row] = []
+    if args.only != "others":
+        rows += _packing()
+        publish("train", rows, checkout, keep=True)
+    if args.only != "packing":
+        rows += _others(args.overrides)
+        publish("train", rows, checkout, keep=True)
+    print(table(rows))
+    return 0
+
+
+def _packing() -> list[Row]:
+    found = [json.loads(_in_own_process("packing", "json.dumps(packing.measure())")) for _ in range(ROUNDS)]
+    middle = {kind: statistics.median(each[kind] for each in found) for kind in found[0]}
+    what = f"samples/s of texts of {SHORTEST} to {LONGEST} tokens, packed, to padding all to {LONGEST}"
+    return [
+        Row("train.bucket_speedup", min(middle.values()), "ratio", f"{what}: the smaller of the two", ">= 1.8"),
+        *(Row(f"train.bucket_speedup.{kind}", value, "ratio", what) for kind, value in middle.items()),
+    ]
+
+
+def _others(overrides: Sequence[str]) -> list[Row]:
+    for work in (EVEN, VARIED):
+        texts.written(work.data, work.rows, shortest=work.shortest, longest=work.longest)
     found, new = cluster.ensure(cluster.record())
-    ours, plain, waits = [], [], []
+    sides: dict[str, list[float]] = {name: [] for name in ("ours", "plain", "trainer", "full", "trainer_full")}
+    waits = []
     try:
         for index in range(ROUNDS):
-            rate, wait = _ours(overrides)
-            ours.append(rate)
+            rate, wait = _ours(EVEN, overrides)
             waits.append(wait)
-            plain.append(_in_own_process(overrides))
-            print(f"round {index + 1}: ours {ours[-1]:.0f}, plain {plain[-1]:.0f} samples/s", flush=True)
+            sides["ours"].append(rate)
+            sides["plain"].append(float(_in_own_process("train", f"train.plain({list(overrides)!r})")))
+            sides["trainer"].append(float(_in_own_process("train", f"train.theirs('EVEN', {list(overrides)!r})")))
+            sides["full"].append(_ours(VARIED, overrides)[0])
+            sides["trainer_full"].append(
+                float(_in_own_process("train", f"train.theirs('VARIED', {list(overrides)!r})"))
+            )
+            said = ", ".join(f"{name} {rates[-1]:.0f}" for name, rates in sides.items())
+            print(f"round {index + 1}, samples/s: {said}", flush=True)
     finally:
         if new:
             cluster.stop(found)
             cluster.record().unlink(missing_ok=True)
-    what = f"{config.cluster.workers} workers, global batch {config.global_batch}"
-    ratio = statistics.median(ours) / statistics.median(plain)
-    rows = [
-        Row("train.vs_plain", ratio, "ratio", f"samples/s of {what}, to plain PyTorch", ">= 0.9"),
-        Row("train.samples_per_s", statistics.median(ours), "samples/s", what),
-        Row("train.plain_samples_per_s", statistics.median(plain), "samples/s", "plain PyTorch, one process"),
+    middle = {name: statistics.median(rates) for name, rates in sides.items()}
+    what = "2 workers, global batch 64, texts of one length, no states kept"
+    full = f"2 workers, texts of {SHORTEST} to {LONGEST} tokens packed, states of the frozen model kept"
+    ratio = middle["full"] / middle["trainer_full"]
+    return [
+        Row("train.vs_plain", middle["ours"] / middle["plain"], "ratio", f"{what}; to plain PyTorch", ">= 1.0"),
+        Row("train.vs_trainer", middle["ours"] / middle["trainer"], "ratio", f"{what}; to the Trainer", ">= 1.0"),
+        Row("train.vs_trainer_full", ratio, "ratio", f"{full}; to the Trainer", ">= 2.0"),
+        Row("train.samples_per_s", middle["ours"], "samples/s", what),
+        Row("train.plain_samples_per_s", middle["plain"], "samples/s", "plain PyTorch, one process"),
+        Row("train.trainer_samples_per_s", middle["trainer"], "samples/s", "Transformers Trainer, one process"),
         Row("train.wait_share", statistics.median(waits), "share", "of step time spent waiting for data", "<= 0.03"),
     ]
-    measurement.publish("train", rows, cluster.CHECKOUT)
-    print(measurement.table(rows))
-    return 0
 
 
-def _ours(overrides: list[str]) -> tuple[float, float]:
-    """Samples a second, and the share of waiting, of `jobs.train` after its first steps."""
-    name = "bench_train"
-    folder = storage.folder("runs", name)
+def _ours(work: Work, overrides: Sequence[str]) -> tuple[float, float]:
+    """Samples a second of `jobs.train`, and the share of waiting, after the first steps."""
+    folder = storage.folder("runs", work.name)
     shutil.rmtree(folder, ignore_errors=True)
-    settings = [f"train.max_steps={STEPS}", f"train.eval_every_steps={STEPS}", "train.eval_rows=64", *overrides]
-    command = [sys.executable, "-m", "jobs.train", "--config", str(RECIPE), "--name", name, "--no-evaluate", *settings]
-    run = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "jobs.train", "--config", str(RECIPE), "--name", work.name, "--no-evaluate"]
+    run = subprocess.run([*command, *work.settings(overrides)], capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stdout}{run.stderr}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    counted = [row for row in rows if row["kind"] == "train" and row["step"] - row["steps"] >= WARM_STEPS]
+    counted = [row for row in rows if row["kind"] == "train" and row["step"] - row["steps"] >= work.warm_steps]
+    counted = counted or [row for row in rows if row["kind"] == "train"]  # a short run logs once
     seconds = sum(row["samples"] / row["samples_per_s"] for row in counted)
     wait = sum(row["wait_share"] * row["samples"] / row["samples_per_s"] for row in counted) / seconds
     shutil.rmtree(folder)
     return sum(row["samples"] for row in counted) / seconds, wait
 
 
-def _in_own_process(overrides: list[str]) -> float:
-    """`plain` in a process of its own: threads and caches start afresh, as the workers' do."""
+def _in_own_process(module: str, expression: str) -> str:
+    """What an expression says in a process of its own: threads and caches start afresh, as the workers' do."""
+    program = f"import json; from tests.bench import {module}; print({expression})"
     run = subprocess.run(
-        [sys.executable, "-c", f"from tests.bench import train; print(train.plain({overrides!r}))"],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=cluster.CHECKOUT, check=False
     )
     if run.returncode:
-        raise RuntimeError(f"the plain side failed:\n{run.stderr}")
-    return float(run.stdout.splitlines()[-1])
+        raise RuntimeError(f"{expression} failed:\n{run.stderr}")
+    return run.stdout.splitlines()[-1]
 
 
-def plain(overrides: list[str]) -> float:
+def theirs(work: str, overrides: Sequence[str]) -> float:
+    """Samples a second of the Trainer, on the work of this name."""
+    given: Work = globals()[work]
+    return trainer.measure(_plain_config(given, overrides), given.steps, given.warm_steps)
+
+
+def plain(overrides: Sequence[str]) -> float:
     """Samples a second of plain PyTorch."""
+    from jobs import engine as engines
     from jobs import loop, stream, supervised
     from jobs.engine import TorchEngine
     from jobs.meter import Meter
@@ -103,40 +181,41 @@ def plain(overrides: list[str]) -> float:
     from mmagent.order import Position
     from mmagent.shards import Dataset
     from mmagent.tasks import make_all
-    from mmagent.text import FrozenStates
 
     torch.set_num_threads(2)
-    config = _plain_config(configs.load(RECIPE, overrides))
+    config = _plain_config(EVEN, overrides)
     dataset = Dataset.open(storage.folder("data", config.data.name))
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
     tasks = make_all(dataset.tasks)
     model = supervised.build(config, tasks, encoder)
     engine = TorchEngine(model, freeze.groups(model, config), config)
-    frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
-    batches = supervised.Batches(Inputs(config.model, config.data, tokenizer, tasks), frozen, config, {}, engine.device)
+    batches = supervised.Batches(Inputs(config.model, config.data, tokenizer, tasks), None, config, {}, engine.device)
     order = stream.order_of(dataset, "train", seed=config.seed, window_rows=config.data.window_rows)
-    tables = list(stream.tables(order, stream.layout_of(config), Position(), STEPS))
-    feed, meter = loop.Feed(batches.steps(iter(tables))), Meter()
+    tables = list(stream.tables(order, stream.layout_of(config, 1), Position(), EVEN.steps))
+    feed, meter = loop.Feed(batches.steps, iter(tables)), Meter()
     started = 0.0
-    for step in range(STEPS):
-        if step == WARM_STEPS:
+    for step in range(EVEN.steps):
+        if step == EVEN.warm_steps:
             started = time.perf_counter()
-        micros = feed.next(meter).micros
+        micros = feed.next(meter)[1].micros
         engine.set_lr(1.0)
-        for batch in micros:
+        for micro in micros:
+            batch = engines.moved(micro, engine.device)
             engine.backward(supervised.loss_of(engine.forward(batch), batch, tasks, config))
             engine.step()
-    return (STEPS - WARM_STEPS) * config.global_batch / (time.perf_counter() - started)
+    return (EVEN.steps - EVEN.warm_steps) * config.global_batch / (time.perf_counter() - started)
 
 
-def _plain_config(config: Config) -> Config:
-    """One process, the same global batch in one pass."""
+def _plain_config(work: Work, overrides: Sequence[str]) -> Config:
+    """One process, the same global batch in one pass; no states kept."""
+    config = configs.load(RECIPE, work.settings(overrides))
     return configs.override(
         config,
         {
             "cluster.workers": 1,
             "train.micro_batch": config.global_batch,
             "train.accumulation": 1,
+            "train.cache_text": False,
             "zero.engine": "torch",
         },
     )

@@ -1,0 +1,34 @@
+"""What each rank learned from, step by step: runs/NAME/trace/rank_N.jsonl (`train.trace`).
+
+A line: {"step": 7, "ids": ["train-3", ...], "loss": "0x1.62e42fefa39efp+0"}. The loss, a rank's mean over its forward
+passes, is written in hexadecimal, so that two runs can be compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.meter import drop_after
+
+FOLDER = "trace"
+
+
+class Trace:
+    """Writes one rank's lines."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder / FOLDER, rank
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines of later steps, of every rank that ever wrote; rank 0 does it before the first step."""
+        if self._rank == 0:
+            for file in self._folder.glob("rank_*.jsonl"):
+                drop_after(file, step)
+
+    def write(self, step: int, ids: Sequence[str], losses: Sequence[float]) -> None:
+        line = {"step": step, "ids": list(ids), "loss": (sum(losses) / max(1, len(losses))).hex()}
+        with open(self._folder / f"rank_{self._rank}.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
