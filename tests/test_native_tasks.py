@@ -69,13 +69,14 @@ def body(task: str, modality: str, index: int, make_png: Any, make_wav: Any) -> 
 
 def answered(task: str, index: int) -> dict[str, Any]:
     label = LABELS[index]
-    return {
+    known: dict[str, dict[str, Any]] = {
         "multilabel": {"labels": [label]},
         "regress": {"value": 2.0 * index - 1},
         "tag": {"spans": [{"start": 0, "end": 2, "label": label}]},
         "extract": {"answers": [label]},
         "generate": {"answer": label},
-    }.get(task.partition(":")[0], {"label": f"it is {label}" if task.startswith("match") else label})
+    }
+    return known.get(task.partition(":")[0], {"label": f"it is {label}" if task.startswith("match") else label})
 
 
 def rows(task: str, modality: str, make_png: Any, make_wav: Any) -> list[Record]:
