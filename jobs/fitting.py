@@ -12,7 +12,6 @@ import heapq
 import json
 import os
 import pickle
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from jobs import stream
 from jobs.engine import TorchEngine, moved
 from jobs.loop import Learner, Plan
 from jobs.vigil import free_bytes
-from mmagent import freeze, storage
+from mmagent import freeze, measurement, storage
 from mmagent.config import Config, TrainConfig, override
 from mmagent.order import Order, Position
 from mmagent.shards import Dataset
@@ -195,7 +194,7 @@ def _try(plan: Plan, longest: Path, samples: int, budget: int) -> Iterator[tuple
 def _taken() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return measurement.resident_peak()
 
 
 def _made(folder: Path) -> Path:

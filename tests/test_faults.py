@@ -330,6 +330,7 @@ def wake(folder: Path, rank: int) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # three groups of workers: a minute and a half, on a busy machine many
 def test_workers_killed_or_asked_to_end_cost_no_sample(
     ray_cluster: cluster.Cluster, prepare: Prepare, capsys: pytest.CaptureFixture[str]
@@ -369,7 +370,7 @@ def test_workers_killed_or_asked_to_end_cost_no_sample(
     assert stopped["step"] <= restart["step"] < 60
     assert "rank 1 was killed: by somebody, or by the kernel" in restart["reason"]
     assert "lower train.micro_batch=2 train.accumulation=4 (now 4 x 2)" in restart["reason"]
-    assert "on a batch of image" in restart["reason"]
+    assert "images (4, 3, 16, 16)" in restart["reason"]
     assert "the workers failed for the 1. time: rank 1 was killed" in capsys.readouterr().out
     assert trace(hurt.folder) == trace(straight.folder)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
 import statistics
 import subprocess
@@ -135,7 +134,7 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
     seconds = time.perf_counter() - started
     return {
         "samples_per_s": (STEPS - WARM_STEPS) * config.global_batch / seconds,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts in KiB
+        "peak_mb": measurement.resident_peak() / 2**20,
         "trained_share": sum(part.trained for part in parts) / sum(part.total for part in parts),
     }
 
