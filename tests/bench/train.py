@@ -35,7 +35,7 @@ from mmagent import storage
 from mmagent.arguments import Parser
 from mmagent.config import Config
 from mmagent.measurement import Row, publish, table
-from tests.bench import texts, trainer
+from tests.bench import texts, transformers_trainer
 from tests.bench.texts import LONGEST, SHORTEST
 
 RECIPE = cluster.CHECKOUT / "jobs/recipes/small.yaml"
@@ -167,7 +167,7 @@ def _in_own_process(module: str, expression: str) -> str:
 def theirs(work: str, overrides: Sequence[str]) -> float:
     """Samples a second of the Trainer, on the work of this name."""
     given: Work = globals()[work]
-    return trainer.measure(_plain_config(given, overrides), given.steps, given.warm_steps)
+    return transformers_trainer.measure(_plain_config(given, overrides), given.steps, given.warm_steps)
 
 
 def plain(overrides: Sequence[str]) -> float:
