@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench-data: $(STAMP) ## rows per second of the stream beside other data loaders:
 
 bench-memory: $(STAMP) ## memory by ZeRO stage beside its formula, and by size of the data: writes runs/bench/memory.json
 	@$(PY) -m tests.bench.memory
+
+bench-mfu: $(STAMP) ## share of a GPU's arithmetic that a LoRA fine-tune of a decoder uses: writes runs/bench/mfu.json
+	@$(PY) -m tests.bench.mfu
 
 figures: $(STAMP) ## paste the figures of runs/bench/*.json into README.md and docs/
 	@$(PY) -m tests.bench.figures

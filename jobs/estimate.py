@@ -23,7 +23,7 @@ def forecast(plan: Plan, found: Rehearsal) -> Forecast:
     """What a run would take, by what its rehearsal took."""
     here, config = len(found.ranks), plan.config
     memory = found.peak_bytes * here
-    kept = config.train.keep_last + 2  # beside them the best one, and the one that is being written
+    kept = config.train.keep_last + config.train.keep_best + 1  # and the one that is being written
     checkpoint = found.ranks[0].checkpoint_bytes
     bundle = _WEIGHT_BYTES * sum(part.total for part in plan.parts)
     told = {
@@ -78,7 +78,7 @@ def _troubles(plan: Plan, found: Rehearsal, memory: float, disk: float) -> list[
     if disk > found.free_bytes:
         told.append(
             f"{disk / _GB:.1f} GB of checkpoints and bundle on a disk with {found.free_bytes / _GB:.1f} GB free: "
-            "lower train.keep_last, or give another MMAGENT_STORAGE"
+            "lower train.keep_last or train.keep_best, or give another MMAGENT_STORAGE"
         )
     return told
 
