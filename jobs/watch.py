@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from jobs import diagnosis
+from jobs import check, diagnosis
 from jobs.vigil import Alarm
 from mmagent import defaults, stalls, storage, wording
 from mmagent.config import Config
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # they bring Ray, which reads its environment when it is impo
     from jobs.run import Run
 
 EXIT_STOPPED = 130
+_CHECKED_BYTES = 32 << 20  # of shards that are looked at without being asked: some seconds
 
 
 def complete(
@@ -43,6 +44,7 @@ def complete(
     started = time.time()
     work = run.prepare(config, folder, name=name, bundle=bundle)
     tell(work)
+    _look(config)
     _warn(config)
     timing = _read_timing(folder)
     if not work.exported:
@@ -80,6 +82,14 @@ def rehearse(config: Config, name: str) -> int:
         told = estimate.forecast(work.plan, rehearsal.rehearse(work.plan, work.dataset))
     print("\n".join([*told.lines, *(f"would not fit: {trouble}" for trouble in told.troubles)]))
     return 1 if told.troubles else 0
+
+
+def _look(config: Config) -> None:
+    """Checks a small data set that nobody has checked as it is now."""
+    dataset = Dataset.open(storage.folder("data", config.data.name))
+    files = [file for split in dataset.splits for file in dataset.shard_files(split)]
+    if diagnosis.read(dataset) is None and sum(file.stat().st_size for file in files) <= _CHECKED_BYTES:
+        check.check(dataset, config, workers=1)
 
 
 def _warn(config: Config) -> None:
