@@ -1,10 +1,10 @@
 """The only home of `ray.data`: shards stream through it into training workers, and through predictors in evaluation.
 
 Training: a read task takes one window of the order (`mmagent.order`), reads its rows, tokenises their text and lays
-them out step by step, rank by rank, texts of one length together in a step (`mmagent.buckets`). The stream is cut into
-blocks of one rank's share of one optimizer step and handed out in turn, so that every rank gets its rows in the same
-order in every run, whatever the timing. Where a batch is short or does not divide, rows of weight 0 fill it up. Media
-stay encoded.
+them out step by step, rank by rank, texts of one length together in a micro-batch, or where asked for in a step
+(`mmagent.buckets`). The stream is cut into blocks of one rank's share of one optimizer step and handed out in turn, so
+that every rank gets its rows in the same order in every run, whatever the timing. Where a batch is short or does not
+divide, rows of weight 0 fill it up. Media stay encoded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from mmagent import text
-from mmagent.buckets import Buckets
+from mmagent.buckets import Buckets, together
 from mmagent.config import Config
 from mmagent.order import Order, Part, Position
 from mmagent.record import Record
@@ -52,6 +52,7 @@ class Layout:
     share: Share
     micro_tokens: int | None  # of a micro-batch, in place of a number of samples
     alike: bool  # whether samples of one length share a micro-batch
+    gathered: bool  # whether those of one length share a step
     tokenizer: str
     max_text_tokens: int
 
@@ -85,6 +86,7 @@ def layout_of(config: Config, world: int) -> Layout:
         share=config.share(world),
         micro_tokens=config.train.micro_tokens,
         alike=not compares(config),
+        gathered=config.data.bucket_by_length,
         tokenizer=text.locate(config.model.backbone),
         max_text_tokens=config.data.max_text_tokens,
     )
@@ -193,17 +195,27 @@ def _read_group(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
 def read_part(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, parts: list[Part]) -> Iterator[pa.Table]:
     for index in batch["id"]:
         part = parts[int(index)]
-        taken, factor = _filled(order.shuffle(part), part.steps(layout.share.batch), layout.share)
         tables = []
         for piece in part.pieces:
             table = pq.ParquetFile(piece.file).read_row_group(piece.row_group, columns=COLUMNS)
             tables.append(table.slice(piece.start, piece.stop - piece.start))
         stored = pa.concat_tables(tables).combine_chunks()
+        drawn = _gathered(stored, order, part, layout) if layout.gathered else order.shuffle(part)
+        taken, factor = _filled(drawn, part.steps(layout.share.batch), layout.share)
         words = _words(stored["messages"].take(pa.array(taken)), layout)
         place, rank, micro = _dealt(np.array([len(ids) for ids, _ in words]), factor > 0, layout.buckets)
         rows = stored.take(pa.array(taken[place]))
         marks = {"rank": rank, "micro": micro, "epoch": np.full(len(rows), part.epoch)}
         yield _annotate(rows, [words[index] for index in place], factor[place], marks)
+
+
+def _gathered(stored: pa.Table, order: Order, part: Part, layout: Layout) -> np.ndarray:
+    """What `Order.shuffle` gives, each step of texts of one length: of the whole window first, so that whoever goes on
+    in the middle of it finds the same steps."""
+    rows = order.shuffle(replace(part, skip=0))
+    lengths = np.array([len(ids) for ids, _ in _words(stored["messages"].take(pa.array(rows)), layout)])
+    rng = np.random.default_rng([order.seed, part.epoch, part.window, 3])
+    return rows[together(lengths, layout.share.batch, rng)][part.skip :]
 
 
 def _filled(rows: np.ndarray, steps: int, share: Share) -> tuple[np.ndarray, np.ndarray]:

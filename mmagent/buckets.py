@@ -70,6 +70,21 @@ class Buckets:
         return max(1, left if fits.all() else int(fits.argmin()))
 
 
+def together(lengths: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Another order of a window's samples: each step's are of about one length, the steps in an order that is drawn.
+
+    Args:
+        lengths: (samples,) tokens of each, in an order that was drawn; the last ones, a short step, stay.
+        batch: samples of a step.
+
+    Returns:
+        their places in that order, (samples,).
+    """
+    whole = len(lengths) // batch * batch
+    steps = np.argsort(lengths[:whole], kind="stable").reshape(-1, batch)
+    return np.concatenate([rng.permutation(steps).ravel(), np.arange(whole, len(lengths))])
+
+
 def cuts(micro: np.ndarray) -> list[slice]:
     """Where the micro-batches of a rank's step lie, by the number of each row's."""
     ends = [*(np.flatnonzero(np.diff(micro)) + 1).tolist(), len(micro)]

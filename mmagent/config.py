@@ -46,6 +46,10 @@ class DataConfig(_Section):
     max_text_tokens: int = Field(128, gt=0, description="tokens kept of a record's text; the newest are kept")
     max_answer_tokens: int = Field(64, gt=0, description="generate: tokens of an answer; a longer one is cut there")
     window_rows: int = Field(4096, gt=0, description="rows shuffled together; a window is what one read task holds")
+    bucket_by_length: bool = Field(
+        False, description="make each step of texts of about one length, out of the shuffle window: less padding for a "
+        "language model whose texts cannot be packed. Else a step is a random draw, its micro-batches of one length",
+    )  # fmt: skip
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of rows that may be set aside before a stop")
     media: Limits = Field(default_factory=lambda: Limits(), description="limits of one picture or sound")
     cache_mb: int = Field(256, ge=0, description="decoded media kept in memory by each worker")

@@ -192,7 +192,7 @@ class TextEncoder(nn.Module):
             return []
         name = type(self.model).__name__
         note = f"{name} does not take several texts in one row: they are padded, those of one length in one micro-batch"
-        return [f"{note}; where lengths differ much, train.micro_tokens or a larger train.accumulation pads less"]
+        return [f"{note}; where lengths differ much, data.bucket_by_length=true or train.micro_tokens pads less"]
 
     def given(self, packed: Packed) -> dict[str, Tensor]:
         """What the model is told of packed texts beside their tokens."""

@@ -274,3 +274,41 @@ def test_a_row_for_another_rank_ends_the_run(dataset: Dataset, config: Config) -
     whole = stream.split_in_turn(stream.training_stream(order, layout, Position(), 1), 1, 0.0)[0]
     with pytest.raises(RuntimeError, match="rank 0 was handed rows meant for"):
         list(stream.rank_blocks(whole, 0))
+
+
+def test_steps_of_one_length_are_the_same_for_whoever_goes_on(
+    config: Config, tmp_path: Path, make_dataset: Any
+) -> None:
+    """Each row once in an epoch; in the middle of a window the steps that were left, for another world too."""
+    rows = [
+        parse({"id": str(index), "text": "red " * (1 + index * 7 % 23), "label": "red", "split": "train"})
+        for index in range(100)
+    ]
+    order = stream.order_of(make_dataset(tmp_path / "lengths", {"train": rows}), "train", seed=0, window_rows=64)
+
+    def steps(position: Position, world: int, count: int, **settings: Any) -> list[list[tuple[str, int]]]:
+        layout = replace(layout_of(config, world, 12), **settings)
+        ranks = [list(stream.tables(order, layout, position, count, rank)) for rank in range(world)]
+        return [
+            sorted(
+                (row["id"], len(row["ids"])) for table in tables for row in table.to_pylist() if row["weight"]
+            )
+            for tables in zip(*ranks, strict=True)
+        ]  # fmt: skip
+
+    gathered, drawn = (steps(Position(), 2, 9, gathered=each) for each in (True, False))
+    assert [len(step) for step in gathered] == [len(step) for step in drawn] == [12] * 5 + [4] + [12] * 3
+    assert sorted(itertools.chain(*gathered)) == sorted(itertools.chain(*drawn))
+    assert len(set(itertools.chain(*gathered))) == 100
+
+    def padding(found: list[list[tuple[str, int]]]) -> int:
+        return sum(max(size for _, size in step) * len(step) - sum(size for _, size in step) for step in found)
+
+    assert padding(gathered) < 0.4 * padding(drawn)
+    shortest = [min(size for _, size in step) for step in gathered[:5]]
+    assert shortest not in (sorted(shortest), sorted(shortest)[::-1])  # not the short ones first
+    position = Position()
+    for _ in range(3):
+        position = order.advance(position, 12)
+    assert steps(position, 1, 3, gathered=True) == gathered[3:6]
+    assert steps(Position(epoch=1), 1, 6, gathered=True) != gathered[:6]
