@@ -204,6 +204,7 @@ def start(
 
 def stop(cluster: Cluster, grace_s: float = 10.0) -> int:
     """Ends the cluster's processes and their descendants, gently and then by force; returns how many there were."""
+    _leave(cluster)
     recorded = [found for process in cluster.processes if (found := process.find())]
     running = processes.family([*recorded, *marked(cluster.id)])
     # In this order a Ray is gone in a second: a raylet that cannot tell the GCS goodbye waits until it is killed.
@@ -216,6 +217,13 @@ def stop(cluster: Cluster, grace_s: float = 10.0) -> int:
     if Path(cluster.temp_dir).name.startswith(TEMP_PREFIX):
         shutil.rmtree(cluster.temp_dir, ignore_errors=True)
     return len(running)
+
+
+def _leave(cluster: Cluster) -> None:
+    """Where this process is a driver of the cluster: Ray ends a driver, whatever it is about, when its raylet goes."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and ray.get_runtime_context().gcs_address == cluster.address:
+        ray.shutdown()
 
 
 def marked(cluster_id: str) -> list[psutil.Process]:

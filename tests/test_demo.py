@@ -439,3 +439,15 @@ def test_a_run_without_a_figure_is_named(tmp_path: Path) -> None:
     (tmp_path / "timing.json").write_text(json.dumps(TIMING))
     with pytest.raises(findings.FindingsError, match="majority"):
         findings.findings(tmp_path, times)
+
+
+@pytest.mark.slow
+def test_a_driver_that_stops_its_ray_lives_on(storage: Path) -> None:
+    program = (
+        "from jobs import cluster; import os, ray; found = cluster.start(num_cpus=1, object_store_bytes=100_000_000); "
+        "os.environ |= found.environment; ray.init(log_to_driver=False); assert cluster.stop(found) > 2; "
+        "print(cluster.marked(found.id), ray.is_initialized())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=200)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "[] False"

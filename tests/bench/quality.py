@@ -39,7 +39,7 @@ CHECKOUT = Path(__file__).parents[2]
 RECIPE = CHECKOUT / "jobs/recipes/small.yaml"
 SMALL = os.environ.get("SCALE") == "small"
 SHUFFLED = "shuffled"
-_SHUFFLED_STEPS = 200
+_SHUFFLED_STEPS = 120
 _ANSWERS = ("label", "spans", "answers", "value", "candidates", "answer")  # columns of a row that are its answer
 
 
@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
 
 def _templates(kind: str, metric: str) -> Case:
-    rows = list(templates.rows(kind, 60 if SMALL else 2000))
+    rows = list(templates.rows(kind, 60 if SMALL else 1200))
     chance = {"relate": _commonest, "extract": _unanswered}.get(kind, lambda _: 0.0)(rows)
     what = "tag: sentences written in a hurry" if kind == "noisy" else f"{kind}: sentences of forms"
     return Case(rows, metric, chance, None, f"{what}; test's names never seen", None if kind == "noisy" else ">= 95.0")

@@ -1,5 +1,5 @@
-"""Labelled rows made from sentence forms, for measurements: names of the test split never occur in training, nor, but
-for questions, its forms.
+"""Labelled rows made from sentence forms, for measurements: names of the test split never occur in training, nor, where
+entities are marked, its forms. Relations have a few forms each, and a new one would be another way to say it.
 
 Entities, relations and answers are known because each sentence is put together from them.
 """
@@ -53,22 +53,22 @@ _SENTENCES = (
     ),
 )
 
-_RELATIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+_RELATIONS: Mapping[str, tuple[str, ...]] = {
     "works_for": (
-        ("{head} is an engineer at {tail}.", "{tail} hired {head} in spring.", "{head} has been at {tail} for years"),
-        ("{head} joined {tail} as an accountant.", "since May {head} is employed by {tail}"),
+        "{head} is an engineer at {tail}.", "{tail} hired {head} in spring.", "{head} has been at {tail} for years",
+        "{head} joined {tail} as an accountant.", "since May {head} is employed by {tail}",
     ),
     "founded": (
-        ("{head} founded {tail} in a garage.", "{tail} was started by {head}.", "the founder of {tail} is {head}"),
-        ("{tail} was founded by {head} and a friend.", "{head} started {tail} with little money"),
+        "{head} founded {tail} in a garage.", "{tail} was started by {head}.", "the founder of {tail} is {head}",
+        "{tail} was founded by {head} and a friend.", "{head} started {tail} with little money",
     ),
     "sued": (
-        ("{head} took {tail} to court.", "{tail} is being sued by {head}.", "{head} filed a lawsuit against {tail}"),
-        ("a lawsuit of {head} against {tail} was settled", "{head} sued {tail} over a contract."),
+        "{head} took {tail} to court.", "{tail} is being sued by {head}.", "{head} filed a lawsuit against {tail}",
+        "a lawsuit of {head} against {tail} was settled", "{head} sued {tail} over a contract.",
     ),
     "visited": (
-        ("{head} was shown around {tail}.", "{tail} welcomed {head} as a guest.", "{head} paid a visit to {tail}"),
-        ("{head} visited the halls of {tail}.", "as a visitor, {head} was impressed by {tail}"),
+        "{head} was shown around {tail}.", "{tail} welcomed {head} as a guest.", "{head} paid a visit to {tail}",
+        "{head} visited the halls of {tail}.", "as a visitor, {head} was impressed by {tail}",
     ),
 }  # fmt: skip
 
@@ -161,7 +161,7 @@ def _hurried(rng: random.Random, words: str, low: bool) -> str:
 
 def _relate(rng: random.Random, held: int) -> Row:
     label = rng.choice(tuple(_RELATIONS))
-    form = rng.choice(_RELATIONS[label][held])
+    form = rng.choice(_RELATIONS[label])
     head, tail = _name(rng, rng.choice(("person", "firm")), held), _name(rng, "firm", held)
     return {"text": form.format(head=f"<e1>{head}</e1>", tail=f"<e2>{tail}</e2>"), "label": label}
 
