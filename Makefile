@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu test-faults figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: $(STAMP) ## the tests; they start a Ray of their own, beside a running dem
 
 test-slow: $(STAMP) ## the tests that take minutes
 	@$(PY) -m pytest -m slow --timeout 1800
+
+test-faults: $(STAMP) ## 100 trainings hurt at random, by kill -9 and more, and what is lost (under an hour): writes runs/bench/faults.json
+	@$(PY) -m tests.bench.faults
 
 lint: $(STAMP) ## ruff, mypy, the import rules
 	$(VENV)/bin/ruff check $(LINTED)

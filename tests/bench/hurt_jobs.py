@@ -1,0 +1,148 @@
+"""Submitted trainings that are hurt on purpose, on a Ray of their own: a head without room for workers, two machines.
+
+All of it on the loopback of one machine: a machine is a raylet. See `tests.bench.faults`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from jobs import cluster, submission, vigil
+from mmagent import storage
+
+CHECKOUT = Path(__file__).parents[2]
+_TIMEOUT_S = 300.0  # of a job that takes half a minute
+_STEP_S = 0.002
+KINDS = ("worker killed", "controller killed", "machine killed", "job killed", "job stopped")
+
+
+class Hung(RuntimeError):
+    """A job that does not end, or never came to the step."""
+
+
+class Machines:
+    """The Ray of the rounds; it starts with the first of them."""
+
+    def __init__(self) -> None:
+        self._head: cluster.Cluster | None = None
+        self._client: Any = None
+
+    def round(
+        self, kind: str, name: str, settings: Mapping[str, Any], step: int, rng: random.Random
+    ) -> tuple[int, bool, str]:
+        """Trains a run as a job, hurts it at a step, and submits it again where it did not go on by itself.
+
+        Returns:
+            how often it was hurt, whether it hung, and why it did not come to its end.
+        """
+        self._start()
+        recipe = storage.root() / "bench" / f"{name}.yaml"
+        recipe.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "jobs.train", "--config", str(recipe), "--name", name, "--no-evaluate"]
+        hurts, job = 0, ""
+        try:
+            job = self._submit(command)
+            hurts = self._hurt(kind, storage.folder("runs", name), step, rng, job)
+            status = self._ended(job)
+            if status != "SUCCEEDED":  # the same command goes on
+                job = self._submit(command)
+                status = self._ended(job)
+            words = "" if status == "SUCCEEDED" else f"the job {status}: {self._said(job)}"
+            return hurts, False, words
+        except Hung as error:
+            return hurts, True, f"{error}: {self._said(job)}"
+        finally:
+            recipe.unlink()
+            with contextlib.suppress(Exception):
+                if job and not self._client.get_job_status(job).is_terminal():
+                    submission._stop(self._client, job)
+
+    def close(self) -> None:
+        if self._head is not None:
+            cluster.stop(self._head)
+
+    def _start(self) -> None:
+        if self._head is None:
+            self._head = cluster.start(num_cpus=1, object_store_bytes=200_000_000)
+            os.environ |= self._head.environment
+            self._client = submission._connect(self._head.dashboard)
+        while len(self._raylets()) < 3:  # the head's, and two machines'
+            command = [str(cluster.ray_command()), "start", f"--address={self._head.address}", "--num-cpus=4"]
+            command += [f"--node-ip-address={cluster.HOST}", "--object-store-memory=100000000", "--disable-usage-stats"]
+            environment = {**os.environ, **self._head.environment, cluster.MARK: self._head.id}
+            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+
+    def _raylets(self) -> list[psutil.Process]:
+        assert self._head is not None
+        return [each for each in cluster.marked(self._head.id) if each.name() == "raylet"]
+
+    def _submit(self, command: list[str]) -> str:
+        assert self._head is not None
+        variables = {**submission.job_variables(), "PYTHONPATH": str(CHECKOUT)}
+        return submission._submit(self._client, self._head.dashboard, shlex.join(command), {"env_vars": variables})
+
+    def _ended(self, job: str) -> str:
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not (status := self._client.get_job_status(job)).is_terminal():
+            if time.monotonic() > deadline:
+                raise Hung(f"the job has not ended after {_TIMEOUT_S:.0f} s")
+            time.sleep(0.2)
+        return str(status.value)
+
+    def _said(self, job: str) -> str:
+        with contextlib.suppress(Exception):
+            return str(self._client.get_job_logs(job))[-2000:]
+        return ""
+
+    def _hurt(self, kind: str, folder: Path, step: int, rng: random.Random, job: str) -> int:
+        """Waits until both ranks have come to a step, and hurts the run."""
+        standings = _at_step(folder, step)
+        victim = standings[rng.randrange(len(standings))]
+        if kind == "job stopped":
+            self._client.stop_job(job)
+            return 1
+        hit: dict[str, Callable[[], psutil.Process]] = {
+            "worker killed": lambda: psutil.Process(victim.pid),
+            "machine killed": lambda: next(p for p in psutil.Process(victim.pid).parents() if p.name() == "raylet"),
+            "controller killed": lambda: self._called("ray::TrainController"),
+            "job killed": lambda: self._called(f"--name {folder.name}"),
+        }
+        with contextlib.suppress(psutil.NoSuchProcess):
+            hit[kind]().send_signal(signal.SIGKILL)
+            return 1
+        return 0
+
+    def _called(self, words: str) -> psutil.Process:
+        """The process of this Ray whose command line says so; the last one in a chain of shells."""
+        assert self._head is not None
+        found = []
+        for process in cluster.marked(self._head.id):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if words in " ".join(process.cmdline()):
+                    found.append(process)
+        if not found:
+            raise psutil.NoSuchProcess(0)
+        return max(found, key=lambda process: process.pid)
+
+
+def _at_step(folder: Path, step: int) -> list[vigil.Standing]:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < deadline:
+        found = [each for each in vigil.read(folder) if each.step >= step and psutil.pid_exists(each.pid)]
+        if len(found) == 2:
+            return found
+        time.sleep(_STEP_S)
+    raise Hung(f"no two ranks came to step {step}")
