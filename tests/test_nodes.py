@@ -19,6 +19,7 @@ from jobs import cluster, vigil
 from jobs.vigil import Standing
 from mmagent.record import Record
 from mmagent.shards import Dataset
+from tests.machines import join
 
 CHECKOUT = Path(__file__).parents[1]
 FIT = """
@@ -39,12 +40,9 @@ watch.fit(work.fit, work.stop, work.folder)
 def machines() -> Iterator[cluster.Cluster]:
     """A head with no room for two workers, and two machines of four CPUs each."""
     head = cluster.start(num_cpus=1, object_store_bytes=200_000_000)
-    environment = {**os.environ, **head.environment, cluster.MARK: head.id}
     try:
         for _ in range(2):
-            command = [str(cluster.ray_command()), "start", f"--address={head.address}", "--num-cpus=4"]
-            command += [f"--node-ip-address={cluster.HOST}", "--object-store-memory=100000000", "--disable-usage-stats"]
-            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+            join(head)
         yield head
     finally:
         cluster.stop(head)

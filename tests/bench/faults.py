@@ -109,17 +109,18 @@ def _run(left: dict[int, str], seed: int, code: str, file: Path) -> list[Found]:
     out: list[Found] = []
     if not left:
         return out
-    data, groups = lab.made(), Groups()
-    references = lab.References(data, groups)
-    cluster = hurt_jobs.Machines()
+    machines, groups = hurt_jobs.Machines(), Groups()
     try:
+        if not {*left.values()} <= {*GLOO}:
+            machines.start()  # before anything imports Ray
+        references = lab.References(lab.made(), groups)
         with Progress("rounds", len(left), "rounds") as progress:
             for number, kind in left.items():
                 rng, began = random.Random(f"{seed}/{number}/{kind}"), time.monotonic()
                 if kind in GLOO:
                     found = _round(kind, number, rng, references, groups)
                 else:
-                    found = _ray_round(kind, number, rng, references, cluster)
+                    found = _ray_round(kind, number, rng, references, machines)
                 found = replace(found, seed=seed, code=code, seconds=round(time.monotonic() - began, 1))
                 with open(file, "a") as lines:
                     lines.write(json.dumps(asdict(found)) + "\n")
@@ -129,7 +130,7 @@ def _run(left: dict[int, str], seed: int, code: str, file: Path) -> list[Found]:
                     print(f"round {number}, {kind}: {found.words}", flush=True)
     finally:
         groups.close()
-        cluster.close()
+        machines.close()
     return out
 
 
@@ -227,8 +228,8 @@ def shown(done: Sequence[Found]) -> str:
     lines = [f"{'fault':40s}" + "".join(f"{head:>10s}" for head in heads)]
     for kind in dict.fromkeys(each.kind for each in done):
         mine = [each for each in done if each.kind == kind]
-        each = (len(mine), sum(one.hurts > 0 for one in mine), sum(one.lost for one in mine))
-        each += (sum(one.repeated for one in mine), sum(one.equal for one in mine), sum(one.hung for one in mine))
+        each = [len(mine), sum(one.hurts > 0 for one in mine), sum(one.lost for one in mine)]
+        each += [sum(one.repeated for one in mine), sum(one.equal for one in mine), sum(one.hung for one in mine)]
         seconds = sum(one.seconds for one in mine) / len(mine)
         lines.append(f"{kind:40s}" + "".join(f"{value:10d}" for value in each) + f"{seconds:10.1f}")
     return "\n".join(lines) + "\n"

@@ -10,7 +10,6 @@ import os
 import random
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ import yaml
 
 from jobs import cluster, submission, vigil
 from mmagent import storage
+from tests import machines
 
 CHECKOUT = Path(__file__).parents[2]
 _TIMEOUT_S = 300.0  # of a job that takes half a minute
@@ -34,7 +34,7 @@ class Hung(RuntimeError):
 
 
 class Machines:
-    """The Ray of the rounds; it starts with the first of them."""
+    """The Ray of the rounds."""
 
     def __init__(self) -> None:
         self._head: cluster.Cluster | None = None
@@ -48,7 +48,7 @@ class Machines:
         Returns:
             how often it was hurt, whether it hung, and why it did not come to its end.
         """
-        self._start()
+        self.start()
         recipe = storage.root() / "bench" / f"{name}.yaml"
         recipe.write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "jobs.train", "--config", str(recipe), "--name", name, "--no-evaluate"]
@@ -74,16 +74,14 @@ class Machines:
         if self._head is not None:
             cluster.stop(self._head)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Starts it, or the machines that it has lost; the first time before anything imports Ray."""
         if self._head is None:
             self._head = cluster.start(num_cpus=1, object_store_bytes=200_000_000)
             os.environ |= self._head.environment
             self._client = submission._connect(self._head.dashboard)
         while len(self._raylets()) < 3:  # the head's, and two machines'
-            command = [str(cluster.ray_command()), "start", f"--address={self._head.address}", "--num-cpus=4"]
-            command += [f"--node-ip-address={cluster.HOST}", "--object-store-memory=100000000", "--disable-usage-stats"]
-            environment = {**os.environ, **self._head.environment, cluster.MARK: self._head.id}
-            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+            machines.join(self._head)
 
     def _raylets(self) -> list[psutil.Process]:
         assert self._head is not None

@@ -10,23 +10,25 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from jobs import prepare, run
-from jobs.loop import Plan
+from jobs import prepare
 from mmagent import storage
 from mmagent.config import resolve
 from mmagent.pretrained import locate
 from tests.bench import texts
 from tests.bench.hurt import Groups
 
+if TYPE_CHECKING:  # it brings Ray, which reads its environment when it is imported
+    from jobs.loop import Plan
+
 CHECKOUT = Path(__file__).parents[2]
-NAME = "faults"
-ROWS, BATCH, EPOCHS = 96, 8, 2
+ROWS, BATCH, EPOCHS = 64, 8, 2  # every window of the order (`data.window_rows`) is whole batches
+NAME = f"faults_{ROWS}"
 STEPS = ROWS * EPOCHS // BATCH
 _COLOURS = ("red", "green", "blue", "black")
 # Dropout and augmentation are on: a run that goes on must draw what it would have drawn.
@@ -53,7 +55,12 @@ def made() -> Path:
     if not (backbone / "config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(locate(texts.BACKBONE))
         torch.manual_seed(0)
-        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        shape: dict[str, Any] = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        }
         model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape))
         tokenizer.save_pretrained(backbone)
         model.save_pretrained(backbone)
@@ -100,6 +107,8 @@ class References:
 
     def plan(self, name: str, setup: str, world: int, *, still: bool = False) -> tuple[Path, Plan]:
         """A run that begins anew; also as a file for `tests.bench.hurt`."""
+        from jobs import run
+
         folder = storage.folder("runs", f"{NAME}_{name}")
         shutil.rmtree(folder, ignore_errors=True)
         config = resolve(nested(self.settings(setup, world, still=still)), {})
