@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.lock import locked
 from tests.bench import faults, lab
 from tests.bench.faults import GLOO, Found
 
@@ -55,6 +56,13 @@ def test_a_torn_file_is_another(tmp_path: Path) -> None:
             (step / name).write_bytes(b"0123456789")
         faults._tear(step.parent, random.Random(seed))
         assert {file.name: file.read_bytes() for file in step.iterdir()} != dict.fromkeys("ab", b"0123456789")
+
+
+def test_two_at_once_do_not_take_each_others_folders(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(storage / "bench" / "faults"):
+        assert faults.main(["--rounds", "1", "--ray", "0"], storage) == 2
+    assert "is being worked on by process" in capsys.readouterr().err
+    assert not (storage / "runs").exists()
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from jobs.lock import LockError, locked
 from jobs.progress import Progress
 from mmagent import storage
 from mmagent.arguments import Parser, positive
@@ -74,17 +75,27 @@ def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     wanted = _wanted(args.rounds, args.ray, args.only, args.seed)
-    file, code = storage.root() / "bench" / "faults.jsonl", lab.code()
-    known = {(each.number, each.seed): each for each in _known(file) if each.code == code}
-    done = [known[number, args.seed] for number in wanted if (number, args.seed) in known]
-    left = {number: kind for number, kind in wanted.items() if (number, args.seed) not in known}
-    if done:
-        print(f"{len(done)} of {len(wanted)} rounds are known: {file}", flush=True)
     try:
-        done += _run(left, args.seed, code, file)
+        # Two at once would take each other's folders away.
+        with locked(storage.root() / "bench" / "faults"):
+            return _measured(args.seed, wanted, checkout)
+    except LockError as error:
+        print(f"error: {error}, or another MMAGENT_STORAGE", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", file=sys.stderr)
         return 130
+
+
+def _measured(seed: int, wanted: dict[int, str], checkout: Path) -> int:
+    """Runs the rounds that are missing, and publishes all; the exit status."""
+    file, code = storage.root() / "bench" / "faults.jsonl", lab.code()
+    known = {(each.number, each.seed): each for each in _known(file) if each.code == code}
+    done = [known[number, seed] for number in wanted if (number, seed) in known]
+    left = {number: kind for number, kind in wanted.items() if (number, seed) not in known}
+    if done:
+        print(f"{len(done)} of {len(wanted)} rounds are known: {file}", flush=True)
+    done += _run(left, seed, code, file)
     rows = figures(done)
     publish("faults", rows, checkout)
     print(shown(done), table(rows), sep="\n")
