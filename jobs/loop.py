@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from jobs import engine as engines
@@ -267,7 +266,7 @@ def train(group: Group, plan: Plan) -> None:
         state.step, state.position = step, plan.order.advance(state.position, share.batch)
         meter.end_step(0.0 if fault else share.batch / share.world)
         if trace is not None:
-            trace.write(step, _taught(table), losses)
+            trace.write(step, table, losses)
 
         noticed, drained = bool(leaving) and not drained, bool(leaving) or drained
         saving = bool(saving or stopping or noticed or due)
@@ -328,11 +327,6 @@ def train(group: Group, plan: Plan) -> None:
     learner.export(engine, validation_rows, group, chosen)
     group.all(True)
     post.close()
-
-
-def _taught(table: pa.Table) -> list[str]:
-    """The ids of a step's rows, but for what only fills it up."""
-    return table.filter(pc.greater(table["weight"], 0.0))["id"].to_pylist()
 
 
 class Feed:

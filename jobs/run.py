@@ -18,6 +18,7 @@ import yaml
 from jobs import draw, fitting, stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, train
+from jobs.stream import Layout
 from jobs.supervised import Supervised, build
 from mmagent import bundle as bundles
 from mmagent import defaults, freeze, storage, text, towers
@@ -165,27 +166,25 @@ def _checkpoints(folder: Path) -> Checkpoints:
 
 
 def _streams(plan: Plan, dataset: Dataset) -> dict[str, Callable[[int], Any]]:
-    return {
-        "train": functools.partial(_training, plan),
-        "validation": functools.partial(_validation, plan, dataset),
-    }
+    return {name: functools.partial(_stream, plan, dataset, name) for name in ("train", "validation")}
 
 
-def _training(plan: Plan, world: int) -> Any:
-    """The stream from where the newest checkpoint stands, for so many workers: made anew whenever they start."""
-    storage.use(plan.root)
-    found = _checkpoints(plan.folder).latest()
-    position = Position(**found.loop["position"]) if found else Position()
-    steps = plan.total_steps - (found.step if found else 0)
-    return stream.training_stream(plan.order, stream.layout_of(plan.config, world), position, max(1, steps))
+def _stream(plan: Plan, dataset: Dataset, split: str, world: int) -> Any:
+    return stream.training_stream(*reads(plan, dataset, split, world))
 
 
-def _validation(plan: Plan, dataset: Dataset, world: int) -> Any:
-    """The first rows of the validation split in seeded order, the same for any number of workers."""
+def reads(plan: Plan, dataset: Dataset, split: str, world: int) -> tuple[Order, Layout, Position, int]:
+    """What `jobs.stream` takes to make a split's stream for so many workers, with Ray or without: training's from where
+    the newest checkpoint stands, so anew whenever they start; validation's first rows in seeded order, the same for any
+    number of workers."""
     storage.use(plan.root)
     layout = stream.layout_of(plan.config, world)
-    order = stream.order_of(dataset, "validation", seed=plan.config.seed, window_rows=plan.config.train.eval_rows)
-    return stream.training_stream(order, layout, Position(), order.part(Position()).steps(layout.share.batch))
+    if split == "train":
+        found = _checkpoints(plan.folder).latest()
+        position = Position(**found.loop["position"]) if found else Position()
+        return plan.order, layout, position, max(1, plan.total_steps - (found.step if found else 0))
+    order = stream.order_of(dataset, split, seed=plan.config.seed, window_rows=plan.config.train.eval_rows)
+    return order, layout, Position(), order.part(Position()).steps(layout.share.batch)
 
 
 def _drawn(dataset: Dataset, config: Config, folder: Path) -> Dataset:

@@ -200,22 +200,23 @@ def read_part(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, par
             table = pq.ParquetFile(piece.file).read_row_group(piece.row_group, columns=COLUMNS)
             tables.append(table.slice(piece.start, piece.stop - piece.start))
         stored = pa.concat_tables(tables).combine_chunks()
-        drawn = _gathered(stored, order, part, layout) if layout.gathered else order.shuffle(part)
+        words = _words(stored["messages"], layout)
+        lengths = np.array([len(ids) for ids, _ in words])
+        drawn = _gathered(lengths, order, part, layout.share.batch) if layout.gathered else order.shuffle(part)
         taken, factor = _filled(drawn, part.steps(layout.share.batch), layout.share)
-        words = _words(stored["messages"].take(pa.array(taken)), layout)
-        place, rank, micro = _dealt(np.array([len(ids) for ids, _ in words]), factor > 0, layout.buckets)
-        rows = stored.take(pa.array(taken[place]))
+        place, rank, micro = _dealt(lengths[taken], factor > 0, layout.buckets)
+        chosen = taken[place]
+        rows = stored.take(pa.array(chosen))
         marks = {"rank": rank, "micro": micro, "epoch": np.full(len(rows), part.epoch)}
-        yield _annotate(rows, [words[index] for index in place], factor[place], marks)
+        yield _annotate(rows, [words[index] for index in chosen], factor[place], marks)
 
 
-def _gathered(stored: pa.Table, order: Order, part: Part, layout: Layout) -> np.ndarray:
+def _gathered(lengths: np.ndarray, order: Order, part: Part, batch: int) -> np.ndarray:
     """What `Order.shuffle` gives, each step of texts of one length: of the whole window first, so that whoever goes on
-    in the middle of it finds the same steps."""
+    in the middle of it finds the same steps. lengths: (rows,) tokens of the part's rows as stored."""
     rows = order.shuffle(replace(part, skip=0))
-    lengths = np.array([len(ids) for ids, _ in _words(stored["messages"].take(pa.array(rows)), layout)])
     rng = np.random.default_rng([order.seed, part.epoch, part.window, 3])
-    return rows[together(lengths, layout.share.batch, rng)][part.skip :]
+    return rows[together(lengths[rows], batch, rng)][part.skip :]
 
 
 def _filled(rows: np.ndarray, steps: int, share: Share) -> tuple[np.ndarray, np.ndarray]:

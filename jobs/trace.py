@@ -1,7 +1,8 @@
 """What each rank learned from, step by step: runs/NAME/trace/rank_N.jsonl (`train.trace`).
 
-A line: {"step": 7, "ids": ["train-3", ...], "loss": "0x1.62e42fefa39efp+0"}. The loss, a rank's mean over its forward
-passes, is written in hexadecimal, so that two runs can be compared bit for bit.
+A line: {"step": 7, "ids": ["train-3", ...], "loss": "0x1.62e42fefa39efp+0"}. Rows that only fill a step up are
+left out. The loss, a rank's mean over its forward passes, is written in hexadecimal, so that two runs can be compared
+bit for bit.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.meter import drop_after
 
@@ -28,7 +33,15 @@ class Trace:
             for file in self._folder.glob("rank_*.jsonl"):
                 drop_after(file, step)
 
-    def write(self, step: int, ids: Sequence[str], losses: Sequence[float]) -> None:
-        line = {"step": step, "ids": list(ids), "loss": (sum(losses) / max(1, len(losses))).hex()}
+    def write(self, step: int, table: pa.Table, losses: Sequence[float]) -> None:
+        taught = table.filter(pc.greater(table["weight"], 0.0))
+        line = {"step": step, "ids": taught["id"].to_pylist(), "loss": (sum(losses) / max(1, len(losses))).hex()}
         with open(self._folder / f"rank_{self._rank}.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of each rank that has written any, by the name of its file."""
+    files = sorted((folder / FOLDER).glob("rank_*.jsonl"))
+    found = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+    return {rank: lines for rank, lines in found.items() if lines}

@@ -44,8 +44,9 @@ def complete(
     started = time.time()
     work = run.prepare(config, folder, name=name, bundle=bundle)
     tell(work)
-    _look(config)
-    _warn(config)
+    dataset = Dataset.open(storage.folder("data", config.data.name))  # all of it, also where few labels are drawn
+    _look(dataset, config)
+    _warn(dataset)
     timing = _read_timing(folder)
     if not work.exported:
         timing = {"start_s": round(time.time() - started, 1)}
@@ -78,23 +79,22 @@ def rehearse(config: Config, name: str) -> int:
     with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=storage.root()) as folder:
         work = run.prepare(config, Path(folder) / name)
         tell(work)
-        _warn(config)
+        _warn(Dataset.open(storage.folder("data", config.data.name)))
         told = estimate.forecast(work.plan, rehearsal.rehearse(work.plan, work.dataset))
     print("\n".join([*told.lines, *(f"would not fit: {trouble}" for trouble in told.troubles)]))
     return 1 if told.troubles else 0
 
 
-def _look(config: Config) -> None:
+def _look(dataset: Dataset, config: Config) -> None:
     """Checks a small data set that nobody has checked as it is now."""
-    dataset = Dataset.open(storage.folder("data", config.data.name))
     files = [file for split in dataset.splits for file in dataset.shard_files(split)]
     if diagnosis.read(dataset) is None and sum(file.stat().st_size for file in files) <= _CHECKED_BYTES:
         check.check(dataset, config, workers=1)
 
 
-def _warn(config: Config) -> None:
+def _warn(dataset: Dataset) -> None:
     """What the last check of the data set found that matters."""
-    for line in diagnosis.known(Dataset.open(storage.folder("data", config.data.name))):
+    for line in diagnosis.known(dataset):
         print(line, flush=True)
 
 
@@ -164,7 +164,7 @@ class Follower:
 
     def __init__(self, file: Path) -> None:
         self._file, self._of, self._seen = file, 0, 0  # the file's number, and how far it was read
-        self._shown_s = max((row["time_s"] for row in _whole_lines(file)), default=0.0)
+        self._shown_s = max((row["time_s"] for row in whole_lines(file)), default=0.0)
         self._rates: list[float] = []
         self._terminal = sys.stdout.isatty()
         self._told_cut = False
@@ -217,8 +217,8 @@ class Follower:
         print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", flush=True)
 
 
-def _whole_lines(file: Path) -> list[dict[str, Any]]:
-    """What an earlier start of the run wrote, but for a line that a kill cut off."""
+def whole_lines(file: Path) -> list[dict[str, Any]]:
+    """What an earlier start wrote into a file of JSON lines, but for a line that a kill cut off."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

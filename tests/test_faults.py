@@ -23,8 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs import cluster, loop, run, spike, stream, vigil, watch
-from jobs.checkpoint import Checkpoints
+from jobs import cluster, loop, run, spike, stream, trace, vigil, watch
 from jobs.loop import Plan
 from jobs.meter import Log
 from jobs.spike import BadLossError
@@ -33,7 +32,6 @@ from jobs.workers import Group, WorkersFailed
 from mmagent import storage as storages
 from mmagent.config import resolve
 from mmagent.model import Batch
-from mmagent.order import Position
 from mmagent.record import Record
 from mmagent.shards import Dataset
 from tests import ranks
@@ -71,13 +69,7 @@ def blocks_of(plan: Plan, rank: int, world: int = 1) -> Callable[[str], Iterator
     """The streams of a rank, without Ray."""
 
     def blocks(name: str) -> Iterator[pa.Table]:
-        layout = stream.layout_of(plan.config, world)
-        if name == "train":
-            found = Checkpoints(plan.folder / "checkpoints", rank=0, barrier=bool, keep_last=1).latest()
-            position = Position(**found.loop["position"]) if found else Position()
-            return stream.tables(plan.order, layout, position, plan.total_steps, rank)
-        order = stream.order_of(Dataset.open(storages.folder("data", "tiny")), name, seed=0, window_rows=16)
-        return stream.tables(order, layout, Position(), 1, rank)
+        return stream.tables(*run.reads(plan, Dataset.open(storages.folder("data", "tiny")), name, world), rank)
 
     return blocks
 
@@ -85,12 +77,6 @@ def blocks_of(plan: Plan, rank: int, world: int = 1) -> Callable[[str], Iterator
 def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]
-
-
-def trace(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of each rank."""
-    files = sorted((folder / "trace").glob("rank_*.jsonl"))
-    return {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
 
 
 def saved(folder: Path) -> list[int]:
@@ -126,8 +112,8 @@ def test_a_run_that_goes_on_is_bit_for_bit_the_one_that_was_not_stopped(prepare:
     assert sum(row["samples"] for row in lines(halting.folder, "train")) == 5 * 8  # nothing since the last line is lost
     assert not stop.exists()
     alone(halting)
-    assert trace(halting.folder) == trace(straight.folder)
-    assert [row["step"] for row in trace(straight.folder)["rank_0"]] == list(range(1, 13))
+    assert trace.read(halting.folder) == trace.read(straight.folder)
+    assert [row["step"] for row in trace.read(straight.folder)["rank_0"]] == list(range(1, 13))
     same = ("score", "loss", "accuracy")
     for one, other in zip(lines(halting.folder, "validation"), lines(straight.folder, "validation"), strict=True):
         assert {key: one[key] for key in same} == {key: other[key] for key in same}
@@ -165,7 +151,7 @@ def test_a_torn_checkpoint_is_told_and_an_earlier_one_goes_on(prepare: Prepare) 
     alone(torn)
     (line,) = lines(torn.folder, "torn")
     assert f"step_00000008 is torn and passed over: {file.name} is not what was written" in line["reason"]
-    assert trace(torn.folder)["rank_0"] == trace(straight.folder)["rank_0"]
+    assert trace.read(torn.folder)["rank_0"] == trace.read(straight.folder)["rank_0"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_its_rows_are_kept(prepare: Prepare) -> None:
@@ -176,7 +162,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_its_rows_are_kept(prepare: P
     assert "the loss of step 3 is no number" in words
     assert "train.on_bad_loss=skip" in words
     assert str(plan.folder / "inspect") in words
-    ids = trace(plan.folder)["rank_0"]
+    ids = trace.read(plan.folder)["rank_0"]
     assert [row["step"] for row in ids] == [1, 2]
     assert len(kept) == 8
     assert ", ".join(kept["id"].to_pylist()[:4]) in words
@@ -351,7 +337,7 @@ def test_workers_killed_or_asked_to_end_cost_no_sample(
     assert all(re.search(rf"rank {rank} \(process .*, in step 2\d, for", shown) for rank in range(2))
     assert "the run goes on" in shown
     assert "in train" in (straight.folder / "ranks" / "rank_0.stack").read_text()
-    assert [row["step"] for row in trace(straight.folder)["rank_1"]] == list(range(1, 61))
+    assert [row["step"] for row in trace.read(straight.folder)["rank_1"]] == list(range(1, 61))
 
     # -- SIGTERM of one worker: all save at that step, and the run ends ------------------------------------------
     asking = at_step(hurt.folder, 10, 1, signal.SIGTERM)
@@ -372,7 +358,7 @@ def test_workers_killed_or_asked_to_end_cost_no_sample(
     assert "lower train.micro_batch=2 train.accumulation=4 (now 4 x 2)" in restart["reason"]
     assert "images (4, 3, 16, 16)" in restart["reason"]
     assert "the workers failed for the 1. time: rank 1 was killed" in capsys.readouterr().out
-    assert trace(hurt.folder) == trace(straight.folder)
+    assert trace.read(hurt.folder) == trace.read(straight.folder)
 
 
 @pytest.mark.slow
