@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
-from jobs import cluster
+import psutil
+
+from jobs import cluster, vigil
+from jobs.vigil import Standing
+
+_LOOK_S = 0.002  # a tiny model's steps take some hundredths of a second, and one of them is waited for
 
 # Ray 2.60 listens on the loopback alone where it takes itself for a Ray of one machine (see `cluster.LOOPBACK`), and
 # its command refuses to add one then. The command alone is told otherwise.
@@ -32,3 +39,23 @@ def join(head: cluster.Cluster, cpus: int = 4) -> None:
     environment = {**os.environ, **head.environment, cluster.MARK: head.id}
     run = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def workers_of(folder: Path, step: int, timeout_s: float = 300.0) -> list[Standing]:
+    """Where both ranks of a run stand, once they have come to a step.
+
+    Raises:
+        TimeoutError: they have not.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = [each for each in vigil.read(folder) if each.step >= step and psutil.pid_exists(each.pid)]
+        if len(found) == 2:
+            return found
+        time.sleep(_LOOK_S)
+    raise TimeoutError(f"no two ranks came to step {step}: {vigil.read(folder)}")
+
+
+def machine_of(standing: Standing) -> psutil.Process:
+    """The raylet that a rank's process belongs to."""
+    return next(each for each in psutil.Process(standing.pid).parents() if each.name() == "raylet")

@@ -25,7 +25,7 @@ CHECKOUT = Path(__file__).parents[1]
 def run(work: str, given: Path, worlds: Iterable[int], timeout_s: float) -> None:
     """Runs ``MODULE:FUNCTION`` in groups of these sizes, all at once, and fails where a rank fails or is not done in
     time."""
-    groups = [f"{world}:{_port()}" for world in worlds]
+    groups = [f"{world}:{port()}" for world in worlds]
     ran = subprocess.run(
         [sys.executable, "-m", "tests.ranks", work, str(given), *groups], cwd=CHECKOUT, capture_output=True, text=True,
         timeout=timeout_s + 60, check=False, env={**os.environ, "RANKS_TIMEOUT_S": str(timeout_s)},
@@ -41,31 +41,49 @@ def until(done: Callable[[], bool], timeout_s: float = 400.0) -> None:
         time.sleep(0.05)
 
 
-def _port() -> int:
+def port() -> int:
+    """A free one, where a group meets."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
 
 
-def _main() -> int:
-    work, given, *groups = sys.argv[1:]
+def load(*modules: str) -> None:
+    """Imports what ranks need, once, and not in each of the children that this process forks."""
     import torch
 
     from jobs import zero
 
     torch.set_num_threads(1)
     zero._import_deepspeed()
-    for slow in ("torch._inductor.standalone_compile", "torch.distributed.fsdp", "peft", "tensorboard"):
-        importlib.import_module(slow)  # once, not in each of the children
+    for slow in ("torch._inductor.standalone_compile", "torch.distributed.fsdp", "peft", "tensorboard", *modules):
+        importlib.import_module(slow)
+
+
+def fork(function: Callable[[int, int, Path], None], given: Path, rank: int, world: int, port: int) -> int:
+    """A child that is one rank of a group, and ends with status 1 where the function raises; its id."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
+    try:
+        function(rank, world, given)
+    except BaseException:  # noqa: BLE001  said, and told to the parent by the status
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def _main() -> int:
+    work, given, *groups = sys.argv[1:]
+    load()
     module, _, name = work.partition(":")
     function = getattr(importlib.import_module(module), name)
     children = set()
-    for world, port in (group.split(":") for group in groups):
-        for rank in range(int(world)):
-            child = os.fork()
-            if not child:
-                _rank(function, Path(given), rank, int(world), port)
-            children.add(child)
+    for world, place in (group.split(":") for group in groups):
+        children |= {fork(function, Path(given), rank, int(world), int(place)) for rank in range(int(world))}
     deadline, status = time.monotonic() + float(os.environ["RANKS_TIMEOUT_S"]), 0
     while children and not status:
         child, code = os.waitpid(-1, os.WNOHANG)
@@ -77,18 +95,6 @@ def _main() -> int:
     for child in children:
         os.kill(child, signal.SIGKILL)
     return int(bool(status))
-
-
-def _rank(function: Callable[[int, int, Path], None], given: Path, rank: int, world: int, port: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
-    try:
-        function(rank, world, given)
-    except BaseException:  # noqa: BLE001  said, and told to the parent by the status
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)
 
 
 if __name__ == "__main__":

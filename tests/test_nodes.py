@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ import psutil
 import pytest
 import yaml
 
-from jobs import cluster, vigil
-from jobs.vigil import Standing
+from jobs import cluster
 from mmagent.record import Record
 from mmagent.shards import Dataset
-from tests.machines import join
+from tests.machines import join, machine_of, workers_of
 
 CHECKOUT = Path(__file__).parents[1]
 FIT = """
@@ -46,22 +44,6 @@ def machines() -> Iterator[cluster.Cluster]:
         yield head
     finally:
         cluster.stop(head)
-
-
-def workers_of(folder: Path, step: int) -> list[Standing]:
-    """Where both ranks stand, once they have come to a step."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        found = [each for each in vigil.read(folder) if each.step >= step and psutil.pid_exists(each.pid)]
-        if len(found) == 2 and all(each.phase != "end" for each in found):
-            return found
-        time.sleep(0.01)
-    raise AssertionError(f"no rank came to step {step}: {vigil.read(folder)}")
-
-
-def machine_of(standing: Standing) -> psutil.Process:
-    """The raylet that a rank's process belongs to."""
-    return next(each for each in psutil.Process(standing.pid).parents() if each.name() == "raylet")
 
 
 def kill(raylet: psutil.Process, address: str, environment: dict[str, str]) -> None:
@@ -105,7 +87,9 @@ def test_a_run_moves_from_machines_that_go_away(
             stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            hurt(machine_of(workers_of(folder, 30)[0]), machines.address, environment)
+            found = workers_of(folder, 30)
+            assert all(each.phase != "end" for each in found)
+            hurt(machine_of(found[0]), machines.address, environment)
             assert driver.wait(400) == 0, (tmp_path / "said").read_text()[-3000:]
         finally:
             driver.kill()

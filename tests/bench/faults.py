@@ -25,7 +25,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from jobs import cluster, trace, watch
 from jobs.lock import LockError, locked
 from jobs.progress import Progress
 from mmagent import storage
@@ -34,7 +36,6 @@ from mmagent.measurement import Row, publish, table
 from tests.bench import hurt_jobs, lab
 from tests.bench.hurt import Groups, Hurt
 
-CHECKOUT = Path(__file__).parents[2]
 _TIMEOUT_S = 120.0  # of a group that takes seconds
 _ROUNDING = 1e-4  # of a loss computed by another number of workers
 GLOO = {
@@ -67,14 +68,14 @@ class Found:
     words: str = ""  # where it went wrong
 
 
-def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
+def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -> int:
     parser = Parser("tests.bench.faults", __doc__)
     parser.add_argument("--rounds", type=positive, default=100, help="in all")
     parser.add_argument("--ray", type=int, default=20, help="of them through Ray Train and submitted jobs")
     parser.add_argument("--only", choices=[*GLOO, *hurt_jobs.KINDS], help="this kind alone")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    wanted = _wanted(args.rounds, args.ray, args.only, args.seed)
+    wanted = _wanted(args.rounds, args.ray, args.only)
     try:
         # Two at once would take each other's folders away.
         with locked(storage.root() / "bench" / "faults"):
@@ -90,7 +91,8 @@ def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
 def _measured(seed: int, wanted: dict[int, str], checkout: Path) -> int:
     """Runs the rounds that are missing, and publishes all; the exit status."""
     file, code = storage.root() / "bench" / "faults.jsonl", lab.code()
-    known = {(each.number, each.seed): each for each in _known(file) if each.code == code}
+    found = [Found(**line) for line in watch.whole_lines(file)]
+    known = {(each.number, each.seed): each for each in found if each.code == code}
     done = [known[number, seed] for number in wanted if (number, seed) in known]
     left = {number: kind for number, kind in wanted.items() if (number, seed) not in known}
     if done:
@@ -102,18 +104,13 @@ def _measured(seed: int, wanted: dict[int, str], checkout: Path) -> int:
     return int(any(each.lost or each.repeated or each.hung or not each.equal for each in done))
 
 
-def _wanted(rounds: int, ray: int, only: str | None, seed: int) -> dict[int, str]:
+def _wanted(rounds: int, ray: int, only: str | None) -> dict[int, str]:
     """The kind of each round, by number: first those without Ray."""
     if only is not None:
         return dict.fromkeys(range(rounds), only)
     kinds, plain, through = [*GLOO], rounds - min(ray, rounds), min(ray, rounds)
     first = {number: kinds[number % len(kinds)] for number in range(plain)}
     return first | {plain + index: hurt_jobs.KINDS[index % len(hurt_jobs.KINDS)] for index in range(through)}
-
-
-def _known(file: Path) -> list[Found]:
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [Found(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def _run(left: dict[int, str], seed: int, code: str, file: Path) -> list[Found]:
@@ -177,7 +174,7 @@ def _ray_round(
     shutil.rmtree(folder, ignore_errors=True)
     wanted = references.trace(setup, 2)
     step = rng.randrange(1, lab.STEPS - 2)
-    recipe = lab.nested(references.settings(setup, 2))
+    recipe = references.config(setup, 2).model_dump(mode="json")
     hurts, hung, failed = machines.round(kind, folder.name, recipe, step, rng)
     return _judged(kind, number, hurts, hung, failed, folder, wanted, same=True)
 
@@ -186,7 +183,7 @@ def _judged(
     kind: str, number: int, hurts: int, hung: bool, failed: str, folder: Path, wanted: lab.Trace, *, same: bool
 ) -> Found:
     """A round's trace beside that of a run that nobody hurt."""
-    found = lab.read(folder)
+    found = trace.read(folder)
     lost, repeated = Counter[tuple[int, str]](), Counter[tuple[int, str]]()
     mine, theirs = lab.by_step(found), lab.by_step(wanted)
     for step in sorted({*mine, *theirs}):
@@ -218,18 +215,17 @@ def _tear(checkpoints: Path, rng: random.Random) -> None:
 
 def figures(done: Sequence[Found]) -> list[Row]:
     """The figures of all rounds, and how many of each kind there were."""
-    total = {
-        "rounds": (len(done), ">= 100"), "samples_lost": (sum(each.lost for each in done), "<= 0"),
-        "samples_repeated": (sum(each.repeated for each in done), "<= 0"),
-        "hangs": (sum(each.hung for each in done), "<= 0"),
-        "trace_mismatches": (sum(not each.equal for each in done), "<= 0"),
-    }  # fmt: skip
-    rows = [Row(f"faults.{name}", value, "", "of all rounds", goal) for name, (value, goal) in total.items()]
-    for kind in dict.fromkeys(each.kind for each in done):
-        mine = [each for each in done if each.kind == kind]
-        hurt, whole = sum(each.hurts > 0 for each in mine), sum(not each.lost and not each.repeated for each in mine)
-        told = f"{kind}: rounds; hurt {hurt}, nothing lost or repeated {whole}, equal {sum(e.equal for e in mine)}"
-        rows.append(Row(f"faults.{re.sub(r'[^a-z0-9]+', '_', kind.lower())}", len(mine), "", told))
+    total, each = _tally(done), _tallies(done)
+    goals = {"rounds": "rounds", "lost": "samples_lost", "repeated": "samples_repeated", "hung": "hangs"}
+    rows = [
+        Row(f"faults.{name}", total[key], "", "of all rounds", ">= 100" if key == "rounds" else "<= 0")
+        for key, name in goals.items()
+    ]
+    differ = total["rounds"] - total["equal"]
+    rows.append(Row("faults.trace_mismatches", differ, "", "of all rounds", "<= 0"))
+    for kind, found in each.items():
+        told = "{}: rounds; hurt {hurt}, nothing lost or repeated {whole}, equal {equal}".format(kind, **found)
+        rows.append(Row(f"faults.{re.sub(r'[^a-z0-9]+', '_', kind.lower())}", found["rounds"], "", told))
     return rows
 
 
@@ -237,13 +233,30 @@ def shown(done: Sequence[Found]) -> str:
     """The table of kinds."""
     heads = ("rounds", "hurt", "lost", "repeated", "equal", "hung", "seconds")
     lines = [f"{'fault':40s}" + "".join(f"{head:>10s}" for head in heads)]
-    for kind in dict.fromkeys(each.kind for each in done):
-        mine = [each for each in done if each.kind == kind]
-        each = [len(mine), sum(one.hurts > 0 for one in mine), sum(one.lost for one in mine)]
-        each += [sum(one.repeated for one in mine), sum(one.equal for one in mine), sum(one.hung for one in mine)]
-        seconds = sum(one.seconds for one in mine) / len(mine)
-        lines.append(f"{kind:40s}" + "".join(f"{value:10d}" for value in each) + f"{seconds:10.1f}")
+    for kind, found in _tallies(done).items():
+        cells = [f"{found[head]:10d}" for head in heads[:-1]] + [f"{found['seconds'] / found['rounds']:10.1f}"]
+        lines.append(f"{kind:40s}" + "".join(cells))
     return "\n".join(lines) + "\n"
+
+
+def _tallies(done: Sequence[Found]) -> dict[str, dict[str, Any]]:
+    """`_tally` of each kind."""
+    kinds = dict.fromkeys(each.kind for each in done)
+    return {kind: _tally([each for each in done if each.kind == kind]) for kind in kinds}
+
+
+def _tally(rounds: Sequence[Found]) -> dict[str, Any]:
+    """What came of some rounds, added up."""
+    return {
+        "rounds": len(rounds),
+        "hurt": sum(each.hurts > 0 for each in rounds),
+        "lost": sum(each.lost for each in rounds),
+        "repeated": sum(each.repeated for each in rounds),
+        "whole": sum(not each.lost and not each.repeated for each in rounds),
+        "equal": sum(each.equal for each in rounds),
+        "hung": sum(each.hung for each in rounds),
+        "seconds": sum(each.seconds for each in rounds),
+    }
 
 
 if __name__ == "__main__":

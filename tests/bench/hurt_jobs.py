@@ -19,18 +19,13 @@ from typing import Any
 import psutil
 import yaml
 
-from jobs import cluster, submission, vigil
+from jobs import cluster, submission
 from mmagent import storage
 from tests import machines
 
-CHECKOUT = Path(__file__).parents[2]
 _TIMEOUT_S = 300.0  # of a job that takes half a minute
-_STEP_S = 0.002
+_LOOK_S = 0.2  # at whether a job has ended: Ray is asked over HTTP, and tells nobody by itself
 KINDS = ("worker killed", "controller killed", "machine killed", "job killed", "job stopped")
-
-
-class Hung(RuntimeError):
-    """A job that does not end, or never came to the step."""
 
 
 class Machines:
@@ -62,7 +57,7 @@ class Machines:
                 status = self._ended(job)
             words = "" if status == "SUCCEEDED" else f"the job {status}: {self._said(job)}"
             return hurts, False, words
-        except Hung as error:
+        except TimeoutError as error:  # it does not end, or never came to the step
             return hurts, True, f"{error}: {self._said(job)}"
         finally:
             recipe.unlink()
@@ -89,15 +84,15 @@ class Machines:
 
     def _submit(self, command: list[str]) -> str:
         assert self._head is not None
-        variables = {**submission.job_variables(), "PYTHONPATH": str(CHECKOUT)}
+        variables = {**submission.job_variables(), "PYTHONPATH": str(cluster.CHECKOUT)}
         return submission._submit(self._client, self._head.dashboard, shlex.join(command), {"env_vars": variables})
 
     def _ended(self, job: str) -> str:
         deadline = time.monotonic() + _TIMEOUT_S
         while not (status := self._client.get_job_status(job)).is_terminal():
             if time.monotonic() > deadline:
-                raise Hung(f"the job has not ended after {_TIMEOUT_S:.0f} s")
-            time.sleep(0.2)
+                raise TimeoutError(f"the job has not ended after {_TIMEOUT_S:.0f} s")
+            time.sleep(_LOOK_S)
         return str(status.value)
 
     def _said(self, job: str) -> str:
@@ -107,14 +102,14 @@ class Machines:
 
     def _hurt(self, kind: str, folder: Path, step: int, rng: random.Random, job: str) -> int:
         """Waits until both ranks have come to a step, and hurts the run."""
-        standings = _at_step(folder, step)
+        standings = machines.workers_of(folder, step, _TIMEOUT_S)
         victim = standings[rng.randrange(len(standings))]
         if kind == "job stopped":
             self._client.stop_job(job)
             return 1
         hit: dict[str, Callable[[], psutil.Process]] = {
             "worker killed": lambda: psutil.Process(victim.pid),
-            "machine killed": lambda: next(p for p in psutil.Process(victim.pid).parents() if p.name() == "raylet"),
+            "machine killed": lambda: machines.machine_of(victim),
             "controller killed": lambda: self._called("ray::TrainController"),
             "job killed": lambda: self._called(f"--name {folder.name}"),
         }
@@ -134,13 +129,3 @@ class Machines:
         if not found:
             raise psutil.NoSuchProcess(0)
         return max(found, key=lambda process: process.pid)
-
-
-def _at_step(folder: Path, step: int) -> list[vigil.Standing]:
-    deadline = time.monotonic() + _TIMEOUT_S
-    while time.monotonic() < deadline:
-        found = [each for each in vigil.read(folder) if each.step >= step and psutil.pid_exists(each.pid)]
-        if len(found) == 2:
-            return found
-        time.sleep(_STEP_S)
-    raise Hung(f"no two ranks came to step {step}")

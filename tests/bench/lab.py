@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from jobs import prepare
+from jobs import cluster, prepare, trace
 from mmagent import storage
-from mmagent.config import resolve
+from mmagent.config import Config, resolve
 from mmagent.pretrained import locate
 from tests.bench import texts
 from tests.bench.hurt import Groups
@@ -26,7 +26,6 @@ from tests.bench.hurt import Groups
 if TYPE_CHECKING:  # it brings Ray, which reads its environment when it is imported
     from jobs.loop import Plan
 
-CHECKOUT = Path(__file__).parents[2]
 ROWS, BATCH, EPOCHS = 64, 8, 2  # every window of the order (`data.window_rows`) is whole batches
 NAME = f"faults_{ROWS}"
 STEPS = ROWS * EPOCHS // BATCH
@@ -45,7 +44,7 @@ Trace = Mapping[str, Sequence[Mapping[str, Any]]]  # the lines of each rank, see
 
 def code() -> str:
     """Of what is tested: rounds of other code say nothing about it."""
-    files = sorted(file for folder in ("jobs", "mmagent") for file in (CHECKOUT / folder).rglob("*.py"))
+    files = sorted(file for folder in ("jobs", "mmagent") for file in (cluster.CHECKOUT / folder).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -91,10 +90,10 @@ class References:
         self._backbone, self._groups = backbone, groups
         self._traces: dict[tuple[str, int, bool], Trace] = {}
 
-    def settings(self, setup: str, world: int, *, still: bool = False) -> dict[str, Any]:
-        """The recipe of a round, dotted; a still one draws nothing that hangs on the number of workers."""
+    def config(self, setup: str, world: int, *, still: bool = False) -> Config:
+        """The recipe of a round; a still one draws nothing that hangs on the number of workers."""
         drawn = 0.0 if still else 0.1
-        return {
+        settings = {
             "data.name": NAME, "data.max_text_tokens": 32, "data.window_rows": 40, "augment.word_drop": 0.1,
             "model.backbone": str(self._backbone), "model.join": "output",
             "model.width": 32, "model.layers": 1, "model.heads": 2,
@@ -104,6 +103,7 @@ class References:
             "train.eval_rows": BATCH, "train.checkpoint_every_steps": 2, "train.keep_last": 3, "train.trace": True,
             "cluster.workers": world, "cluster.threads": 1, "cluster.max_failures": 3, **SETUPS[setup],
         }  # fmt: skip
+        return resolve({}, settings)
 
     def plan(self, name: str, setup: str, world: int, *, still: bool = False) -> tuple[Path, Plan]:
         """A run that begins anew; also as a file for `tests.bench.hurt`."""
@@ -111,8 +111,7 @@ class References:
 
         folder = storage.folder("runs", f"{NAME}_{name}")
         shutil.rmtree(folder, ignore_errors=True)
-        config = resolve(nested(self.settings(setup, world, still=still)), {})
-        plan = run.prepare(config, folder, export=False).plan
+        plan = run.prepare(self.config(setup, world, still=still), folder, export=False).plan
         torch.save(plan, folder / "plan.pt")
         return folder / "plan.pt", plan
 
@@ -125,7 +124,7 @@ class References:
         if (setup, world, still) not in self._traces:
             file, plan = self.plan("reference", setup, world, still=still)
             ended = self._groups.run(file, world, None, plan.folder / "said", 300.0)
-            found = read(plan.folder)
+            found = trace.read(plan.folder)
             if any(ended.statuses) or len(by_step(found)) != plan.total_steps:
                 said = f"{setup}: nobody hurt it, and it ended with {ended.statuses}"
                 raise RuntimeError(f"{said}, see {plan.folder}/said")
@@ -148,22 +147,6 @@ def _whole(found: Trace) -> None:
             )
 
 
-def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as the sections of a recipe."""
-    out: dict[str, Any] = {}
-    for key, value in settings.items():
-        section, _, name = key.partition(".")
-        out.setdefault(section, {})[name] = value
-    return out
-
-
-def read(folder: Path) -> Trace:
-    """The trace that a run has left."""
-    files = sorted((folder / "trace").glob("rank_*.jsonl"))
-    found = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
-    return {rank: lines for rank, lines in found.items() if lines}
-
-
 def by_step(trace: Trace) -> dict[int, list[str]]:
     """What all ranks together learned from in each step."""
     out: dict[int, list[str]] = {}
@@ -184,9 +167,7 @@ def losses(trace: Trace) -> list[float]:
 
 def parted(one: Trace, other: Trace) -> int | None:
     """The first step at which two traces are not the same."""
-    lines = [{(rank, line["step"]): line for rank, found in each.items() for line in found} for each in (one, other)]
-    steps = sorted({step for each in lines for _, step in each})
-    for step in steps:
-        if any(lines[0].get(key) != lines[1].get(key) for key in {*lines[0], *lines[1]} if key[1] == step):
-            return step
-    return None
+    mine, theirs = (
+        {(line["step"], rank): line for rank, lines in found.items() for line in lines} for found in (one, other)
+    )
+    return min((key[0] for key in {*mine, *theirs} if mine.get(key) != theirs.get(key)), default=None)
