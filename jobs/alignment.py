@@ -21,11 +21,12 @@ from mmagent.augment import Words, augment
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.buckets import cuts
 from mmagent.config import Config
+from mmagent.frozen import FrozenStates
 from mmagent.model import Batch
 from mmagent.order import sample_rng
 from mmagent.reading import View
 from mmagent.record import Message, Record
-from mmagent.text import FrozenStates, TextEncoder
+from mmagent.text import TextEncoder
 
 _TOWERS = {"image": ("image_tower", "image"), "audio": ("audio_tower", "speech")}  # kind -> the module's two parts
 
@@ -46,7 +47,7 @@ def model_of(config: Config, encoder: TextEncoder, *, weights: bool = True) -> A
     if config.model.image is None and config.model.audio is None:
         raise ValueError("pretrain.objective=align teaches towers: give the section model.image or model.audio")
     torch.manual_seed(config.seed)
-    inside = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
+    inside = freeze.needs_backbone(config.freeze.strategy) or config.train.cache == "none"
     model = Alignment(
         config.model, encoder.width, encoder if inside else None, config.pretrain.temperature, weights=weights
     )

@@ -36,6 +36,8 @@ CHECKOUT = Path(__file__).parents[1]
 TEMP_PREFIX = "mmagent-ray-"
 TEMP_PARENT = "/tmp"  # as Ray itself: the path of a socket ends at 107 characters, and a TMPDIR may be long
 START_TIMEOUT_S = 120.0
+_TRIES = 3  # of a start, where another takes a port meanwhile
+_TAKEN_SIGNS = ("port is already used", "Address already in use")
 DAEMONS = ("gcs_server", "raylet")  # a cluster without one of these is dead
 # Ray turns 127.0.0.1 into the machine's own address and listens on all of them, unless it is told that the node will
 # stay alone: macOS's and Windows's default, on every system by this variable. Whoever connects must set it too.
@@ -44,6 +46,10 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 class ClusterError(RuntimeError):
     """Ray cannot be started or found, or the record of it cannot be read; the message says what to do."""
+
+
+class _PortTaken(ClusterError):
+    """Another process took a port between the look at it and Ray's own."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,13 @@ def start(
     Raises:
         ClusterError: Ray does not start; the message holds its last words.
     """
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(_PortTaken):
+            return _start(num_cpus, object_store_bytes, env or {})
+    return _start(num_cpus, object_store_bytes, env or {})
+
+
+def _start(num_cpus: int | None, object_store_bytes: int | None, env: Mapping[str, str]) -> Cluster:
     cluster_id = secrets.token_hex(8)
     temp_dir = tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=TEMP_PARENT)
     gcs, dashboard, client, agent, serve = _free_ports(6379, 8265, 10001, 52365, 8000)
@@ -187,7 +200,7 @@ def start(
         command.append(f"--object-store-memory={object_store_bytes}")
     words, failed = "", True
     try:
-        words, failed = _run(command, _environment(cluster_id, temp_dir, env or {}), temp_dir)
+        words, failed = _run(command, _environment(cluster_id, temp_dir, env), temp_dir)
     finally:
         found = tuple(Process.of(process) for process in marked(cluster_id))
         cluster = Cluster(
@@ -198,7 +211,8 @@ def start(
             stop(cluster)
     if not ready:
         last = "\n".join(words.strip().splitlines()[-15:])
-        raise ClusterError(f"Ray did not start; `python -m jobs.doctor` says what is missing. Its last words:\n{last}")
+        kind = _PortTaken if any(sign in words for sign in _TAKEN_SIGNS) else ClusterError
+        raise kind(f"Ray did not start; `python -m jobs.doctor` says what is missing. Its last words:\n{last}")
     return cluster
 
 

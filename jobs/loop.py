@@ -33,6 +33,7 @@ from jobs.vigil import Post
 from jobs.workers import Final, Group
 from mmagent import freeze, storage
 from mmagent.config import Config
+from mmagent.features import Kept
 from mmagent.model import Batch
 from mmagent.order import Order, Position
 from mmagent.targets import TaskInfo
@@ -126,6 +127,7 @@ class Plan:
     task: str  # the one that a request means which names none
     golden_source: tuple[Path, ...]  # shards of the validation split
     parts: tuple[freeze.Part, ...]  # trained and total parameters
+    features: tuple[Kept, ...] = ()  # states of frozen parts that come with the rows
 
 
 @dataclass(slots=True)

@@ -78,7 +78,7 @@ def predict(
                 dataset, split, predictions.Answering, kwargs, workers=workers, batch_rows=_BATCH_ROWS,
                 threads=threads, groups=[(file, group) for file, group, _, _ in each],
             )  # fmt: skip
-            tables = predictions.cut(answers, [rows for _, _, rows, _ in each])
+            tables = stream.cut((table.cast(predictions.SCHEMA) for table in answers), [rows for _, _, rows, _ in each])
             for (_, _, rows, part), table in zip(each, tables, strict=True):
                 storage.publish_parquet(part, table)
                 progress.add(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,6 @@ def unreadable(rows: Iterable[tuple[str, str]], task: str, bundle: str) -> pa.Ta
     """Rows that never became records: (id, why)."""
     made = [{"id": id, "task": task, "error": error, "bundle": bundle} for id, error in rows]
     return pa.Table.from_pylist(made, SCHEMA)
-
-
-def cut(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
-    """The same rows in tables of these sizes, each given out as soon as it is whole."""
-    held = SCHEMA.empty_table()
-    for size in sizes:
-        while len(held) < size:
-            held = pa.concat_tables([held, next(tables).cast(SCHEMA)])
-        yield held.slice(0, size)
-        held = held.slice(size)
 
 
 def summary(files: Iterable[Path]) -> dict[str, Any]:

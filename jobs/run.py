@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from jobs import draw, fitting, stream, workers
+from jobs import draw, fitting, states, stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, train
 from jobs.stream import Layout
@@ -67,15 +67,16 @@ class Run:
 
         Raises:
             WorkersFailed: see `jobs.workers.run`.
+            StatesError: see `jobs.states.keep`.
         """
-        (self.folder / STOP_FILE).unlink(missing_ok=True)
-        workers.run(
-            functools.partial(train, plan=self.plan),
-            self.config,
-            self.folder,
-            _streams(self.plan, self.dataset),
-            callbacks,
-        )
+        stop = self.folder / STOP_FILE
+        stop.unlink(missing_ok=True)
+        try:
+            plan = replace(self.plan, features=states.keep(self.plan, self.dataset, stop.exists))
+        except states.Stopped:
+            return False
+        work = functools.partial(train, plan=plan)
+        workers.run(work, self.config, self.folder, _streams(plan, self.dataset), callbacks)
         return self.exported
 
     def stop(self) -> None:
@@ -178,7 +179,7 @@ def reads(plan: Plan, dataset: Dataset, split: str, world: int) -> tuple[Order, 
     the newest checkpoint stands, so anew whenever they start; validation's first rows in seeded order, the same for any
     number of workers."""
     storage.use(plan.root)
-    layout = stream.layout_of(plan.config, world)
+    layout = stream.layout_of(plan.config, world, plan.features)
     if split == "train":
         found = _checkpoints(plan.folder).latest()
         position = Position(**found.loop["position"]) if found else Position()
@@ -248,6 +249,7 @@ _HOW = (
     "cluster.", "zero.", "data.cache_mb", "train.micro_batch", "train.accumulation", "train.gradient_checkpointing",
     "train.keep_last", "train.keep_best", "train.checkpoint_every_steps", "train.checkpoint_every_minutes",
     "train.on_bad_loss", "train.max_loss_jump", "train.max_skips", "train.alarm_minutes", "train.trace",
+    "train.cache_gb",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +24,10 @@ import ray
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from mmagent import text
+from mmagent import features, text
 from mmagent.buckets import Buckets, together
 from mmagent.config import Config
+from mmagent.features import Kept
 from mmagent.order import Order, Part, Position
 from mmagent.record import Record
 from mmagent.shards import Dataset
@@ -55,6 +56,7 @@ class Layout:
     gathered: bool  # whether those of one length share a step
     tokenizer: str
     max_text_tokens: int
+    states: tuple[Mapping[str, str], ...] = ()  # files of states that come with the rows, by data shard
 
     @property
     def buckets(self) -> Buckets:
@@ -73,15 +75,17 @@ def order_of(dataset: Dataset, split: str, *, seed: int, window_rows: int, share
 
 def row_groups(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
     """File, index and rows of every row group of a split, in order."""
-    groups: list[tuple[str, int, int]] = []
-    for file in dataset.shard_files(split):
-        footer = pq.read_metadata(file)
-        groups += [(str(file), index, footer.row_group(index).num_rows) for index in range(footer.num_row_groups)]
-    return groups
+    return [group for file in dataset.shard_files(split) for group in row_groups_of(str(file))]
 
 
-def layout_of(config: Config, world: int) -> Layout:
-    """For a group of so many workers."""
+def row_groups_of(file: str) -> list[tuple[str, int, int]]:
+    """The same of one shard."""
+    footer = pq.read_metadata(file)
+    return [(file, index, footer.row_group(index).num_rows) for index in range(footer.num_row_groups)]
+
+
+def layout_of(config: Config, world: int, kept: Sequence[Kept] = ()) -> Layout:
+    """For a group of so many workers; with the states that are kept of frozen parts."""
     return Layout(
         share=config.share(world),
         micro_tokens=config.train.micro_tokens,
@@ -89,6 +93,7 @@ def layout_of(config: Config, world: int) -> Layout:
         gathered=config.data.bucket_by_length,
         tokenizer=text.locate(config.model.backbone),
         max_text_tokens=config.data.max_text_tokens,
+        states=tuple(each.files for each in kept),
     )
 
 
@@ -99,8 +104,8 @@ def compares(config: Config) -> bool:
 
 def training_stream(order: Order, layout: Layout, position: Position, steps: int) -> ray.data.Dataset:
     """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``cut``
-    (how many were left out), ``rank``, ``micro`` (the number of its micro-batch) and ``epoch``. To be split among ranks
-    by `split_in_turn`."""
+    (how many were left out), ``rank``, ``micro`` (the number of its micro-batch), ``epoch``, and ``states`` where some
+    are kept (see `mmagent.features`). To be split among ranks by `split_in_turn`."""
     parts = list(order.parts(position, steps, layout.share.batch))
     read = functools.partial(read_part, order=order, layout=layout, parts=parts)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a busy cluster may never have.
@@ -157,12 +162,14 @@ def apply(
     workers: int,
     batch_rows: int,
     threads: int,
+    gpu: bool = False,
     groups: Sequence[tuple[str, int]] | None = None,
 ) -> Iterator[pa.Table]:
     """Runs every row of a split through `worker(**kwargs)`, built once in each of `workers` actors and called with
     tables of record rows; yields the tables it gives back, in the order of the rows.
 
     Args:
+        gpu: whether each actor computes on one.
         groups: (file, row group) of those that are wanted; none: all.
     """
     context = ray.data.DataContext.get_current()
@@ -182,9 +189,21 @@ def apply(
         zero_copy_batch=True,
         compute=ray.data.ActorPoolStrategy(size=max(1, min(workers, len(pieces)))),
         num_cpus=0.5,
+        num_gpus=1 if gpu else 0,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )
     yield from answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+
+def cut(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
+    """The same rows in tables of these sizes, each given out as soon as it is whole."""
+    held: list[pa.Table] = []
+    for size in sizes:
+        while sum(map(len, held)) < size:
+            held.append(next(tables))
+        joined = pa.concat_tables(held)
+        yield joined.slice(0, size)
+        held = [joined.slice(size)] if len(joined) > size else []
 
 
 def _read_group(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
@@ -208,7 +227,39 @@ def read_part(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, par
         chosen = taken[place]
         rows = stored.take(pa.array(chosen))
         marks = {"rank": rank, "micro": micro, "epoch": np.full(len(rows), part.epoch)}
-        yield _annotate(rows, [words[index] for index in chosen], factor[place], marks)
+        made = _annotate(rows, [words[index] for index in chosen], factor[place], marks)
+        if not layout.states:
+            yield made
+            continue
+        # States are larger than all else of a row: those of a step at a time are put in its order.
+        states, size = _States(part, layout.states), layout.share.world * layout.share.rows
+        for start in range(0, len(made), size):
+            yield made.slice(start, size).append_column(features.COLUMN, states.take(chosen[start : start + size]))
+
+
+class _States:
+    """The kept states of a part's rows, as stored."""
+
+    def __init__(self, part: Part, kept: Sequence[Mapping[str, str]]) -> None:
+        self._pieces: list[list[pa.Array]] = []  # of each piece, of each kind
+        self._starts = np.cumsum([0, *(piece.stop - piece.start for piece in part.pieces)])
+        for piece in part.pieces:
+            columns = []
+            for files in kept:
+                table = pq.ParquetFile(files[piece.file]).read_row_group(piece.row_group)
+                columns.append(table[features.COLUMN].combine_chunks().slice(piece.start, piece.stop - piece.start))
+            self._pieces.append(columns)
+
+    def take(self, rows: np.ndarray) -> pa.Array:
+        """The items of all kinds of so many rows, by their number in the part."""
+        pieces = np.searchsorted(self._starts, rows, side="right") - 1
+        found = []
+        for row, piece in zip(rows, pieces, strict=True):
+            at = int(row - self._starts[piece])
+            items = [column.slice(at, 1).flatten() for column in self._pieces[piece]]
+            found.append(pa.concat_arrays(items))
+        offsets = np.cumsum([0, *map(len, found)])
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.concat_arrays(found), type=features.ITEMS)
 
 
 def _gathered(lengths: np.ndarray, order: Order, part: Part, batch: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,19 +15,20 @@ from jobs.export import export
 from jobs.loop import Plan, Step
 from jobs.validation import answers, calibrations, validate
 from jobs.workers import Group
-from mmagent import freeze, lora, targets
+from mmagent import features, freeze, lora, targets
 from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.augment import Words, augment
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.buckets import cuts
 from mmagent.config import AugmentConfig, Config
+from mmagent.frozen import FrozenStates
 from mmagent.model import Batch, align_loss
 from mmagent.order import sample_rng
 from mmagent.reading import View
 from mmagent.record import Message, Record
 from mmagent.targets import TargetError
 from mmagent.tasks import Task, make_all
-from mmagent.text import FrozenStates, TextEncoder
+from mmagent.text import TextEncoder
 
 
 class Supervised:
@@ -41,11 +42,14 @@ class Supervised:
         self._tokenizer = load_reading(config.model)
         self._inputs = Inputs(config.model, config.data, self._tokenizer, self._tasks, self._encoder)
         self.model = build(config, self._tasks, self._encoder)
+        self._stored = {kept.kind for kept in plan.features}
+        self._inputs.stored = towers_stored(self.model, self._stored)
         scores = {task.score for task in self._tasks.values()}
         self.main = scores.pop() if len(self._tasks) == 1 else "score"
 
     def begin(self, device: torch.device) -> None:
-        frozen = FrozenStates(self._encoder, device=device) if self.model.backbone is None else None
+        options = {"max_mb": 0} if "text" in self._stored else {}
+        frozen = FrozenStates(self._encoder, device=device, **options) if self.model.backbone is None else None
         self._batches = Batches(self._inputs, frozen, self._config, self._plan.label_weights, device)
 
     @property
@@ -90,12 +94,23 @@ def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder, *, we
         ValueError: the config makes no model.
     """
     torch.manual_seed(config.seed)
-    trained = freeze.needs_backbone(config.freeze.strategy) or not config.train.cache_text
+    trained = freeze.needs_backbone(config.freeze.strategy) or config.train.cache == "none"
     model = assemble(config.model, tasks, encoder, trained=trained, weights=weights)
     freeze.apply(model, config.freeze)
     if config.train.gradient_checkpointing:
         freeze.compute_again(model)
     return model
+
+
+def towers_stored(model: Model, kinds: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Has towers take states that were computed before; the shape of each one's."""
+    found = {}
+    for kind in ("image", "audio"):
+        if kind in kinds:
+            tower = getattr(model, f"{kind}_tower")
+            tower.stored = True
+            found[kind] = tower.shape
+    return found
 
 
 def loss_of(out: Batch, batch: Batch, tasks: Mapping[str, Task], config: Config) -> torch.Tensor:
@@ -164,7 +179,8 @@ class Batches:
         record = Record.from_row(row)
         try:
             targets.check(record)
-            sample = self.inputs.sample(record, View(np.asarray(row["ids"], dtype=np.int64), cut=row["cut"]))
+            known = features.unpacked(row.get(features.COLUMN))
+            sample = self.inputs.sample(record, View(np.asarray(row["ids"], dtype=np.int64), cut=row["cut"]), known)
         except (PartError, TargetError) as error:
             self.last_error = f"row {row['id']!r}: {error}"
             return self._blank(row["id"]), True
@@ -187,7 +203,8 @@ class Batches:
         the device."""
         batch = self.inputs.batch(samples)
         if self.frozen is not None:
-            batch["text_states"] = self.frozen(batch["ids"], batch["mask"])
+            known = {key: states for sample in samples for key, states in sample.known.items()}
+            batch["text_states"] = self.frozen(batch["ids"], batch["mask"], known)
             if train and "transcript_ids" in batch:
-                batch["transcript_states"] = self.frozen(batch["transcript_ids"], batch["transcript_mask"])
+                batch["transcript_states"] = self.frozen(batch["transcript_ids"], batch["transcript_mask"], known)
         return pinned(batch, self.device)

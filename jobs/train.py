@@ -88,9 +88,10 @@ def user_errors(*more: type[BaseException]) -> tuple[type[BaseException], ...]:
     ]  # fmt: skip
     if "jobs.run" in sys.modules:
         from jobs.run import RunError
+        from jobs.states import StatesError
         from jobs.workers import WorkersFailed
 
-        known += [RunError, WorkersFailed, BundleError, EvaluationError]
+        known += [RunError, StatesError, WorkersFailed, BundleError, EvaluationError]
     if "jobs.rehearsal" in sys.modules:
         from jobs.ranks import RanksFailed
         from jobs.rehearsal import RehearsalError

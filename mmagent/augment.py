@@ -60,7 +60,9 @@ def _starts(tokens: list[str]) -> list[bool]:
 
 def augment(sample: Sample, config: AugmentConfig, words: Words, rng: np.random.Generator) -> Sample:
     """A sample as training gets it (see `AugmentConfig`). A modality is lost only where another is left."""
-    audios = tuple(_sound(audio, config, rng) for audio in sample.audios)
+    audios = sample.audios
+    if config.audio_tempo or config.audio_pitch or config.audio_noise or config.audio_masks:
+        audios = tuple(_sound(audio, config, rng) for audio in audios)
     sample = replace(sample, audios=audios, images=_pictures(sample.images, config, rng))
     if sample.images and (sample.has_words or sample.audios) and rng.random() < config.image_drop:
         sample = replace(sample, images=(), views=tuple(without(view, PLACES["image"]) for view in sample.views))

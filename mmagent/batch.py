@@ -10,8 +10,8 @@ import hashlib
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from mmagent import pictures, pretrained, sounds, text
+from mmagent import features, pictures, pretrained, sounds, text
 from mmagent.config import DataConfig, ModelConfig
 from mmagent.conversations import Conversations, Row
 from mmagent.media import MediaError, MediaTooLarge, check_audio, check_image
@@ -65,12 +65,13 @@ class Sample:
     record: Record
     views: tuple[View, ...]
     has_words: bool  # of its messages
-    images: tuple[np.ndarray, ...]  # (height, width, 3) uint8 each
-    audios: tuple[np.ndarray, ...]  # (frames, channels) each, see `mmagent.sounds`
+    images: tuple[np.ndarray, ...]  # (height, width, 3) uint8 each; (states, channels) where those are stored
+    audios: tuple[np.ndarray, ...]  # (frames, channels) each, see `mmagent.sounds`; likewise
     weight: float = 1.0
     transcript: np.ndarray | None = None  # (tokens,) int64: the words spoken, where known
     more: tuple[tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]], ...] = ()  # a view's own pictures and sounds
     processed: tuple[Processed, ...] = ()  # of a native model, for each view
+    known: Mapping[bytes, np.ndarray] = field(default_factory=dict)  # states of frozen parts (see `mmagent.features`)
 
     @property
     def id(self) -> str:
@@ -119,6 +120,10 @@ class Inputs:
         tasks: what the model answers, by name.
         encoder: the backbone, which says how long a text may be and whether it decodes, where the join is at its input.
 
+    Attributes:
+        stored: (states, channels) of a picture or sound, where the states of a frozen tower come with the rows: they
+            take the place of pixels and frames.
+
     Raises:
         BackboneError: a pretrained tower's processor that is missing or cannot be used.
     """
@@ -143,6 +148,7 @@ class Inputs:
         takes = {"image": self.pictures, "audio": self.sounds}
         own = self.conversations.kinds if self.conversations else ()
         self.modalities = ("text", *(kind for kind, made in takes.items() if made is not None or kind in own))
+        self.stored: dict[str, tuple[int, int]] = {}
         self._cache = _Cache(data.cache_mb << 20)
         self._tokenizing = threading.Lock()  # a tokenizer keeps its truncation as state, which differs between tasks
 
@@ -162,8 +168,11 @@ class Inputs:
                 with _named(f"{kind}[{index}]"):
                     look(media.read(), self.data.media)
 
-    def sample(self, record: Record, read: View | None = None) -> Sample:
-        """Decodes a record; `read` saves tokenising where a stream did it before.
+    def sample(
+        self, record: Record, read: View | None = None, known: Mapping[bytes, np.ndarray] | None = None
+    ) -> Sample:
+        """Decodes a record; `read` saves tokenising where a stream did it before, and `known` what frozen parts would
+        compute (see `mmagent.features`).
 
         Raises:
             PartError: media that cannot be decoded or is over a limit, a task that the model has not, or a record that
@@ -176,11 +185,12 @@ class Inputs:
             record=record,
             views=views,
             has_words=bool(words),
-            images=tuple(self._image(media, f"images[{i}]") for i, media in enumerate(record.images)),
-            audios=tuple(self._audio(media, f"audios[{i}]") for i, media in enumerate(record.audios)),
+            images=tuple(self._image(media, f"images[{i}]", known) for i, media in enumerate(record.images)),
+            audios=tuple(self._audio(media, f"audios[{i}]", known) for i, media in enumerate(record.audios)),
             weight=record.weight,
             transcript=self.tokenize([transcript])[0] if transcript else None,
-            more=tuple(self._of_candidate(item, i) for i, item in enumerate(self._offered(record))),
+            more=tuple(self._of_candidate(item, i, known) for i, item in enumerate(self._offered(record))),
+            known=known or {},
         )
         return sample if self.conversations is None else self._conversed(sample, self.conversations)
 
@@ -277,12 +287,12 @@ class Inputs:
         return record.candidates if self.tasks[record.task].kind == "match" else ()
 
     def _of_candidate(
-        self, candidate: Mapping[str, Any], index: int
+        self, candidate: Mapping[str, Any], index: int, known: Mapping[bytes, np.ndarray] | None
     ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         place, image, audio = f"candidates[{index}]", candidate.get("image"), candidate.get("audio")
         return (
-            (self._image(Media(image["bytes"], image["path"]), f"{place}.image"),) if image else (),
-            (self._audio(Media(audio["bytes"], audio["path"]), f"{place}.audio"),) if audio else (),
+            (self._image(Media(image["bytes"], image["path"]), f"{place}.image", known),) if image else (),
+            (self._audio(Media(audio["bytes"], audio["path"]), f"{place}.audio", known),) if audio else (),
         )
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -301,7 +311,9 @@ class Inputs:
         ids, mask, keep (r, t) · has_words, weight (a sample's, shared out over its views), sample_row (r,) ·
         TASK/... what each task's loss and head need, by row · images (n, 3, height, width), image_row, image_slot,
         image_real (n,), image_slots () · audios (m, frames, channels), audio_frames, audio_row, audio_slot, audio_real
-        (m,), audio_slots () · transcript_ids, transcript_mask (m, t) where the model is taught by words spoken.
+        (m,), audio_slots () · both of
+        (n, states, channels) where states are stored · transcript_ids, transcript_mask (m, t) where the model is taught
+        by words spoken.
         Where a batch has no picture (or sound), one stand-in of zeros is there with ``real`` false.
 
         Of a native model there are ids, mask and ``media/NAME``, what its processor makes, in place of images and
@@ -329,12 +341,18 @@ class Inputs:
         media = [sample.media(view) for _, sample, view in rows]
         if self.pictures is not None:
             out |= _places("image", [len(images) for images, _ in media])
-            out["images"] = self.pictures.stack([image for images, _ in media for image in images])
+            images = [image for each, _ in media for image in each]
+            out["images"] = self._rows("image", images) if "image" in self.stored else self.pictures.stack(images)
         if self.sounds is not None:
             out |= _places("audio", [len(audios) for _, audios in media])
-            out |= self.sounds.stack([audio for _, audios in media for audio in audios])
+            audios = [audio for _, each in media for audio in each]
+            if "audio" in self.stored:
+                states = self._rows("audio", audios)
+                out |= {"audios": states, "audio_frames": torch.full((len(states),), states.shape[1])}
+            else:
+                out |= self.sounds.stack(audios)
             if self._aligns:
-                spoken = [s.transcript for (_, s, _), (_, audios) in zip(rows, media, strict=True) for _ in audios]
+                spoken = [s.transcript for (_, s, _), (_, each) in zip(rows, media, strict=True) for _ in each]
                 out["transcript_ids"], out["transcript_mask"] = self._pad(spoken or [None])
         return out
 
@@ -399,21 +417,41 @@ class Inputs:
                 ids[index, : len(row)], mask[index, : len(row)] = row, 1
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
-    def _image(self, media: Media, place: str) -> np.ndarray:
+    def _image(self, media: Media, place: str, known: Mapping[bytes, np.ndarray] | None) -> np.ndarray:
         made = self.conversations or self.pictures
         if made is None or "image" not in self.modalities:
             raise PartError("this model takes no pictures", place)
         with _named(place):
             data = media.read()
-            return self._cache.get(data, lambda: made.pixels(data, self.data.media))
+            return self._made("image", data, lambda: made.pixels(data, self.data.media), known)
 
-    def _audio(self, media: Media, place: str) -> np.ndarray:
+    def _audio(self, media: Media, place: str, known: Mapping[bytes, np.ndarray] | None) -> np.ndarray:
         made = self.conversations or self.sounds
         if made is None or "audio" not in self.modalities:
             raise PartError("this model takes no sound", place)
         with _named(place):
             data = media.read()
-            return self._cache.get(data, lambda: made.frames(data, self.data.media))
+            return self._made("audio", data, lambda: made.frames(data, self.data.media), known)
+
+    def _made(
+        self,
+        kind: features.Kind,
+        data: bytes,
+        decode: Callable[[], np.ndarray],
+        known: Mapping[bytes, np.ndarray] | None,
+    ) -> np.ndarray:
+        """What stands for a medium in a sample: its states where they are stored, else what is decoded of it."""
+        if kind not in self.stored:
+            return self._cache.get(data, decode)
+        found = (known or {}).get(features.key(kind, data))
+        if found is None:
+            decode()  # which says why nothing could be computed of it
+            raise MediaError("its states were not stored with the others of its shard: remove ROOT/features")
+        return found
+
+    def _rows(self, kind: str, states: Sequence[np.ndarray]) -> Tensor:
+        """(media, states, channels); of nothing a stand-in of zeros."""
+        return torch.from_numpy(np.stack(states)) if states else torch.zeros(1, *self.stored[kind])
 
 
 def _reader(model: ModelConfig, data: DataConfig, tokenizer: Any, encoder: TextEncoder | None, writes: bool) -> Reader:

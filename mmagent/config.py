@@ -333,7 +333,13 @@ class TrainConfig(_Section):
         0.0, ge=0, le=1, description="weight of a sample is its label's frequency to the power of minus this; 1: even"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
-    cache_text: bool = Field(True, description="keep the states of a frozen language model in memory, by text")
+    cache: Literal["auto", "disk", "memory", "none"] = Field(
+        "auto", description="what frozen parts compute of a sample in every epoch: computed once, before training, and "
+        "kept under ROOT/features (disk: the language model, and pretrained towers whose input nothing augments), or "
+        "kept by text while there is room (memory: the language model), or computed each time (none). auto: disk where "
+        "it saves more than it takes, else memory",
+    )  # fmt: skip
+    cache_gb: float = Field(20.0, gt=0, description="of ROOT/features at most; what needs more is not kept on disk")
     keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_best: int = Field(1, ge=1, description="checkpoints kept beside them, those of the best validations")
     checkpoint_every_steps: int | None = Field(

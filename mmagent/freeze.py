@@ -18,7 +18,8 @@ from torch import nn
 from mmagent import lora
 from mmagent.alignment import Alignment
 from mmagent.assembly import Model
-from mmagent.config import Config, FreezeConfig
+from mmagent.config import Config, FreezeConfig, TowerConfig
+from mmagent.features import Kind
 from mmagent.language import LanguageModel
 from mmagent.native import Native
 from mmagent.text import TextEncoder
@@ -40,6 +41,28 @@ class Part:
 def needs_backbone(strategy: str) -> bool:
     """Whether the language model trains, and so must be inside the module; else its states may come from memory."""
     return strategy not in ("head", "connector", *TOWERS)
+
+
+def storable(config: Config) -> tuple[Kind, ...]:
+    """The frozen parts of a config's model that compute the same of a sample in every epoch: the language model where
+    it stands outside the module, pretrained towers where nothing augments what they see."""
+    model, change = config.model, config.augment
+    found: list[Kind] = []
+    strategy = config.freeze.strategy.partition(":")[0]
+    if model.join == "output" and not needs_backbone(config.freeze.strategy) and not change.word_drop:
+        found.append("text")
+    changed: dict[str, tuple[float, ...]] = {
+        "image": (change.image_crop, change.image_colour, change.image_flip),
+        "audio": (change.audio_tempo, change.audio_pitch, change.audio_noise, change.audio_masks),
+    }
+    towers: tuple[tuple[Kind, TowerConfig | None], ...] = (("image", model.image), ("audio", model.audio))
+    for kind, tower in towers:
+        part = f"{kind}_tower"
+        learns = strategy in ("all", part) or (strategy == "lora" and part in config.freeze.lora_parts)
+        pretrained_here = tower is not None and tower.checkpoint and model.join != "native"
+        if pretrained_here and not learns and not any(changed[kind]):
+            found.append(kind)
+    return tuple(found)
 
 
 def parts_of(model: Trained) -> dict[str, list[tuple[str, nn.Parameter]]]:

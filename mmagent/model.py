@@ -75,7 +75,7 @@ class MultimodalModel(nn.Module):
         tasks: what is answered, by name.
         text_width: channels of the language model's states.
         backbone: the language model, where it is trained or computed each time; None where its states come ready
-            in ``batch["text_states"]`` (see `mmagent.text.FrozenStates`).
+            in ``batch["text_states"]`` (see `mmagent.frozen.FrozenStates`).
         weights: whether pretrained towers get their weights here; not where a bundle's come afterwards.
     """
 

@@ -25,6 +25,7 @@ from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.calibration import Calibration
 from mmagent.config import Config
+from mmagent.frozen import FrozenStates
 from mmagent.media import Limits
 from mmagent.record import Record
 from mmagent.rows import parse
@@ -33,7 +34,7 @@ from mmagent.targets import TaskInfo
 from mmagent.tasks import Task, make_all
 from mmagent.tasks.generate import Written
 from mmagent.tasks.task import Placed
-from mmagent.text import FrozenStates, TextEncoder
+from mmagent.text import TextEncoder
 
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
 

@@ -92,6 +92,24 @@ def locate(name: str) -> str:
     return name
 
 
+def folder_of(name: str) -> Path:
+    """The files of a checkpoint: its folder, or where the hub's lie on this machine.
+
+    Raises:
+        BackboneError: see `locate`; also where the hub's are not here.
+    """
+    from transformers.utils.hub import cached_file
+
+    place = Path(locate(name))
+    if place.is_dir():
+        return place
+    with refusing(name, str(place), "model.backbone"):
+        found = cached_file(name, "config.json")
+        if found is None:
+            raise OSError("it has no config.json")
+        return Path(found).parent
+
+
 def load(name: str, kind: Kind, *, key: str, weights: bool = True, dropout: float | None = None) -> Part:
     """The part of a checkpoint that takes text, pictures or sound, with its pretrained weights or fresh ones.
 

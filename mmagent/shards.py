@@ -117,6 +117,10 @@ class Dataset:
         """The files of a split, in order."""
         return [self.path / shard["file"] for shard in self._split(split)["shards"]]
 
+    def hashes(self, split: str) -> dict[str, str]:
+        """The sha256 of each file of a split, in order."""
+        return {str(self.path / shard["file"]): shard["sha256"] for shard in self._split(split)["shards"]}
+
     def read(self, split: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows in order, one row group at a time."""
         for file in self.shard_files(split):

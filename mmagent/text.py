@@ -7,7 +7,6 @@ Any Transformers checkpoint works, be it an encoder, a decoder or the encoder of
 from __future__ import annotations
 
 import unicodedata
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from mmagent.pretrained import BackboneError, locate
 from mmagent.record import Record, segments
 
 __all__ = [
-    "BackboneError", "FrozenStates", "TextEncoder", "apart", "check", "fitted", "frame", "legible", "length",
+    "BackboneError", "TextEncoder", "apart", "check", "fitted", "frame", "legible", "length",
     "load_encoder", "load_tokenizer", "locate", "parts", "shared_tokenizer", "stop_id", "stop_ids", "tokenize", "words",
 ]  # fmt: skip
 
@@ -390,52 +389,6 @@ def _first_place(model: Any) -> int:
     tables = (table for table in model.modules() if isinstance(table, nn.Embedding) and table is not words)
     offsets = (t.padding_idx + 1 for t in tables if t.num_embeddings == limit and t.padding_idx is not None)
     return max(offsets, default=0)
-
-
-class FrozenStates:
-    """The states of a frozen language model, computed once for each text and kept in memory (least recent out).
-
-    It stands outside the trained module, so that neither gradients nor ZeRO ever see the language model. What is kept
-    takes `max_mb` at most, whatever the length of the texts; a batch's own states come on top while it is made.
-    """
-
-    def __init__(self, encoder: TextEncoder, *, max_mb: int = 1024, device: torch.device | str = "cpu") -> None:
-        self.encoder = encoder.eval().requires_grad_(False).to(device)
-        self.device = device
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._bytes, self._max_bytes = 0, max_mb << 20
-
-    @torch.no_grad()
-    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask: (batch, tokens) -> states (batch, tokens, width), zero where the mask is."""
-        lengths = mask.sum(1).tolist()
-        keys = [row[:length].numpy().tobytes() for row, length in zip(ids.cpu(), lengths, strict=True)]
-        known = {key: self._kept[key] for key in keys if key in self._kept}
-        first = {key: index for index, key in enumerate(keys) if key not in known}
-        if first:
-            rows = list(first.values())
-            longest = max(1, *(lengths[row] for row in rows))
-            states = self.encoder(ids[rows, :longest].to(self.device), mask[rows, :longest].to(self.device)).float()
-            known |= {key: state[: lengths[row]] for (key, row), state in zip(first.items(), states, strict=True)}
-        out = torch.zeros(len(keys), ids.shape[1], self.encoder.width, device=self.device)
-        for index, key in enumerate(keys):
-            out[index, : lengths[index]] = known[key]
-            self._keep(key, known[key])
-        return out
-
-    def _keep(self, key: bytes, states: Tensor) -> None:
-        """Puts a text's states in the first place; the least recent make room before theirs is copied."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return
-        size = len(key) + states.nbytes
-        if size > self._max_bytes:
-            return
-        while self._bytes + size > self._max_bytes:
-            gone, freed = self._kept.popitem(last=False)
-            self._bytes -= len(gone) + freed.nbytes
-        self._kept[key] = states.clone()
-        self._bytes += size
 
 
 @lru_cache(maxsize=4)

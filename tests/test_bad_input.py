@@ -21,12 +21,12 @@ from jobs.supervised import Batches
 from mmagent import text
 from mmagent.batch import Inputs
 from mmagent.config import Config, resolve
+from mmagent.frozen import FrozenStates
 from mmagent.record import Record, Target
 from mmagent.rows import parse
 from mmagent.shards import Dataset
 from mmagent.targets import TaskInfo
 from mmagent.tasks import make_all
-from mmagent.text import FrozenStates
 
 
 def command(storage: Path, rows: Sequence[dict[str, Any]], *flags: str, name: str = "d") -> int:

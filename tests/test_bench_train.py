@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from jobs import cluster
 from mmagent import text
-from tests.bench import packing, texts, train
+from tests.bench import kept, packing, texts, train
 
 
 def test_packed_and_padded_models_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,12 +41,16 @@ def test_a_small_measurement_writes_every_figure(
     monkeypatch.setattr(train, "ROUNDS", 1)
     monkeypatch.setattr(train, "EVEN", train.EVEN._replace(rows=128, steps=8, warm_steps=2))  # as of SCALE=small
     monkeypatch.setattr(train, "VARIED", train.VARIED._replace(rows=128, steps=4))
+    for name, value in (("ROUNDS", 1), ("ROWS", 192), ("WARM_STEPS", 2)):
+        monkeypatch.setattr(kept, name, value)
+    monkeypatch.setattr(kept, "SETTINGS", (*kept.SETTINGS, "train.max_steps=6", "train.eval_every_steps=6"))
     assert train.main([], tmp_path) == 0
     rows = json.loads((tmp_path / "runs" / "bench" / "train.json").read_text())["rows"]
     found = {row["id"].removeprefix("train."): row["value"] for row in rows}
     assert set(found) == {
         "bucket_speedup", "bucket_speedup.encoder", "bucket_speedup.decoder", "vs_plain", "vs_trainer",
-        "vs_trainer_full", "samples_per_s", "plain_samples_per_s", "trainer_samples_per_s", "wait_share",
+        "vs_trainer_full", "cache_speedup", "cache_speedup.fill_s", "cache_speedup.towers",
+        "cache_speedup.towers.fill_s", "samples_per_s", "plain_samples_per_s", "trainer_samples_per_s", "wait_share",
     }  # fmt: skip
     assert found["bucket_speedup"] == min(found["bucket_speedup.encoder"], found["bucket_speedup.decoder"])
     assert found["vs_trainer"] == pytest.approx(found["samples_per_s"] / found["trainer_samples_per_s"], rel=1e-3)

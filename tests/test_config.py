@@ -33,14 +33,14 @@ def test_overrides_are_read_as_yaml_and_reach_any_depth(tmp_path: Path) -> None:
         recipe,
         [
             "optim.lr=3e-4",
-            "train.cache_text=false",
+            "train.cache=none",
             "model.image.size=32",
             "data.media.max_audio_s=5",
             "train.max_steps=",
         ],
     )
     assert loaded.optim.lr == pytest.approx(3e-4)
-    assert loaded.train.cache_text is False
+    assert loaded.train.cache == "none"
     assert loaded.model.image is not None
     assert loaded.model.image.size == 32
     assert loaded.model.audio is None

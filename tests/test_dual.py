@@ -17,6 +17,7 @@ from jobs import supervised
 from mmagent import freeze, predictions, text
 from mmagent.batch import Inputs
 from mmagent.config import resolve
+from mmagent.frozen import FrozenStates
 from mmagent.predictor import Predictor
 from mmagent.record import Record, Target
 from mmagent.rows import parse
@@ -108,7 +109,7 @@ def test_pictures_find_their_captions(
     ):
         predictor = Predictor.untrained(config, {"match": INFO}, "match", device="cpu")
         encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
-        module, frozen = supervised.build(config, predictor.tasks, encoder), text.FrozenStates(encoder)
+        module, frozen = supervised.build(config, predictor.tasks, encoder), FrozenStates(encoder)
         inputs = Inputs(config.model, config.data, tokenizer, predictor.tasks)
         batch = inputs.batch([inputs.sample(row) for row in rows])
         batch["text_states"] = frozen(batch["ids"], batch["mask"])

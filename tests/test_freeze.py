@@ -43,7 +43,7 @@ def make(tiny_recipe: dict[str, Any], tiny_backbones: dict[str, Path]) -> Make:
     ) -> tuple[MultimodalModel, Config]:
         config = resolve(
             tiny_recipe,
-            {"model.backbone": str(tiny_backbones[kind]), "freeze.strategy": strategy, "train.cache_text": False,
+            {"model.backbone": str(tiny_backbones[kind]), "freeze.strategy": strategy, "train.cache": "none",
              "train.micro_batch": 8, "optim.lr": 0.01, **(overrides or {})},
         )  # fmt: skip
         encoder = text.load_encoder(config.model.backbone, dropout=config.model.backbone_dropout)

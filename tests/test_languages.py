@@ -16,6 +16,7 @@ from jobs.speech import Clip, render
 from mmagent import freeze, text
 from mmagent.batch import Inputs
 from mmagent.config import resolve
+from mmagent.frozen import FrozenStates
 from mmagent.predictor import Predictor
 from mmagent.record import Record
 from mmagent.shards import Dataset
@@ -88,7 +89,7 @@ def trained(config: Any, dataset: Dataset, records: list[Record], steps: int) ->
     module = supervised.build(config, predictor.tasks, encoder)
     inputs = Inputs(config.model, config.data, tokenizer, predictor.tasks)
     batch = inputs.batch([inputs.sample(record) for record in records])
-    batch["text_states"] = text.FrozenStates(encoder)(batch["ids"], batch["mask"])
+    batch["text_states"] = FrozenStates(encoder)(batch["ids"], batch["mask"])
     optimizer = torch.optim.AdamW(freeze.groups(module, config), lr=3e-3)
     for _ in range(steps):
         loss = supervised.loss_of(module(batch), batch, predictor.tasks, config)

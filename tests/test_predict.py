@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import predict, predictions
+from jobs import predict
 from mmagent.predictor import Predictor
 from mmagent.record import Media, Record
 from mmagent.shards import Dataset
@@ -40,18 +39,6 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     assert [{**row, "confidence": None} for row in one] == [{**row, "confidence": None} for row in other]
     assert [row["confidence"] for row in one] == pytest.approx([row["confidence"] for row in other], abs=1e-5)
-
-
-def test_tables_are_cut_to_the_row_groups() -> None:
-    def tables(*sizes: int) -> Any:
-        start = 0
-        for size in sizes:
-            yield pa.Table.from_pylist([{"id": str(start + index)} for index in range(size)], predictions.SCHEMA)
-            start += size
-
-    parts = list(predictions.cut(tables(3, 4, 1, 5), [2, 8, 3]))
-    assert [len(part) for part in parts] == [2, 8, 3]
-    assert [id for part in parts for id in part["id"].to_pylist()] == [str(index) for index in range(13)]
 
 
 @pytest.mark.usefixtures("ray_cluster")

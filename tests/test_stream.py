@@ -312,3 +312,15 @@ def test_steps_of_one_length_are_the_same_for_whoever_goes_on(
         position = order.advance(position, 12)
     assert steps(position, 1, 3, gathered=True) == gathered[3:6]
     assert steps(Position(epoch=1), 1, 6, gathered=True) != gathered[:6]
+
+
+def test_tables_are_cut_to_the_row_groups() -> None:
+    def made(*sizes: int) -> Any:
+        start = 0
+        for size in sizes:
+            yield pa.table({"id": range(start, start + size)})
+            start += size
+
+    parts = list(stream.cut(made(3, 4, 1, 5), [2, 8, 3]))
+    assert [len(part) for part in parts] == [2, 8, 3]
+    assert [id for part in parts for id in part["id"].to_pylist()] == list(range(13))

@@ -21,6 +21,7 @@ from jobs import supervised
 from mmagent import bundle, freeze, text
 from mmagent.batch import Inputs, PartError
 from mmagent.config import Config, resolve
+from mmagent.frozen import FrozenStates
 from mmagent.predictor import Predictor
 from mmagent.reading import Reader
 from mmagent.record import Record, Target
@@ -150,7 +151,7 @@ def fit(config: Config, tasks: Mapping[str, Task], rows: list[Record], steps: in
     """The losses of a few steps on all rows, and the module."""
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
     module = supervised.build(config, tasks, encoder)
-    frozen = text.FrozenStates(encoder)
+    frozen = FrozenStates(encoder)
     inputs = Inputs(config.model, config.data, tokenizer, tasks)
     batch = inputs.batch([inputs.sample(record) for record in rows])
     batch["text_states"] = frozen(batch["ids"], batch["mask"])
@@ -224,7 +225,7 @@ def test_tasks_share_a_batch_and_a_model(build: Build, tiny_backbone: Path) -> N
     losses, module = fit(config, tasks, rows, steps=60)
     assert losses[-1] < losses[0] / 2
     encoder, tokenizer = text.load_encoder(config.model.backbone), text.load_tokenizer(config.model.backbone)
-    inputs, frozen = Inputs(config.model, config.data, tokenizer, tasks), text.FrozenStates(encoder)
+    inputs, frozen = Inputs(config.model, config.data, tokenizer, tasks), FrozenStates(encoder)
 
     def gradient(part: list[Record]) -> torch.Tensor:
         batch = inputs.batch([inputs.sample(record) for record in part])

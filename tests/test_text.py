@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from mmagent import text
+from mmagent.frozen import FrozenStates
 from mmagent.record import Media, Message, Record, escape
-from mmagent.text import BackboneError, FrozenStates, TextEncoder
+from mmagent.text import BackboneError, TextEncoder
 
 
 @pytest.fixture

@@ -297,7 +297,7 @@ def traffic(rank: int, world: int, given_file: Path) -> None:
         settings = {
             "zero.stage": stage,
             "freeze.strategy": "connector",
-            "train.cache_text": False,
+            "train.cache": "none",
             "train.micro_batch": 1,
         }
         engine, config = built(given, settings, engines.make)

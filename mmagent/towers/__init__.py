@@ -22,7 +22,7 @@ from mmagent.towers.scratch import AudioTower, Block, ImageTower
 
 __all__ = [
     "AudioTower", "Block", "ImageTower", "PretrainedAudioTower", "PretrainedImageTower", "audio_tower", "begin",
-    "check", "image_tower", "keep", "save",
+    "check", "image_tower", "keep", "save", "start_file",
 ]  # fmt: skip
 
 START_FILE = "tower.safetensors"
@@ -37,7 +37,7 @@ def begin(module: nn.Module, config: TowerConfig, part: str, *, weights: bool = 
     """
     if config.start is None or not weights or any(parameter.is_meta for parameter in module.parameters()):
         return
-    file = _start_file(config.start)
+    file = start_file(config.start)
     own = {key.removeprefix(f"{part}."): value for key, value in load_file(file).items() if key.startswith(f"{part}.")}
     try:
         module.load_state_dict(own)
@@ -98,7 +98,7 @@ def check(config: ModelConfig) -> None:
         if tower is not None and tower.checkpoint:
             pretrained.check_weights(tower.checkpoint)
         if tower is not None and tower.start:
-            _start_file(tower.start)
+            start_file(tower.start)
 
 
 def save(config: ModelConfig, folder: Path) -> None:
@@ -112,7 +112,12 @@ def save(config: ModelConfig, folder: Path) -> None:
         sounds.load_extractor(config.audio.checkpoint).save_pretrained(folder / "audio")
 
 
-def _start_file(start: str) -> Path:
+def start_file(start: str) -> Path:
+    """The weights that a tower begins with.
+
+    Raises:
+        BackboneError: there are none.
+    """
     file = storage.resolve(start) / START_FILE
     if not file.is_file():
         raise BackboneError(

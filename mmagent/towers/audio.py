@@ -56,6 +56,8 @@ class PretrainedAudioTower(nn.Module):
     Attributes:
         model: the Transformers model.
         project: what is ours (`Projector`).
+        stored: whether what comes in are states that `states` made before, not frames.
+        shape: of a sound's states, (states, channels).
 
     Raises:
         BackboneError: a checkpoint that cannot be used.
@@ -87,6 +89,8 @@ class PretrainedAudioTower(nn.Module):
         self.extra, self.maps = extra, states.ndim == 4
         self.project = Projector(_flat(states).shape[2], config.width, self.tokens, summary=extra > 0)
         self.width = config.width
+        self.stored = False
+        self.shape = (self.tokens + (extra > 0), _flat(states).shape[2])
         self.padded = 0  # frames that every sound is padded to, where the model would hear how long its batch is
         if self.heard.fixed is None and not next(self.model.parameters()).is_meta and self._hears_padding():
             self.padded = self.heard.longest
@@ -97,12 +101,19 @@ class PretrainedAudioTower(nn.Module):
         return self
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        """frames: (sounds, frames, channels); lengths: (sounds,) frames that are real -> (sounds, tokens, width).
+        """frames: (sounds, frames, channels), or their states where those are `stored`; lengths: (sounds,) frames that
+        are real -> (sounds, tokens, width).
 
         A sound of fewer positions than tokens gives some of them several times.
         """
+        states = frames if self.stored else self.states(frames, lengths)
+        return self.project(states[:, 1:], states[:, 0]) if self.extra else self.project(states, None)
+
+    def states(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """What the checkpoint alone makes of sounds: (sounds, states, channels), the whole's before those in time."""
         states, whole, positions = self._states(frames, lengths)
-        return self.project(pool(states, positions, self.tokens), whole)
+        pooled = pool(states, positions, self.tokens)
+        return pooled if whole is None else torch.cat([whole[:, None], pooled], dim=1)
 
     def _states(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """States (sounds, positions, channels), the state of the whole where there is one, and how many are real."""

@@ -23,6 +23,8 @@ class PretrainedImageTower(nn.Module):
     Attributes:
         model: the Transformers model.
         project: what is ours (`Projector`).
+        stored: whether what comes in are states that `states` made before, not pixels.
+        shape: of a picture's states, (states, channels).
 
     Raises:
         BackboneError: a checkpoint that cannot be used.
@@ -44,6 +46,8 @@ class PretrainedImageTower(nn.Module):
         channels = states.shape[1] if states.ndim == 4 else states.shape[2]
         self.project = Projector(channels, config.width, math.prod(self.pooled), summary=self.extra > 0)
         self.width = config.width
+        self.stored = False
+        self.shape = (math.prod(self.pooled) + (self.extra > 0), channels)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -51,7 +55,13 @@ class PretrainedImageTower(nn.Module):
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: (pictures, 3, height, width), normalised as the checkpoint wants -> (pictures, tokens, width)."""
+        """pixels: (pictures, 3, height, width), normalised as the checkpoint wants, or their states where those are
+        `stored` -> (pictures, tokens, width)."""
+        states = pixels if self.stored else self.states(pixels)
+        return self.project(states[:, 1:], states[:, 0]) if self.extra else self.project(states, None)
+
+    def states(self, pixels: Tensor) -> Tensor:
+        """What the checkpoint alone makes of pictures: (pictures, states, channels), the whole's before the grid's."""
         states = self.model(pixel_values=pixels).last_hidden_state
         whole = None
         if states.ndim == 3:  # (pictures, extra + height * width of the grid, channels)
@@ -59,7 +69,8 @@ class PretrainedImageTower(nn.Module):
             states = states[:, self.extra :].transpose(1, 2).unflatten(2, self.grid)
         if self.pooled != self.grid:
             states = F.adaptive_avg_pool2d(states, self.pooled)
-        return self.project(states.flatten(2).transpose(1, 2), whole)
+        states = states.flatten(2).transpose(1, 2)
+        return states if whole is None else torch.cat([whole[:, None], states], dim=1)
 
 
 def _states(outline: nn.Module, size: tuple[int, int], name: str) -> Tensor:

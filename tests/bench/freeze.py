@@ -23,12 +23,13 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from jobs import cluster
+from jobs import cluster, demo, prepare
 from mmagent import config as configs
 from mmagent import measurement, storage
 from mmagent.config import Config
+from mmagent.frozen import FrozenStates
 from mmagent.measurement import Row
-from mmagent.shards import Dataset
+from mmagent.shards import INFO_FILE, Dataset
 
 RECIPE = Path("jobs/recipes/easy_vqa.yaml")
 SMALL = os.environ.get("SCALE") == "small"
@@ -44,6 +45,7 @@ def main(
     strategies: tuple[str, ...] = STRATEGIES,
     checkout: Path = cluster.CHECKOUT,
 ) -> int:
+    _prepare(configs.load(recipe, overrides))
     found: dict[str, list[dict[str, float]]] = {strategy: [] for strategy in strategies}
     for index in range(ROUNDS):
         for strategy in strategies:
@@ -59,6 +61,12 @@ def main(
     measurement.publish("freeze", rows, checkout)
     print(measurement.table(rows))
     return 0
+
+
+def _prepare(config: Config) -> None:
+    """The demo's data where they are missing; whose recipe names another data set has prepared it."""
+    if config.data.name == demo.DATA and not (storage.folder("data", demo.DATA) / INFO_FILE).exists():
+        prepare.main(["--source", "easy_vqa", "--name", demo.DATA])
 
 
 def _rows(strategy: str, rounds: list[dict[str, float]]) -> list[Row]:
@@ -105,7 +113,6 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
     from mmagent import freeze, text
     from mmagent.batch import Inputs
     from mmagent.tasks import make_all
-    from mmagent.text import FrozenStates
 
     torch.set_num_threads(2)
     config = configs.override(configs.load(recipe, overrides), {"cluster.workers": 1})
@@ -132,6 +139,7 @@ def measure(recipe: Path, overrides: list[str]) -> dict[str, float]:
             engine.backward(supervised.loss_of(engine.forward(batch), batch, tasks, config))
             engine.step()
     seconds = time.perf_counter() - started
+    feed.close()
     return {
         "samples_per_s": (STEPS - WARM_STEPS) * config.global_batch / seconds,
         "peak_mb": measurement.resident_peak() / 2**20,

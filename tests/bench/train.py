@@ -1,6 +1,8 @@
 """How fast training is: samples a second of the ZeRO workers against plain PyTorch, and the Transformers Trainer.
 
-    make bench-train            (python -m tests.bench.train [--only packing|others] [key.path=value ...]; SCALE=small)
+    make bench-train            (python -m tests.bench.train [--only packing|cache|others] [key.path=value ...])
+
+SCALE=small for a short one.
 
 The work: a frozen MiniLM reads texts, two fusion layers and a head learn to classify them. Ours is what `jobs.train`
 runs: shards through Ray Data into two ZeRO workers of one thread each under Ray Train. The others are one process of
@@ -10,12 +12,14 @@ two threads with the same module, precision and global batch, fed from rows in m
 - `vs_trainer_full`: texts of 10 to 200 tokens, four passes, everything from the first step on; ours packs texts and
   keeps the frozen model's states, the Trainer pads each batch to its longest.
 - `bucket_speedup`: see `tests.bench.packing`.
+- `cache_speedup`: see `tests.bench.kept`.
 
 Sides take turns; medians of the rounds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,9 +27,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,12 +39,13 @@ from mmagent import storage
 from mmagent.arguments import Parser
 from mmagent.config import Config
 from mmagent.measurement import Row, publish, table
-from tests.bench import texts, transformers_trainer
+from tests.bench import kept, texts, transformers_trainer
 from tests.bench.texts import LONGEST, SHORTEST
 
 RECIPE = cluster.CHECKOUT / "jobs/recipes/small.yaml"
 SMALL = os.environ.get("SCALE") == "small"
 ROUNDS = 1 if SMALL else 3
+PARTS = ("packing", "cache", "others")
 SETTINGS = (
     f"data.max_text_tokens={LONGEST}", f"model.backbone={texts.BACKBONE}", "model.join=output", "model.image=null",
     "model.audio=null", "freeze.strategy=connector", "train.min_steps=0", "train.patience=0", "train.eval_rows=64",
@@ -65,7 +70,7 @@ class Work(NamedTuple):
 
     def settings(self, overrides: Sequence[str]) -> list[str]:
         own = [f"data.name={self.data}", f"train.max_steps={self.steps}", f"train.eval_every_steps={self.steps}"]
-        return [*SETTINGS, *own, "train.epochs=100", f"train.cache_text={str(self.keeps).lower()}", *overrides]
+        return [*SETTINGS, *own, "train.epochs=100", f"train.cache={'memory' if self.keeps else 'none'}", *overrides]
 
 
 EVEN = Work("bench_even", 128 if SMALL else 512, 96, 96, 8 if SMALL else 60, 2 if SMALL else 10, keeps=False)
@@ -74,15 +79,16 @@ VARIED = Work("bench_varied", 128 if SMALL else 1024, SHORTEST, LONGEST, 4 if SM
 
 def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -> int:
     parser = Parser("tests.bench.train", __doc__)
-    parser.add_argument("--only", choices=("packing", "others"), help="this part alone")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part alone")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the recipe, on all sides")
     args = parser.parse_args(argv)
     rows: list[Row] = []
-    if args.only != "others":
-        rows += _packing()
-        publish("train", rows, checkout, keep=True)
-    if args.only != "packing":
-        rows += _others(args.overrides)
+    for part in args.only or PARTS:
+        if part == "packing":
+            rows += _packing()
+        else:
+            with _ray():
+                rows += kept.rows(_trained) if part == "cache" else _others(args.overrides)
         publish("train", rows, checkout, keep=True)
     print(table(rows))
     return 0
@@ -98,29 +104,32 @@ def _packing() -> list[Row]:
     ]
 
 
-def _others(overrides: Sequence[str]) -> list[Row]:
-    for work in (EVEN, VARIED):
-        texts.written(work.data, work.rows, shortest=work.shortest, longest=work.longest)
+@contextlib.contextmanager
+def _ray() -> Iterator[None]:
     found, new = cluster.ensure(cluster.record())
-    sides: dict[str, list[float]] = {name: [] for name in ("ours", "plain", "trainer", "full", "trainer_full")}
-    waits = []
     try:
-        for index in range(ROUNDS):
-            rate, wait = _ours(EVEN, overrides)
-            waits.append(wait)
-            sides["ours"].append(rate)
-            sides["plain"].append(float(_in_own_process("train", f"train.plain({list(overrides)!r})")))
-            sides["trainer"].append(float(_in_own_process("train", f"train.theirs('EVEN', {list(overrides)!r})")))
-            sides["full"].append(_ours(VARIED, overrides)[0])
-            sides["trainer_full"].append(
-                float(_in_own_process("train", f"train.theirs('VARIED', {list(overrides)!r})"))
-            )
-            said = ", ".join(f"{name} {rates[-1]:.0f}" for name, rates in sides.items())
-            print(f"round {index + 1}, samples/s: {said}", flush=True)
+        yield
     finally:
         if new:
             cluster.stop(found)
             cluster.record().unlink(missing_ok=True)
+
+
+def _others(overrides: Sequence[str]) -> list[Row]:
+    for work in (EVEN, VARIED):
+        texts.written(work.data, work.rows, shortest=work.shortest, longest=work.longest)
+    sides: dict[str, list[float]] = {name: [] for name in ("ours", "plain", "trainer", "full", "trainer_full")}
+    waits = []
+    for index in range(ROUNDS):
+        rate, wait = _ours(EVEN, overrides)
+        waits.append(wait)
+        sides["ours"].append(rate)
+        sides["plain"].append(float(_in_own_process("train", f"train.plain({list(overrides)!r})")))
+        sides["trainer"].append(float(_in_own_process("train", f"train.theirs('EVEN', {list(overrides)!r})")))
+        sides["full"].append(_ours(VARIED, overrides)[0])
+        sides["trainer_full"].append(float(_in_own_process("train", f"train.theirs('VARIED', {list(overrides)!r})")))
+        said = ", ".join(f"{name} {rates[-1]:.0f}" for name, rates in sides.items())
+        print(f"round {index + 1}, samples/s: {said}", flush=True)
     middle = {name: statistics.median(rates) for name, rates in sides.items()}
     what = "2 workers, global batch 64, texts of one length, no states kept"
     full = f"2 workers, texts of {SHORTEST} to {LONGEST} tokens packed, states of the frozen model kept"
@@ -138,18 +147,35 @@ def _others(overrides: Sequence[str]) -> list[Row]:
 
 def _ours(work: Work, overrides: Sequence[str]) -> tuple[float, float]:
     """Samples a second of `jobs.train`, and the share of waiting, after the first steps."""
-    folder = storage.folder("runs", work.name)
+    rows, _ = _run(RECIPE, work.settings(overrides), work.name)
+    return _rate(rows, work.warm_steps)
+
+
+def _trained(settings: Sequence[str], name: str, warm_steps: int) -> tuple[float, str]:
+    """Samples a second of `jobs.train` on the demo's recipe, and what it said."""
+    rows, said = _run(kept.RECIPE, settings, name)
+    return _rate(rows, warm_steps)[0], said
+
+
+def _run(recipe: Path, settings: Sequence[str], name: str) -> tuple[list[dict[str, Any]], str]:
+    """What a run measured, and what it said; nothing of it is left."""
+    folder = storage.folder("runs", name)
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "jobs.train", "--config", str(RECIPE), "--name", work.name, "--no-evaluate"]
-    run = subprocess.run([*command, *work.settings(overrides)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "jobs.train", "--config", str(recipe), "--name", name, "--no-evaluate", *settings]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stdout}{run.stderr}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    counted = [row for row in rows if row["kind"] == "train" and row["step"] - row["steps"] >= work.warm_steps]
+    shutil.rmtree(folder)
+    return rows, run.stdout + run.stderr
+
+
+def _rate(rows: Sequence[dict[str, Any]], warm_steps: int) -> tuple[float, float]:
+    """Samples a second, and the share of waiting, after the first steps."""
+    counted = [row for row in rows if row["kind"] == "train" and row["step"] - row["steps"] >= warm_steps]
     counted = counted or [row for row in rows if row["kind"] == "train"]  # a short run logs once
     seconds = sum(row["samples"] / row["samples_per_s"] for row in counted)
     wait = sum(row["wait_share"] * row["samples"] / row["samples_per_s"] for row in counted) / seconds
-    shutil.rmtree(folder)
     return sum(row["samples"] for row in counted) / seconds, wait
 
 
@@ -203,7 +229,9 @@ def plain(overrides: Sequence[str]) -> float:
             batch = engines.moved(micro, engine.device)
             engine.backward(supervised.loss_of(engine.forward(batch), batch, tasks, config))
             engine.step()
-    return (EVEN.steps - EVEN.warm_steps) * config.global_batch / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    feed.close()
+    return (EVEN.steps - EVEN.warm_steps) * config.global_batch / seconds
 
 
 def _plain_config(work: Work, overrides: Sequence[str]) -> Config:
@@ -215,7 +243,7 @@ def _plain_config(work: Work, overrides: Sequence[str]) -> Config:
             "cluster.workers": 1,
             "train.micro_batch": config.global_batch,
             "train.accumulation": 1,
-            "train.cache_text": False,
+            "train.cache": "none",
             "zero.engine": "torch",
         },
     )
