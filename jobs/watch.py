@@ -89,7 +89,12 @@ def _look(dataset: Dataset, config: Config) -> None:
     """Checks a small data set that nobody has checked as it is now."""
     files = [file for split in dataset.splits for file in dataset.shard_files(split)]
     if diagnosis.read(dataset) is None and sum(file.stat().st_size for file in files) <= _CHECKED_BYTES:
-        check.check(dataset, config, workers=1)
+        try:
+            check.check(dataset, config, workers=1)
+        except OSError as error:  # a folder that may be read alone: no reason not to train on it
+            print(
+                f"the data set was not checked: {error.strerror or error}: {error.filename or dataset.path}", flush=True
+            )
 
 
 def _warn(dataset: Dataset) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from html import escape
@@ -16,8 +17,9 @@ import soundfile
 import yaml
 from PIL import Image
 
-from jobs import diagnosis, page
+from jobs import diagnosis, page, watch
 from jobs.prepare import main
+from mmagent.config import resolve
 from mmagent.record import Media, Record
 from mmagent.rows import parse
 from mmagent.shards import Dataset
@@ -121,6 +123,15 @@ def test_a_training_begins_with_what_was_found(dataset: Dataset) -> None:
     dataset.info["splits"]["train"]["shards"][0]["sha256"] = "other"
     assert "check.json is of other shards" in diagnosis.known(dataset)[-1]
     assert page._checked(dataset) == []
+
+
+def test_a_check_that_cannot_be_written_ends_no_training(
+    dataset: Dataset, tiny_recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dataset.path / f".{diagnosis.FILE}.{os.getpid()}.tmp").mkdir()  # where it would be drafted
+    watch._look(dataset, resolve(tiny_recipe, {}))
+    assert "the data set was not checked: Is a directory" in capsys.readouterr().out
+    assert diagnosis.read(dataset) is None
 
 
 def test_rare_labels_are_told_without_a_check(

@@ -33,7 +33,7 @@ from mmagent.shards import INFO_FILE, Dataset
 
 RECIPE = Path("jobs/recipes/easy_vqa.yaml")
 SMALL = os.environ.get("SCALE") == "small"
-ROUNDS, STEPS, WARM_STEPS = (1, 4, 1) if SMALL else (3, 24, 8)
+ROUNDS, STEPS, WARM_STEPS = (1, 4, 1) if SMALL else (3, 16, 4)
 STRATEGIES = (
     "head", "connector", "image_tower", "audio_tower", "bias", "lora:8", "top:2", "towers", "gradual", "all",
 )  # fmt: skip
