@@ -170,10 +170,10 @@ def test_a_port_that_was_taken_meanwhile_is_left_to_its_owner(monkeypatch: pytes
         taken = server.getsockname()[1]
         tries: list[int] = []
 
-        def late(*wanted: int) -> tuple[int, ...]:
+        def late(*wanted: int) -> list[int]:
             tries.append(1)
-            ports = found(*wanted)
-            return (taken, *ports[1:]) if len(tries) == 1 else ports
+            ports = list(found(*wanted))
+            return [taken, *ports[1:]] if len(tries) == 1 else ports
 
         monkeypatch.setattr(cluster, "_free_ports", late)
         started = cluster.start(num_cpus=1, object_store_bytes=100_000_000)
