@@ -37,7 +37,7 @@ _SPLITS = ("train", "validation")  # what training reads
 _ROWS = 64  # of one call of an actor
 _TOGETHER = 32  # items of one forward pass
 _IN_MEMORY_BYTES = 1 << 30  # of a text model's states: what `mmagent.frozen.FrozenStates` keeps
-_WINDOW_BYTES = 2 << 30  # of states in one shuffle window, which a task that reads holds
+_WINDOW_BYTES = 1 << 30  # of states in one shuffle window, which a task that reads holds
 _GROUP_BYTES = 3 << 29  # of states in one row group, which Arrow reads as one piece
 _JUDGED_ROWS = 256  # computed before room is judged by them
 
