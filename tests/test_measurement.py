@@ -49,6 +49,18 @@ def test_figures_are_written_and_pasted(storage: Path, tmp_path: Path) -> None:
     assert "MISSED" not in measurement.table(rows)
 
 
+def test_a_table_of_several_units_names_its_machine_and_one_of_a_formula_does_not() -> None:
+    machine = measurement.machine()
+    rows = [
+        {"what": "all | memory", "value": 1458.4, "unit": "MB"}, {"what": "all | share", "value": 0.0637, "unit": "x"},
+    ]  # fmt: skip
+    shown = figures.markdown({"rows": rows, "machine": machine})
+    assert "|  | memory | share |\n|---|---|---|\n| all | 1,458 | 0.0637 |\n" in shown
+    assert machine["packages"]["torch"] in shown
+    shown = figures.markdown({"rows": rows[:1], "machine": machine})
+    assert shown == "| MB | memory |\n|---|---|\n| all | 1,458 |\n"
+
+
 def test_a_long_measurement_can_be_made_in_parts(
     storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,26 +33,33 @@ def paste(text: str, bench: Path) -> tuple[str, list[str]]:
 def markdown(measured: dict[str, Any]) -> str:
     """A measurement as a table, and the machine it was made on."""
     if all(" | " in row["what"] for row in measured["rows"]):
-        return grid(measured["rows"])
+        units = {row["unit"] for row in measured["rows"]}  # of one unit is what follows from a formula, of no machine
+        return grid(measured["rows"]) + ("" if len(units) == 1 else f"\n{_machine(measured['machine'])}\n")
     lines = ["| figure | value | goal | what |", "|---|---|---|---|"]
     for row in measured["rows"]:
         goal = f"{row['goal']} {'✓' if row['met'] else '✗'}" if row["goal"] else ""
         lines.append(f"| `{row['id']}` | {_value(row)} | {goal} | {row['what'].replace('|', chr(92) + '|')} |")
-    machine = measured["machine"]
+    return "\n".join([*lines, "", _machine(measured["machine"])]) + "\n"
+
+
+def _machine(machine: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     gpu = machine["gpu"] or "no GPU"
-    lines.append("")
-    lines.append(f"{machine['cores']} cores ({machine['cpu']}), {gpu}, Python {machine['python']}, {packages}.")
-    return "\n".join(lines) + "\n"
+    return f"{machine['cores']} cores ({machine['cpu']}), {gpu}, Python {machine['python']}, {packages}."
 
 
 def grid(rows: list[dict[str, Any]]) -> str:
-    """Figures by row and column, their unit in the first line: what follows from a formula is of no machine."""
+    """Figures by row and column; their unit in the first line, where it is one."""
     cells = {tuple(row["what"].split(" | ")): row["value"] for row in rows}
     across, down = (list(dict.fromkeys(place[axis] for place in cells)) for axis in (1, 0))
-    lines = [f"| {rows[0]['unit']} | {' | '.join(across)} |", "|---|" + "---|" * len(across)]
-    lines += [f"| {name} | {' | '.join(f'{cells[name, column]:,.3g}' for column in across)} |" for name in down]
+    units = {row["unit"] for row in rows}
+    lines = [f"| {units.pop() if len(units) == 1 else ''} | {' | '.join(across)} |", "|---|" + "---|" * len(across)]
+    lines += [f"| {name} | {' | '.join(f'{_short(cells[name, column])}' for column in across)} |" for name in down]
     return "\n".join(lines) + "\n"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 def _value(row: dict[str, Any]) -> str:

@@ -72,18 +72,14 @@ def _prepare(config: Config) -> None:
 def _rows(strategy: str, rounds: list[dict[str, float]]) -> list[Row]:
     middle = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
     name = f"freeze.{strategy.replace(':', '')}"
-    return [
-        Row(f"{name}.samples_per_s", middle["samples_per_s"], "samples/s", f"{strategy}: plain PyTorch, one process"),
-        Row(f"{name}.peak_mb", middle["peak_mb"], "MB", f"{strategy}: resident memory of that process at its peak"),
-        Row(
-            f"{name}.trained_share",
-            middle["trained_share"],
-            "fraction",
-            f"{strategy}: of all weights, those that learn",
-        ),
-        Row(f"{name}.zero_samples_per_s", middle["zero_samples_per_s"], "samples/s", f"{strategy}: one ZeRO worker"),
-        Row(f"{name}.zero_peak_mb", middle["zero_peak_mb"], "MB", f"{strategy}: the ZeRO worker's memory at its peak"),
-    ]
+    told = (
+        ("samples_per_s", "samples/s", "samples/s, plain PyTorch, one process"),
+        ("peak_mb", "MB", "its memory at its peak, MB"),
+        ("trained_share", "fraction", "share of all weights that learn"),
+        ("zero_samples_per_s", "samples/s", "samples/s, one ZeRO worker"),
+        ("zero_peak_mb", "MB", "its memory at its peak, MB (ZeRO)"),
+    )
+    return [Row(f"{name}.{key}", middle[key], unit, f"{strategy} | {column}") for key, unit, column in told]
 
 
 def _in_own_process(recipe: Path, overrides: list[str]) -> dict[str, float]:
