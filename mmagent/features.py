@@ -10,6 +10,7 @@ piece of a shard finds its states in the same places. A file appears whole or no
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ FOLDER = "features"
 COLUMN = "states"  # of a stream's rows
 ITEMS = pa.list_(pa.struct([("key", pa.binary(16)), ("states", pa.binary()), ("count", pa.int32())]))
 _FORMAT = 1
+_LARGE_BYTES = 256 << 20
 _READ_BESIDES = ("*.json", "*.txt", "*.model", "*.jinja")  # of a checkpoint, beside its weights
 
 
@@ -91,9 +93,26 @@ def _weights(name: str) -> str:
     """Of all files that a checkpoint's model, and what prepares its input, are read from."""
     folder, found = pretrained.folder_of(name), hashlib.sha256()
     for file in sorted({file for pattern in (*WEIGHT_FILES, *_READ_BESIDES) for file in folder.glob(pattern)}):
-        with open(file, "rb") as stream:
-            found.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        found.update(f"{file.name} {_digest(file)}\n".encode())
     return found.hexdigest()
+
+
+def _digest(file: Path) -> str:
+    """A file's sha256; of a large one remembered while it stays as it is, since reading one of many gigabytes takes a
+    minute."""
+    about = file.resolve().stat()
+    if about.st_size < _LARGE_BYTES:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    known_file = storage.root() / FOLDER / "digests.json"
+    known: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):  # not there yet
+        known = json.loads(known_file.read_text())
+    name = f"{file.resolve()} {about.st_size} {about.st_mtime_ns}"
+    if name not in known:
+        with open(file, "rb") as stream:
+            known[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        storage.publish_json(known_file, known)
+    return known[name]
 
 
 def packed(rows: Sequence[Mapping[bytes, np.ndarray]]) -> pa.Array:

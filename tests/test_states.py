@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -176,6 +177,21 @@ def test_other_weights_have_other_states(prepare: Prepare, tiny_backbone: Path, 
     torch.manual_seed(1)
     transformers.BertModel(transformers.BertConfig.from_pretrained(other)).save_pretrained(other)
     assert features.of(there.config, "text", ["classify"], shards).folder != same.folder
+
+
+def test_a_large_file_is_read_once_while_it_stays_as_it_is(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_LARGE_BYTES", 4)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    first = features._digest(file)
+    assert first == hashlib.sha256(b"weights").hexdigest()
+    known = storage / "features" / "digests.json"
+    known.write_text(known.read_text().replace(first, "remembered"))
+    assert features._digest(file) == "remembered"
+    file.write_bytes(b"others")
+    assert features._digest(file) == hashlib.sha256(b"others").hexdigest()
 
 
 def test_whoever_stops_keeps_whole_shards_alone(prepare: Prepare) -> None:
