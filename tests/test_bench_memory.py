@@ -22,7 +22,7 @@ def test_the_formula_by_hand() -> None:
     assert total == pytest.approx({0: 120, 1: 7.5 * (8 + 12 / 64), 2: 7.5 * (4 + 16 / 64), 3: 7.5 * 20 / 64})
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_what_zero_holds_is_what_the_formula_says(stage: int) -> None:
     """Stages 0 and 2 are left to `make bench-memory`: a stage takes ten seconds."""
     config = memory.settings(stage)

@@ -13,6 +13,7 @@ from mmagent import text
 from tests.bench import kept, packing, texts, train
 
 
+@pytest.mark.slow
 def test_packed_and_padded_models_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """`measure` compares their losses after every step."""
     for name, value in (("SAMPLES", 6), ("STEPS", 2), ("WARM_STEPS", 0)):

@@ -234,7 +234,7 @@ def test_a_text_is_computed_once(encoder: TextEncoder, asked: list[int]) -> None
 
 def test_memory_is_bounded_and_the_least_recent_goes_first(encoder: TextEncoder, asked: list[int]) -> None:
     frozen = FrozenStates(encoder, max_mb=1)
-    kept = (1 << 20) // (64 * (encoder.width * 4 + 8))  # texts of 64 tokens that one MiB holds, states and ids
+    kept = (1 << 20) // (64 * encoder.width * 4 + 16)  # texts of 64 tokens that one MiB holds, states and keys
     texts = [[2, 40 + index // 8 % 20, 40 + index % 8, *[50] * 60, 3] for index in range(kept + 1)]
     texts = [[*row[:-2], 5 + index // 50, 5 + index % 50] for index, row in enumerate(texts)]
     frozen(*pad(texts[:kept]))
