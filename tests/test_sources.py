@@ -148,7 +148,7 @@ def test_one_file_is_of_one_task_unless_its_rows_say_otherwise(tmp_path: Path) -
 
 
 BAD: list[tuple[str, dict[str, Any], str, str]] = [
-    ("classify", {"text": "", "label": "a"}, "empty text", "text of the row hold nothing"),
+    ("classify", {"text": "", "label": "a"}, "empty text", "the row's text: empty"),
     ("classify", {"text": " \n", "label": "a"}, "empty text", "nothing to answer"),
     ("classify", {"text": "t", "label": None}, "no label", "the row has no label"),
     ("classify", {"text": "t", "label": float("nan")}, "label cannot be read", "a finite number is wanted"),

@@ -49,6 +49,7 @@ def test_bad_questions_and_files(tmp_path: Path) -> None:
     assert "question 2: a key is missing" in rows[1].message
     for text, words in (
         ('{\n"data": [,]}', r"a.json line 2: not JSON"),
+        ('{"text": "a"}\n{"text": "b"}\n', r"a.json line 2: not JSON: Extra data; .* jsonl:FILE"),
         ("[]", "not as SQuAD writes it"),
         ('{"data": [{"paragraphs": 1}]}', "no list 'paragraphs'"),
     ):

@@ -99,7 +99,7 @@ def _record(shape: Shape, row: RawRow, values: Mapping[str, Any], split: str | N
         meta["group"] = str(group)
     present = [column for column in rows.INPUTS if column in values]
     if present and all(_blank(values[column]) for column in present):
-        raise _Refused("empty text", f"{' and '.join(present)} of the row hold nothing: there is nothing to answer")
+        raise _Refused("empty text", f"the row's {' and '.join(present)}: empty, so there is nothing to answer")
     task = shape.task or values.get("task") or shape.guessed
     given = rows.parse(
         {**values, "split": split, "task": task},

@@ -43,10 +43,11 @@ class Quarantine:
             self._examples.append(f"  {row.file} row {row.number} (id {row.id}): {row.message}")
         bad = self._reasons.total()
         if bad > self._max_share * self._total:
+            were = "row was" if bad == 1 else "rows were"
             raise SourceError(
-                f"{bad} rows were set aside so far, more than the share {self._max_share:g} of all {self._total} "
-                "rows that --max-bad-share allows; nothing was published. "
-                f"Reasons so far: {self.summary()}. The first of them:\n" + "\n".join(self._examples)
+                f"{bad} {were} set aside so far, more than the share {self._max_share:g} of all {self._total} rows that "
+                f"--max-bad-share allows; nothing was published. Reasons so far: {self.summary()}. "
+                "The first of them:\n" + "\n".join(self._examples)
             )
 
     def summary(self) -> str:

@@ -50,7 +50,10 @@ def _questions(file: Path) -> Iterator[tuple[Any, Any, Any]]:
     except UnicodeDecodeError as error:
         raise SourceError(f"{file}: the bytes at {error.start} are not UTF-8") from error
     except json.JSONDecodeError as error:
-        raise SourceError(f"{file} line {error.lineno}: not JSON: {error.msg}") from error
+        told = f"{file} line {error.lineno}: not JSON: {error.msg}"
+        if error.msg == "Extra data":  # a whole document ends, and another follows
+            told += "; one document is wanted, as SQuAD writes it (a file with one on each line is jsonl:FILE)"
+        raise SourceError(told) from error
     except (KeyError, TypeError, RecursionError) as error:
         raise SourceError(
             f'{file} is JSON, but not as SQuAD writes it, {{"data": [{{"paragraphs": [...]}}]}}: {error!r}'
