@@ -45,8 +45,8 @@ class Quarantine:
         if bad > self._max_share * self._total:
             were = "row was" if bad == 1 else "rows were"
             raise SourceError(
-                f"{bad} {were} set aside so far, more than the share {self._max_share:g} of all {self._total} rows that "
-                f"--max-bad-share allows; nothing was published. Reasons so far: {self.summary()}. "
+                f"{bad} {were} set aside so far, more than the share {self._max_share:g} of all {self._total} rows "
+                f"that --max-bad-share allows; nothing was published. Reasons so far: {self.summary()}. "
                 "The first of them:\n" + "\n".join(self._examples)
             )
 
