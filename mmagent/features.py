@@ -74,7 +74,7 @@ def _hash(config: Config, kind: Kind, tasks: Iterable[str]) -> str:
     about: dict[str, Any] = {"format": _FORMAT, "kind": kind, "media": config.data.media.model_dump(mode="json")}
     if kind == "text":
         about |= {
-            "weights": _weights(config.model.backbone),
+            "weights": _weights(config.model.backbone, "model.backbone"),
             "tokens": config.data.max_text_tokens,
             "tasks": sorted(tasks),
             "transcripts": config.model.audio is not None and config.model.audio.align > 0,
@@ -85,13 +85,13 @@ def _hash(config: Config, kind: Kind, tasks: Iterable[str]) -> str:
         assert tower.checkpoint is not None
         shape = tower.model_dump(mode="json", include={"tokens", "size", "max_s", "mels"})
         start = hashlib.sha256(towers.start_file(tower.start).read_bytes()).hexdigest() if tower.start else None
-        about |= {"weights": _weights(tower.checkpoint), "shape": shape, "start": start}
+        about |= {"weights": _weights(tower.checkpoint, f"model.{kind}.checkpoint"), "shape": shape, "start": start}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _weights(name: str) -> str:
+def _weights(name: str, key: str) -> str:
     """Of all files that a checkpoint's model, and what prepares its input, are read from."""
-    folder, found = pretrained.folder_of(name), hashlib.sha256()
+    folder, found = pretrained.folder_of(name, key), hashlib.sha256()
     for file in sorted({file for pattern in (*WEIGHT_FILES, *_READ_BESIDES) for file in folder.glob(pattern)}):
         found.update(f"{file.name} {_digest(file)}\n".encode())
     return found.hexdigest()

@@ -92,8 +92,11 @@ def locate(name: str) -> str:
     return name
 
 
-def folder_of(name: str) -> Path:
+def folder_of(name: str, key: str) -> Path:
     """The files of a checkpoint: its folder, or where the hub's lie on this machine.
+
+    Args:
+        key: of the config that names it.
 
     Raises:
         BackboneError: see `locate`; also where the hub's are not here.
@@ -103,7 +106,7 @@ def folder_of(name: str) -> Path:
     place = Path(locate(name))
     if place.is_dir():
         return place
-    with refusing(name, str(place), "model.backbone"):
+    with refusing(name, str(place), key):
         found = cached_file(name, "config.json")
         if found is None:
             raise OSError("it has no config.json")
