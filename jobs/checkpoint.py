@@ -180,7 +180,7 @@ class Checkpoints:
                 raise OSError(f"two ranks wrote {min(twice)}")
             hashes |= part
         storage.publish_json(self._draft / "loop.json", dict(loop))
-        hashes["loop.json"] = _sha256(self._draft / "loop.json")
+        hashes["loop.json"] = storage.digest(self._draft / "loop.json")
         shutil.rmtree(self._draft / _HASHES)
         storage.publish_json(self._draft / MARKER, hashes)
         shutil.rmtree(final, ignore_errors=True)
@@ -257,7 +257,7 @@ def _fault_of(path: Path) -> str:
     try:
         marker = json.loads((path / MARKER).read_text())
         for file, digest in marker.items():
-            if _sha256(path / file) != digest:
+            if storage.digest(path / file) != digest:
                 return f"{file} is not what was written"
         _loop_of(path)
     except FileNotFoundError as error:
@@ -275,7 +275,7 @@ def _loop_of(path: Path) -> dict[str, Any]:
 def _carry(source: Path, target: Path) -> str:
     """Brings a file to its place, on the disk for good; its hash, made while it is read."""
     if source.stat().st_dev == target.parent.stat().st_dev:
-        digest = _sha256(source)
+        digest = storage.digest(source)
         with open(source, "rb") as file:
             os.fsync(file.fileno())
         os.replace(source, target)
@@ -288,8 +288,3 @@ def _carry(source: Path, target: Path) -> str:
         writer.flush()
         os.fsync(writer.fileno())
     return made.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,7 +12,6 @@ data set is, by workers, baselines and the model card.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections import Counter
@@ -123,4 +122,4 @@ def _absolute(dataset: Dataset, shards: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def _fingerprint(dataset: Dataset) -> str:
-    return hashlib.sha256((dataset.path / INFO_FILE).read_bytes()).hexdigest()
+    return storage.digest(dataset.path / INFO_FILE)

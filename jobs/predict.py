@@ -15,7 +15,6 @@ there yet; what an interrupted command has published stays.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -114,8 +113,8 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if dataset is not None:
         _check_tasks(found, dataset, options.task)
     plan = {
-        "bundle": {"name": found.name, "sha256": _sha256(found.path / bundles.MANIFEST)},
-        "data": {"name": dataset.name, "sha256": _sha256(dataset.path / shards.INFO_FILE)}
+        "bundle": {"name": found.name, "sha256": storage.digest(found.path / bundles.MANIFEST)},
+        "data": {"name": dataset.name, "sha256": storage.digest(dataset.path / shards.INFO_FILE)}
         if dataset is not None
         else {"source": options.data, "map": options.map, **(source.recipe() if source else {})},
         "splits": splits,
@@ -223,10 +222,6 @@ def _parser() -> Parser:
     parser.add_argument("--workers", type=positive, default=2, help="processes that answer (default: 2)")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each (default: 1)")
     return parser
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ The same --name given again goes on where the last checkpoint stands; Ctrl-C sav
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -183,7 +182,7 @@ def _corpus(config: Config, folder: Path, origin: Dataset | Source, name: str, *
 
 def _fingerprint(origin: Dataset | Source) -> Any:
     if isinstance(origin, Dataset):
-        return {"data": hashlib.sha256((origin.path / shards.INFO_FILE).read_bytes()).hexdigest()}
+        return {"data": storage.digest(origin.path / shards.INFO_FILE)}
     return origin.recipe()
 
 

@@ -2,8 +2,8 @@
 
 Training: a read task takes one window of the order (`mmagent.order`), reads its rows, tokenises their text and lays
 them out step by step, rank by rank, texts of one length together in a micro-batch, or where asked for in a step
-(`mmagent.buckets`). The stream is cut into blocks of one rank's share of one optimizer step and handed out in turn, so
-that every rank gets its rows in the same order in every run, whatever the timing. Where a batch is short or does not
+(`mmagent.buckets`). The stream is cut into blocks of one rank's share of a few optimizer steps and handed out in turn,
+so that every rank gets its rows in the same order in every run, whatever the timing. Where a batch is short or does not
 divide, rows of weight 0 fill it up. Media stay encoded.
 """
 
@@ -34,6 +34,8 @@ from mmagent.shards import Dataset
 from mmagent.share import Share
 
 _PACE_S = 0.03
+# Of a block. What Ray Data does for each one costs the training beside it 15 to 25 ms of a core (LOG.md).
+_BLOCK_BYTES, _BLOCK_STEPS = 16 << 20, 64
 
 COLUMNS = ["id", "task", "messages", "images", "audios", "candidates", "target", "weight", "meta"]
 
@@ -103,26 +105,28 @@ def compares(config: Config) -> bool:
 
 
 def training_stream(order: Order, layout: Layout, position: Position, steps: int) -> ray.data.Dataset:
-    """A data set of blocks, one for each (step, rank) in turn: the columns of a record, ``ids`` (its tokens), ``cut``
-    (how many were left out), ``rank``, ``micro`` (the number of its micro-batch), ``epoch``, and ``states`` where some
-    are kept (see `mmagent.features`). To be split among ranks by `split_in_turn`."""
+    """A data set of blocks for each rank in turn, to be split among them by `split_in_turn` and opened by `rank_steps`.
+
+    A block is one row: ``rank``, and ``steps``, an Arrow stream whose record batches are that rank's rows of successive
+    optimizer steps. These have the columns of a record, ``ids`` (its tokens), ``cut`` (how many were left out),
+    ``rank``, ``micro`` (the number of its micro-batch), ``epoch``, and ``states`` where some are kept (see
+    `mmagent.features`).
+    """
     parts = list(order.parts(position, steps, layout.share.batch))
-    read = functools.partial(read_part, order=order, layout=layout, parts=parts)
+    read = functools.partial(read_blocks, order=order, layout=layout, parts=parts)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a busy cluster may never have.
     windows = ray.data.from_items([{"id": index} for index in range(len(parts))], override_num_blocks=len(parts))
     # Without a wish of its own for CPUs: only then does Ray Data cut a window into blocks in the task that read it, and
     # not in another, through which all bytes would go once more.
-    rows = windows.map_batches(read, batch_size=1)
-    return rows.repartition(target_num_rows_per_block=layout.share.rows)
+    return windows.map_batches(read, batch_size=1).repartition(target_num_rows_per_block=1)
 
 
 def tables(order: Order, layout: Layout, position: Position, steps: int, rank: int = 0) -> Iterator[pa.Table]:
     """The same rows for one rank without Ray: a table for each optimizer step, at least as many as are asked for."""
     parts, rows = list(order.parts(position, steps, layout.share.batch)), layout.share.rows
-    for index in range(len(parts)):
-        for window in read_part({"id": np.array([index])}, order=order, layout=layout, parts=parts):
-            for start in range(rank * rows, len(window), layout.share.world * rows):
-                yield window.slice(start, rows)
+    for part in parts:
+        for step in read_part(part, order=order, layout=layout):
+            yield step.slice(rank * rows, rows)
 
 
 def split_in_turn(stream: ray.data.Dataset, world: int, reserved_cpus: float) -> list[Any]:
@@ -140,17 +144,18 @@ def split_in_turn(stream: ray.data.Dataset, world: int, reserved_cpus: float) ->
     return stream.streaming_split(world, equal=False)
 
 
-def rank_blocks(iterator: Any, rank: int) -> Iterator[pa.Table]:
-    """The blocks of one rank, one for each optimizer step.
+def rank_steps(iterator: Any, rank: int) -> Iterator[pa.Table]:
+    """The rows of one rank, a table for each optimizer step.
 
     Raises:
         RuntimeError: a block meant for another rank: the order of the run can no longer be trusted.
     """
-    for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        meant = pc.unique(table["rank"]).to_pylist()
+    for block in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        meant = block["rank"].to_pylist()
         if meant != [rank]:
             raise RuntimeError(f"rank {rank} was handed rows meant for {meant}: Ray Data split the stream differently")
-        yield table
+        for rows in pa.ipc.open_stream(block["steps"][0].as_buffer()):
+            yield pa.Table.from_batches([rows])
 
 
 def apply(
@@ -211,30 +216,59 @@ def _read_group(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         yield pq.ParquetFile(str(file)).read_row_group(int(group))
 
 
-def read_part(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, parts: list[Part]) -> Iterator[pa.Table]:
+def read_blocks(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, parts: list[Part]) -> Iterator[pa.Table]:
+    """What a read task makes of windows: blocks for each rank in turn, see `training_stream`."""
+    share = layout.share
     for index in batch["id"]:
-        part = parts[int(index)]
-        tables = []
-        for piece in part.pieces:
-            table = pq.ParquetFile(piece.file).read_row_group(piece.row_group, columns=COLUMNS)
-            tables.append(table.slice(piece.start, piece.stop - piece.start))
-        stored = pa.concat_tables(tables).combine_chunks()
-        words = _words(stored["messages"], layout)
-        lengths = np.array([len(ids) for ids, _ in words])
-        drawn = _gathered(lengths, order, part, layout.share.batch) if layout.gathered else order.shuffle(part)
-        taken, factor = _filled(drawn, part.steps(layout.share.batch), layout.share)
-        place, rank, micro = _dealt(lengths[taken], factor > 0, layout.buckets)
-        chosen = taken[place]
-        rows = stored.take(pa.array(chosen))
-        marks = {"rank": rank, "micro": micro, "epoch": np.full(len(rows), part.epoch)}
-        made = _annotate(rows, [words[index] for index in chosen], factor[place], marks)
-        if not layout.states:
-            yield made
-            continue
-        # States are larger than all else of a row: those of a step at a time are put in its order.
-        states, size = _States(part, layout.states), layout.share.world * layout.share.rows
-        for start in range(0, len(made), size):
-            yield made.slice(start, size).append_column(features.COLUMN, states.take(chosen[start : start + size]))
+        held: list[pa.Table] = []
+        size = 0
+        for step in read_part(parts[int(index)], order=order, layout=layout):
+            if held and (size + step.nbytes > _BLOCK_BYTES * share.world or len(held) == _BLOCK_STEPS):
+                yield from _blocks(held, share)
+                held, size = [], 0
+            held.append(step)
+            size += step.nbytes
+        yield from _blocks(held, share)
+
+
+def _blocks(steps: Sequence[pa.Table], share: Share) -> Iterator[pa.Table]:
+    for rank in range(share.world):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, steps[0].schema) as writer:
+            for step in steps:
+                # One record batch a step, on which `rank_steps` counts.
+                (rows,) = step.slice(rank * share.rows, share.rows).combine_chunks().to_batches()
+                writer.write_batch(rows)
+        data = sink.getvalue()
+        ends = pa.py_buffer(np.array([0, data.size], np.int64))
+        yield pa.table(
+            {"rank": pa.array([rank], pa.int32()),
+             "steps": pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])}
+        )  # fmt: skip
+
+
+def read_part(part: Part, *, order: Order, layout: Layout) -> Iterator[pa.Table]:
+    """The rows of a window, a table for each optimizer step, rank by rank."""
+    tables = []
+    for piece in part.pieces:
+        table = pq.ParquetFile(piece.file).read_row_group(piece.row_group, columns=COLUMNS)
+        tables.append(table.slice(piece.start, piece.stop - piece.start))
+    stored = pa.concat_tables(tables).combine_chunks()
+    words = _words(stored["messages"], layout)
+    lengths = np.array([len(ids) for ids, _ in words])
+    drawn = _gathered(lengths, order, part, layout.share.batch) if layout.gathered else order.shuffle(part)
+    taken, factor = _filled(drawn, part.steps(layout.share.batch), layout.share)
+    place, rank, micro = _dealt(lengths[taken], factor > 0, layout.buckets)
+    chosen = taken[place]
+    rows = stored.take(pa.array(chosen))
+    marks = {"rank": rank, "micro": micro, "epoch": np.full(len(rows), part.epoch)}
+    made = _annotate(rows, [words[index] for index in chosen], factor[place], marks)
+    # States are larger than all else of a row: those of a step at a time are put in its order.
+    states = _States(part, layout.states) if layout.states else None
+    size = layout.share.world * layout.share.rows
+    for start in range(0, len(made), size):
+        step = made.slice(start, size)
+        yield step if states is None else step.append_column(features.COLUMN, states.take(chosen[start : start + size]))
 
 
 class _States:

@@ -210,7 +210,7 @@ def _entry(spec: dict[str, Any]) -> str:
             Group(
                 rank=rank,
                 world=context.get_world_size(),
-                blocks=lambda name: stream.rank_blocks(ray.train.get_dataset_shard(name), rank),
+                blocks=lambda name: stream.rank_steps(ray.train.get_dataset_shard(name), rank),
                 report=lambda metrics: ray.train.report(metrics),
                 asked=lambda: "SIGTERM" if sigterm else "",
                 drained=lambda: get_train_context().preemption_context.preemption_info is not None,

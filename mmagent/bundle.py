@@ -12,7 +12,6 @@ A folder without its manifest is no bundle: writing was interrupted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -149,7 +148,7 @@ def load(path: str | Path) -> Bundle:
     for file, digest in manifest["files"].items():
         if not (folder / file).is_file():
             raise BundleError(f"the bundle {folder} lacks {file}: copy it again, whole")
-        if _sha256(folder / file) != digest:
+        if storage.digest(folder / file) != digest:
             raise BundleError(f"the bundle {folder} is damaged: {file} is not what its manifest says; copy it again")
     try:
         config = resolve(yaml.safe_load((folder / "config.yaml").read_text()), _towers(folder))
@@ -218,10 +217,5 @@ def _towers(folder: Path) -> dict[str, str]:
 
 def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    hashes = {str(file.relative_to(folder)): _sha256(file) for file in files}
+    hashes = {str(file.relative_to(folder)): storage.digest(file) for file in files}
     storage.publish_json(folder / MANIFEST, {**manifest, "files": hashes})
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

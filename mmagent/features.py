@@ -84,7 +84,7 @@ def _hash(config: Config, kind: Kind, tasks: Iterable[str]) -> str:
         assert isinstance(tower, TowerConfig)
         assert tower.checkpoint is not None
         shape = tower.model_dump(mode="json", include={"tokens", "size", "max_s", "mels"})
-        start = hashlib.sha256(towers.start_file(tower.start).read_bytes()).hexdigest() if tower.start else None
+        start = storage.digest(towers.start_file(tower.start)) if tower.start else None
         about |= {"weights": _weights(tower.checkpoint, f"model.{kind}.checkpoint"), "shape": shape, "start": start}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -102,15 +102,14 @@ def _digest(file: Path) -> str:
     minute."""
     about = file.resolve().stat()
     if about.st_size < _LARGE_BYTES:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return storage.digest(file)
     known_file = storage.root() / FOLDER / "digests.json"
     known: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):  # not there yet
         known = json.loads(known_file.read_text())
     name = f"{file.resolve()} {about.st_size} {about.st_mtime_ns}"
     if name not in known:
-        with open(file, "rb") as stream:
-            known[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        known[name] = storage.digest(file)
         storage.publish_json(known_file, known)
     return known[name]
 

@@ -122,7 +122,7 @@ def decode_audio(data: bytes, sample_rate_hz: int, limits: Limits) -> np.ndarray
             # Read in blocks, (samples, channels): all channels at full rate would be many times what is kept.
             parts = [np.zeros(0, np.float32)]
             while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
-                parts.append(block.mean(axis=1))
+                parts.append(block.mean(axis=1) if header.channels > 1 else block[:, 0])
             mono = np.concatenate(parts)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise MediaError(f"the sound is damaged or cut off: {error}") from error

@@ -64,7 +64,8 @@ class Sounds:
             samples = torch.nn.functional.pad(samples, (0, size - len(samples)))
         fft, hop = 512 if size <= 512 else size, int(HOP_S * self.rate_hz)
         spectrum = torch.stft(samples, fft, hop, size, window, return_complex=True, pad_mode="constant")
-        mel = bank @ spectrum.abs().square()  # (mels, frames)
+        power = spectrum.real.square() + spectrum.imag.square()  # (frequencies, frames); `abs` takes four times as long
+        mel = bank @ power  # (mels, frames)
         log = torch.log(mel + 1e-6)
         log = (log - log.mean()) / (log.std() + 1e-5)
         return log.T.to(torch.float16).numpy()

@@ -6,6 +6,7 @@ copy when a job is submitted. A file appears whole or not at all: it is written 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -64,6 +65,12 @@ def resolve(path: str | Path) -> Path:
     """An absolute path as it is; a relative one below the root."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else root() / path
+
+
+def digest(file: Path) -> str:
+    """A file's sha256, in hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def publish(path: Path, data: bytes | str) -> None:

@@ -50,8 +50,9 @@ def test_a_small_measurement_writes_every_figure(
     found = {row["id"].removeprefix("train."): row["value"] for row in rows}
     assert set(found) == {
         "bucket_speedup", "bucket_speedup.encoder", "bucket_speedup.decoder", "vs_plain", "vs_trainer",
-        "vs_trainer_full", "cache_speedup", "cache_speedup.fill_s", "cache_speedup.towers",
-        "cache_speedup.towers.fill_s", "samples_per_s", "plain_samples_per_s", "trainer_samples_per_s", "wait_share",
+        "vs_trainer_full", "cache_speedup", "cache_speedup.fill_s", "cache_speedup.larger",
+        "cache_speedup.larger.fill_s", "cache_speedup.towers", "cache_speedup.towers.fill_s", "samples_per_s",
+        "plain_samples_per_s", "trainer_samples_per_s", "wait_share",
     }  # fmt: skip
     assert found["bucket_speedup"] == min(found["bucket_speedup.encoder"], found["bucket_speedup.decoder"])
     assert found["vs_trainer"] == pytest.approx(found["samples_per_s"] / found["trainer_samples_per_s"], rel=1e-3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 from collections import Counter
@@ -93,7 +92,7 @@ def drain(order: Order, layout: Layout, position: Position, steps: int) -> list[
 
     def take(rank: int) -> None:
         try:
-            out[rank] = list(stream.rank_blocks(iterators[rank], rank))
+            out[rank] = list(stream.rank_steps(iterators[rank], rank))
         except Exception as error:  # noqa: BLE001  raised below, in the test's thread
             faults.append(error)
 
@@ -149,11 +148,36 @@ def test_an_epoch_as_the_ranks_see_it(dataset: Dataset, config: Config) -> None:
     assert [names(blocks) for blocks in rest] == [names(blocks[4:]) for blocks in ranks]
 
 
+def held(block: Any) -> list[pa.RecordBatch]:
+    """The steps of a block."""
+    return list(pa.ipc.open_stream(block["steps"][0].as_buffer()))
+
+
 def test_a_window_is_cut_into_blocks_by_the_task_that_reads_it(dataset: Dataset, config: Config) -> None:
-    """In another task all its bytes would go through the object store once more."""
+    """In another task all its bytes would go through the object store once more. A block holds the steps of a window:
+    three whole ones of 36 rows each time."""
     made = stream.training_stream(order_of(dataset, config), stream.layout_of(config, WORLD), Position(), 6)
-    assert [len(block) for block in made.iter_batches(batch_size=None, batch_format="pyarrow")] == [6] * 12
+    blocks: list[Any] = list(made.iter_batches(batch_size=None, batch_format="pyarrow"))
+    assert [block["rank"].to_pylist() for block in blocks] == [[0], [1]] * 2
+    steps = [[len(rows) for rows in held(block)] for block in blocks]
+    assert steps == [[6] * 3] * 4
     assert "->StreamingRepartition" in made.stats()
+
+
+@pytest.mark.parametrize(("setting", "steps"), [("_BLOCK_BYTES", [1, 1, 1]), ("_BLOCK_STEPS", [2, 1])])
+def test_a_block_is_no_larger_than_it_may_be(
+    dataset: Dataset, config: Config, monkeypatch: pytest.MonkeyPatch, setting: str, steps: list[int]
+) -> None:
+    monkeypatch.setattr(stream, setting, 2)
+    order, layout = order_of(dataset, config), stream.layout_of(config, WORLD)
+    parts = list(order.parts(Position(), 3, 12))
+    blocks = list(stream.read_blocks({"id": np.array([0])}, order=order, layout=layout, parts=parts))
+    assert [block["rank"].to_pylist() for block in blocks] == [[0], [1]] * len(steps)
+    for rank in range(WORLD):
+        mine = [held(block) for block in blocks[rank::WORLD]]
+        assert [len(rows) for rows in mine] == steps
+        found = [rows["id"].to_pylist() for block in mine for rows in block]
+        assert found == names(list(stream.tables(order, layout, Position(), 3, rank)))
 
 
 def test_the_stream_goes_on_into_the_next_epoch(dataset: Dataset, config: Config) -> None:
@@ -235,12 +259,11 @@ def test_a_step_is_cut_alike_for_all_ranks_by_length(config: Config, tmp_path: P
         for index in range(48)
     ]
     order = stream.order_of(make_dataset(tmp_path / "lengths", {"train": rows}), "train", seed=0, window_rows=48)
-    read = functools.partial(stream.read_part, order=order, parts=list(order.parts(Position(), 2, 24)))
+    [window] = order.parts(Position(), 2, 24)
     known = []
     for alike, tokens in ((True, None), (False, None), (True, 60)):
         layout = replace(layout_of(config, 2, 24), alike=alike, micro_tokens=tokens)
-        [window] = read({"id": np.array([0])}, layout=layout)
-        steps = [window.slice(start, 24) for start in range(0, len(window), 24)]
+        steps = list(stream.read_part(window, order=order, layout=layout))
         known.append([sorted(step["id"].to_pylist()) for step in steps])
         for step in steps:
             first, second = step.slice(0, 12), step.slice(12, 12)
@@ -273,7 +296,7 @@ def test_a_row_for_another_rank_ends_the_run(dataset: Dataset, config: Config) -
     order, layout = order_of(dataset, config), stream.layout_of(config, WORLD)
     whole = stream.split_in_turn(stream.training_stream(order, layout, Position(), 1), 1, 0.0)[0]
     with pytest.raises(RuntimeError, match="rank 0 was handed rows meant for"):
-        list(stream.rank_blocks(whole, 0))
+        list(stream.rank_steps(whole, 0))
 
 
 def test_steps_of_one_length_are_the_same_for_whoever_goes_on(

@@ -63,8 +63,7 @@ def find(path: str) -> Path:
 
 def digest(file: Path) -> dict[str, Any]:
     """A file's size and hash, as a fingerprint has them."""
-    with open(file, "rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": storage.digest(file)}
 
 
 def split_of(file: Path, place: Path) -> str | None:

