@@ -24,7 +24,7 @@ class Classifier(nn.Module):
 
     def __init__(self, config: Config, tasks: dict[str, Task], model: Any) -> None:
         super().__init__()
-        self.config, self.tasks, self.model = config, tasks, model
+        self.recipe, self.tasks, self.model = config, tasks, model  # a Trainer takes `config` for Transformers' own
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         from jobs.supervised import loss_of
@@ -35,7 +35,7 @@ class Classifier(nn.Module):
             "has_words": torch.ones(len(labels), dtype=torch.bool), "weight": torch.ones(len(labels)),
             "sample_row": torch.arange(len(labels)),
         }  # fmt: skip
-        return {"loss": loss_of(self.model(batch), batch, self.tasks, self.config)}
+        return {"loss": loss_of(self.model(batch), batch, self.tasks, self.recipe)}
 
     def train(self, mode: bool = True) -> Classifier:
         super().train(mode)
