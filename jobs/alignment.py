@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,9 @@ class Pairs(Inputs):
 
     def _views(self, record: Record, read: View | None) -> tuple[View, ...]:
         return (read or self.reader.whole(record),)
+
+    def _offered(self, record: Record) -> tuple[Mapping[str, Any], ...]:
+        return ()
 
 
 def model_of(config: Config, encoder: TextEncoder, *, weights: bool = True) -> Alignment:

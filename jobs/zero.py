@@ -10,6 +10,7 @@ keep only their part of them; parameters that are frozen are in no bucket.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
@@ -44,7 +45,7 @@ class ZeroEngine:
             model=model, optimizer=self._inner, config=zero_config(config, self._world, model)
         )
         self._passes = self._left = config.share(self._world).passes
-        self._stage = config.zero.stage
+        self._stage, self._clip_norm = config.zero.stage, config.optim.clip_norm
         self.model: Any = model
         self.device = torch.device(self._engine.device)
 
@@ -61,6 +62,9 @@ class ZeroEngine:
         self._engine.backward(loss)
 
     def step(self) -> None:
+        if self._stage == 0 and self._clip_norm and self._left == 1:
+            # DeepSpeed 0.19 clips here by a factor of one dimension, which gradients without any refuse.
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         self._engine.step()
         self._left = self._left - 1 or self._passes
 
@@ -166,7 +170,7 @@ def zero_config(config: Config, world: int, model: nn.Module) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": share.micro_batch,
         "gradient_accumulation_steps": share.passes,
-        "gradient_clipping": config.optim.clip_norm,
+        "gradient_clipping": config.optim.clip_norm if config.zero.stage else 0.0,  # see `ZeroEngine.step`
         "zero_optimization": zero,
         # Autocast, as `TorchEngine` does: parameters stay in fp32, and a layer takes what it computes best in.
         "torch_autocast": {"enabled": use_bf16(config), "dtype": "bfloat16"},
@@ -189,4 +193,34 @@ def _import_deepspeed() -> Any:
     # inference calls. It wants a C++ compiler, and a worker that is killed meanwhile leaves a lock in
     # ~/.cache/torch_extensions that all later ones wait for without end.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    _send_scalars(deepspeed)
     return deepspeed
+
+
+def _send_scalars(deepspeed: Any) -> None:
+    """Has DeepSpeed take parameters without dimensions (a temperature, a gate). Version 0.19 sends parameters to the
+    other ranks as bytes, as which torch shows nothing without a dimension: they have one for as long as that takes."""
+    engine, init = deepspeed.DeepSpeedEngine, deepspeed.zero.Init
+    send_all, send_one = engine._broadcast_model, init._zero_init_param
+    if hasattr(send_all, "__wrapped__"):
+        return
+
+    @functools.wraps(send_all)
+    def all_sent(self: Any) -> None:  # stages 0 to 2
+        scalars = [each for each in self.module.parameters() if each.ndim == 0]
+        for each in scalars:
+            each.data = each.data.view(1)
+        send_all(self)
+        for each in scalars:
+            each.data = each.data.view(())
+
+    @functools.wraps(send_one)
+    def one_sent(self: Any, parameter: Any) -> None:  # stage 3, which parts it then
+        scalar = parameter.ndim == 0
+        if scalar:
+            parameter.data = parameter.data.view(1)
+        send_one(self, parameter)
+        if scalar:
+            parameter.ds_shape = torch.Size([])
+
+    engine._broadcast_model, init._zero_init_param = all_sent, one_sent

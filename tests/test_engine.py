@@ -301,6 +301,9 @@ def run(
     model, config = build(raw, {"train.micro_batch": 8, "train.accumulation": 2, **settings})
     if config.train.gradient_checkpointing:
         freeze.compute_again(model)
+    # A parameter without dimensions, as temperatures and gates of some checkpoints are.
+    model.join.scale = torch.nn.Parameter(torch.tensor(1.1))
+    model.join.norm.register_forward_hook(lambda module, arguments, out: out * model.join.scale)
     engine = kind(model, freeze.groups(model, config), config)
     out: dict[str, Any] = {"losses": [], "merged": None}
     for index in range(0, len(batches), 2):

@@ -194,7 +194,7 @@ def test_towers_learn_the_words_that_belong_to_them(
     make_dataset(storage / "data" / "pairs", pairs)
     recipe = tiny_recipe | {
         "train": {"micro_batch": 16, "epochs": 12, "eval_every_steps": 32, "eval_rows": 16},
-        "optim": {"lr": 3.0e-3}, "cluster": {"workers": 1, "max_failures": 0}, "zero": {"engine": "torch"},
+        "optim": {"lr": 3.0e-3}, "cluster": {"workers": 1, "max_failures": 0}, "zero": {"stage": 0},
         "pretrain": {"objective": "align"},
     }  # fmt: skip
     (tmp_path / "align.yaml").write_text(yaml.safe_dump(recipe))
