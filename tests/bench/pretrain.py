@@ -38,7 +38,7 @@ WORKERS = ("cluster.workers=1", "cluster.threads=2", "cluster.max_failures=0")
 FEW = ("train.min_steps=120", "train.patience=0", "train.eval_every_steps=60", "train.eval_every_epochs=null")
 TEXT = ("data.max_text_tokens=48", "model.image=null", "model.audio=null", "freeze.strategy=all")
 SEEN = ("model.audio=null", "model.join=output", "augment={}")
-TEST_ROWS, TEXTS, CAPTIONS = 1500, 20_000, 1800
+TEST_ROWS, TEXTS, CAPTIONS = 1500, 12_000, 1800
 
 
 class Side(NamedTuple):
@@ -130,7 +130,7 @@ def _text(place: Path, *, fresh: bool) -> Side:
                 rows.append({"text": each.words, "label": library, "split": split})
     backbone = str(encoder(place / "encoder")) if fresh else BACKBONE
     what = f"{'an encoder of fresh weights' if fresh else 'MiniLM'} tells whose function a text is about"
-    more = ("optim.lr_backbone=0.001", "train.micro_batch=64", "train.epochs=4") if fresh else ("train.epochs=1",)
+    more = ("optim.lr_backbone=0.001", "train.epochs=4") if fresh else ("train.epochs=1",)
     source = ("--config", str(RECIPES / "pretrain.yaml"), "--source", f"text:{place / 'text.txt'}")
     return Side(
         what, _prepared(place, rows), TEXT,
