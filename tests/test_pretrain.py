@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -14,8 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from jobs import cluster, corpus, pretrain, train, watch
-from mmagent import text
+from jobs import cluster, corpus, pretrain, run, stream, train, watch
+from jobs.alignment import Aligned
+from jobs.engine import TorchEngine
+from mmagent import freeze, text
+from mmagent.config import resolve
 from mmagent.record import Record
 from mmagent.rows import parse
 from mmagent.shards import Dataset
@@ -175,12 +179,12 @@ def test_a_decoder_learns_what_comes_next_in_two_zero_workers(
     assert AutoModelForCausalLM.from_pretrained(storage / "runs" / "next" / "backbone").config.model_type == "qwen2"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_towers_learn_the_words_that_belong_to_them(
-    ray_cluster: cluster.Cluster, storage: Path, tiny_recipe: dict[str, Any], tmp_path: Path,
+@pytest.fixture
+def pairs(
+    storage: Path, tiny_recipe: dict[str, Any],
     make_dataset: Callable[..., Dataset], make_png: Callable[..., bytes], make_wav: Callable[..., bytes],
-) -> None:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
+    """A data set of pictures and sounds, each with words of its own colour, and a recipe that learns from it."""
     colours = ("red", "green", "blue", "black")
 
     def pair(index: int, split: str) -> Record:
@@ -190,14 +194,45 @@ def test_towers_learn_the_words_that_belong_to_them(
         return parse(row | ({"text": "", "meta": {"transcript": f"{word} circle"}} if kind else {}))
 
     counts = {"train": 128, "validation": 16}
-    pairs = {split: [pair(index, split) for index in range(count)] for split, count in counts.items()}
-    make_dataset(storage / "data" / "pairs", pairs)
-    recipe = tiny_recipe | {
+    records = {split: [pair(index, split) for index in range(count)] for split, count in counts.items()}
+    make_dataset(storage / "data" / "pairs", records)
+    return tiny_recipe | {
+        "data": tiny_recipe["data"] | {"name": "pairs"},
         "train": {"micro_batch": 16, "epochs": 12, "eval_every_steps": 32, "eval_rows": 16},
         "optim": {"lr": 3.0e-3}, "cluster": {"workers": 1, "max_failures": 0}, "zero": {"stage": 0},
         "pretrain": {"objective": "align"},
     }  # fmt: skip
-    (tmp_path / "align.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_a_run_on_pairs_reads_them_and_learns(pairs: dict[str, Any], storage: Path) -> None:
+    """What the slow test below does, in this process alone and in plain torch."""
+    dataset = Dataset.open(storage / "data" / "pairs")
+    config = resolve(pairs, {"zero.engine": "torch"})
+    plan = pretrain.prepare(config, storage / "runs" / "seen", dataset, "pairs").plan
+    learner = Aligned(plan)
+    engine = TorchEngine(learner.model, freeze.groups(learner.model, plan.config), plan.config)
+    learner.begin(engine.device)
+    corpus_made = Dataset.open(storage / "runs" / "seen" / "corpus")
+    rows = learner.rows(stream.tables(*run.reads(plan, corpus_made, "validation", 1)))
+    assert len(rows) == 16
+    losses, tables = [], stream.tables(*run.reads(plan, corpus_made, "train", 1))
+    engine.set_lr(1.0)
+    for step in itertools.islice(learner.steps(tables), 24):
+        assert not step.bad_rows
+        [batch] = step.micros
+        loss = learner.loss(engine.forward(batch), batch)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_towers_learn_the_words_that_belong_to_them(
+    ray_cluster: cluster.Cluster, storage: Path, pairs: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "align.yaml").write_text(yaml.safe_dump(pairs))
     assert pretrain.main(["--config", str(tmp_path / "align.yaml"), "--name", "seen", "--data", "pairs"]) == 0
     folder = storage / "runs" / "seen"
     made = json.loads((folder / "backbone" / "pretrained.json").read_text())
