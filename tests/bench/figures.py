@@ -64,6 +64,8 @@ def _short(number: float) -> str:
 
 def _value(row: dict[str, Any]) -> str:
     number = f"{row['value']:.1f}" if row["unit"] in ("%", "s") else f"{row['value']:.3g}"
+    if abs(row["value"]) >= 1000:
+        number = f"{row['value']:,.0f}"
     return number if row["unit"] in ("ratio", "fraction") else f"{number} {row['unit']}"
 
 
