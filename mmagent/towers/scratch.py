@@ -106,8 +106,7 @@ class ImageTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: (pictures, 3, height, width) in [-1, 1] -> (pictures, tokens, width)."""
-        # Channels last: normalising and pooling few channels of large planes takes half the time on a CPU (LOG.md).
-        x = self.stem_norm(self.stem(pixels)).contiguous(memory_format=torch.channels_last)
+        x = self.stem_norm(self.stem(pixels))
         for stage in self.stages:
             x = stage(x)
         if x.shape[-2:] != self.grid:
