@@ -127,7 +127,7 @@ def write(
     with ExitStack() as stack:
         writers = {split: stack.enter_context(ShardWriter(folder, split)) for split in (TRAIN, VALIDATION)}
         for given, record in made:
-            split = given or (VALIDATION if _share_of(f"{seed}/{record.id}") < share else TRAIN)
+            split = given or (VALIDATION if share_of(f"{seed}/{record.id}") < share else TRAIN)
             rows[split] += 1
             writers[split].add(replace(record, split=split))
         files = {split: writer.close() for split, writer in writers.items()}
@@ -166,6 +166,6 @@ def _digest(words: str) -> bytes:
     return hashlib.blake2b(words.encode(), digest_size=16).digest()
 
 
-def _share_of(key: str) -> float:
+def share_of(key: str) -> float:
     """A number from 0 to 1 that is a key's own."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) / 2**64

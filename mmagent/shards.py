@@ -10,7 +10,6 @@ memory than one row group. A folder without ``dataset.json`` is no data set: its
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -227,8 +226,8 @@ class ShardWriter:
         self._writer.close()
         self._writer = None
         draft, final = self._draft, self._final
+        digest = storage.digest(draft)
         with open(draft, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         size = draft.stat().st_size
         os.replace(draft, final)

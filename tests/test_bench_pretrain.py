@@ -82,4 +82,4 @@ def test_a_small_measurement_writes_every_figure(
     for part in ("text", "pairs"):
         gain = found[f"pretrain.{part}.after"] - found[f"pretrain.{part}.before"]
         assert found[f"pretrain.{part}.gain"] == pytest.approx(gain, abs=1e-2)
-    assert not list((storage / "runs").glob("mmagent-*"))
+    assert not list((storage / "runs").glob("pretrain-*"))

@@ -7,13 +7,14 @@ Modules are divided between training and test, since functions of one module rea
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from jobs.corpus import share_of
 
 LIBRARIES = {
     "networkx": ("networkx", "nx"), "nltk": ("nltk",), "numpy": ("numpy", "np"), "pandas": ("pandas", "pd"),
@@ -47,11 +48,11 @@ def collect() -> list[Said]:
             name = str(file.relative_to(root))
             if "test" in name:
                 continue
-            drawn = int.from_bytes(hashlib.blake2b(f"{library}/{name}".encode(), digest_size=4).digest()) / 2**32
+            test = share_of(f"{library}/{name}") < TEST_SHARE
             for doc in _docstrings(file):
                 words = own.sub("it", _prose(doc))
                 if SHORTEST <= len(words.split()) <= LONGEST:
-                    found.setdefault(words, Said(words, library, drawn < TEST_SHARE))
+                    found.setdefault(words, Said(words, library, test))
     return list(found.values())
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from jobs import cluster, prepare
-from mmagent import features, storage, text
+from mmagent import features, storage
 from mmagent.measurement import Row
 from mmagent.shards import Dataset
 from tests.bench import texts
@@ -58,7 +58,7 @@ def rows(ours: Ours) -> list[Row]:
     written()
     tower = tower_folder()
     with_tower = ("model.image.width=128", "model.image.layers=0", f"model.image.checkpoint={tower}")
-    larger = (f"model.backbone={language_folder()}",)
+    larger = (f"model.backbone={texts.encoder(storage.folder('bench', 'bert_base'))}",)
     sides = (
         Side("cache_speedup", "frozen MiniLM, the image tower learns", (), ">= 2.0"),
         Side(
@@ -127,19 +127,6 @@ def written() -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in made))
         if prepare.main(["--source", f"jsonl:{file}", "--name", DATA]):
             raise RuntimeError(f"{DATA} could not be prepared")
-
-
-def language_folder() -> Path:
-    """A language model of random weights in the size of BERT base, with MiniLM's tokenizer."""
-    from transformers import BertConfig, BertModel
-
-    folder = storage.folder("bench", "bert_base")
-    if not (folder / "tokenizer.json").exists():
-        torch.manual_seed(0)
-        tokenizer = text.load_tokenizer(texts.BACKBONE)
-        BertModel(BertConfig(vocab_size=len(tokenizer)), add_pooling_layer=False).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return folder
 
 
 def tower_folder() -> Path:

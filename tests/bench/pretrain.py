@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs import cluster, prepare, pretrain, train
-from mmagent import storage, text
+from mmagent import storage
 from mmagent.arguments import Parser, positive
 from mmagent.measurement import Row, publish, table
-from tests.bench import docstrings
-from tests.bench.texts import BACKBONE
+from tests.bench import docstrings, texts
 
 RECIPES = cluster.CHECKOUT / "jobs/recipes"
 PARTS = ("text", "minilm", "pairs")
@@ -38,6 +37,7 @@ WORKERS = ("cluster.workers=1", "cluster.threads=2", "cluster.max_failures=0")
 FEW = ("train.min_steps=120", "train.patience=0", "train.eval_every_steps=60", "train.eval_every_epochs=null")
 TEXT = ("data.max_text_tokens=48", "model.image=null", "model.audio=null", "freeze.strategy=all")
 SEEN = ("model.audio=null", "model.join=output", "augment={}")
+FRESH = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
 TEST_ROWS, TEXTS, CAPTIONS = 1500, 12_000, 1800
 
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
     rows: list[Row] = []
     try:
         for part in args.only or PARTS:
-            with tempfile.TemporaryDirectory(prefix=f"mmagent-{part}-") as place:
+            with tempfile.TemporaryDirectory(prefix=f"pretrain-{part}-") as place:
                 try:
                     rows += _measured(part, Path(place), args.labels, args.seeds, args.overrides)
                 finally:
@@ -128,7 +128,7 @@ def _text(place: Path, *, fresh: bool) -> Side:
         for test, split, count in ((False, "train", 100), (True, "test", TEST_ROWS // len(docstrings.LIBRARIES))):
             for each in rng.sample(of[test], min(count, len(of[test]))):
                 rows.append({"text": each.words, "label": library, "split": split})
-    backbone = str(encoder(place / "encoder")) if fresh else BACKBONE
+    backbone = str(texts.encoder(place / "encoder", **FRESH)) if fresh else texts.BACKBONE
     what = f"{'an encoder of fresh weights' if fresh else 'MiniLM'} tells whose function a text is about"
     more = ("optim.lr_backbone=0.001", "train.epochs=4") if fresh else ("train.epochs=1",)
     source = ("--config", str(RECIPES / "pretrain.yaml"), "--source", f"text:{place / 'text.txt'}")
@@ -137,21 +137,6 @@ def _text(place: Path, *, fresh: bool) -> Side:
         (f"model.backbone={backbone}",), (f"model.backbone=runs/{place.name}-first/backbone",),
         (*source, f"model.backbone={backbone}", "data.max_text_tokens=48", *more),
     )  # fmt: skip
-
-
-def encoder(folder: Path) -> Path:
-    """A checkpoint of random weights, as Transformers saves it, with MiniLM's tokenizer."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    tokenizer = text.load_tokenizer(BACKBONE)
-    made = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
-    )
-    BertModel(made, add_pooling_layer=False).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def _pairs(place: Path) -> Side:

@@ -1,4 +1,4 @@
-"""Labelled texts of so many tokens exactly, for measurements of speed."""
+"""Labelled texts of so many tokens exactly, and encoders to read texts, for measurements."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from jobs import prepare
 from mmagent import storage, text
@@ -28,6 +29,19 @@ def rows(count: int, tokenizer: Any, shortest: int, longest: int, seed: int = 0)
         said[int(rng.integers(len(said)))] = label
         out.append({"id": str(index), "text": " ".join(said), "label": label})
     return out
+
+
+def encoder(folder: Path, **settings: Any) -> Path:
+    """A BERT of random weights, of BERT base's size where `settings` say nothing else, as Transformers saves it, with
+    MiniLM's tokenizer; what is there is taken as it is."""
+    from transformers import BertConfig, BertModel
+
+    if not (folder / "tokenizer.json").exists():
+        torch.manual_seed(0)
+        tokenizer = text.load_tokenizer(BACKBONE)
+        BertModel(BertConfig(vocab_size=len(tokenizer), **settings), add_pooling_layer=False).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
 
 
 def written(name: str, train: int, *, shortest: int, longest: int) -> None:
