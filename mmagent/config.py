@@ -265,7 +265,12 @@ class FreezeConfig(_Section):
 class OptimConfig(_Section):
     name: Literal["adamw", "sgd"] = Field("adamw", description="both with decoupled weight decay (arXiv:1711.05101)")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of heads and join")
-    lr_towers: float | None = Field(None, gt=0, description="of the towers; none: lr")
+    lr_towers: float | None = Field(
+        None,
+        gt=0,
+        description="of the towers; none: lr, and lr / 10 for weights that have learned before (a checkpoint's, or those "
+        "of jobs.pretrain)",
+    )
     lr_backbone: float | None = Field(
         None,
         gt=0,

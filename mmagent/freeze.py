@@ -261,10 +261,26 @@ def _by_width(model: Trained, config: Config) -> float:
     return min(1.0, _WIDTH / model.backbone.width) ** 2
 
 
+_BEGUN = 1 / 10  # of the head's rate: what a tower learned before is not to be learned again
+
+
+def _begun(model: Trained, config: Config) -> set[int]:
+    """The parameters of towers that begin from learned weights, by identity; products of small rank do not."""
+    out: set[int] = set()
+    own = parts_of(model)
+    for name, section in zip(TOWERS, (config.model.image, config.model.audio), strict=True):
+        part = getattr(model, name, None)
+        inside = set() if part is None else {id(p) for each in lora.pretrained(part) for p in each.parameters()}
+        whole = isinstance(model.backbone, Native) or (section is not None and section.start is not None)
+        out |= {id(p) for key, p in own.get(name, []) if (whole or id(p) in inside) and ".lora_" not in key}
+    return out
+
+
 def groups(model: Trained, config: Config) -> list[dict[str, Any]]:
     """The trained parameters as optimizer groups: for each part (backbone, towers, rest) its learning rate, lower by
     `optim.layer_decay` with each layer of the language model below the last, and weight decay on matrices only.
-    Embeddings are matrices and decay, as in Transformers' Trainer.
+    Embeddings are matrices and decay, as in Transformers' Trainer. Where `optim.lr_towers` is not given, what a tower
+    learned before learns on at a tenth of the rate, what is fresh in it at the whole.
 
     A group's `stage` is when a gradual run opens it (see `stage`); 0: from the start.
     """
@@ -274,6 +290,7 @@ def groups(model: Trained, config: Config) -> list[dict[str, Any]]:
         "towers": optim.lr_towers or optim.lr,
         "rest": optim.lr,
     }
+    begun = set() if optim.lr_towers else _begun(model, config)
     above = _layers_above(model.backbone) if model.backbone is not None else {}
     opens = _stages(model.backbone) if model.backbone is not None and config.freeze.strategy == "gradual" else {}
     members: dict[tuple[str, float, int, bool], list[nn.Parameter]] = {}
@@ -281,6 +298,7 @@ def groups(model: Trained, config: Config) -> list[dict[str, Any]]:
         if parameter.requires_grad:
             part = "backbone" if first == "backbone" else "towers" if first in TOWERS else "rest"
             rate = rates[part] * optim.layer_decay ** above.get(id(parameter), 0)
+            rate *= _BEGUN if id(parameter) in begun else 1
             key = (part, rate, opens.get(id(parameter), 0), parameter.ndim > 1)
             members.setdefault(key, []).append(parameter)
     return [

@@ -280,6 +280,28 @@ def test_rates_and_decay_of_the_parts(make: Make, given: dict[str, float], rates
     assert {id(p) for p in model.image_tower.parameters()} <= towers
 
 
+def test_what_a_tower_learned_before_learns_on_slowly(make: Make) -> None:
+    model, config = make("all", {"optim.lr": 0.1})
+    tower = Seeing()
+    model.image_tower = tower
+    rates = {id(p): group["lr"] for group in freeze.groups(model, config) for p in group["params"]}
+    assert {rates[id(p)] for p in tower.model.parameters()} == {0.1 * 0.1}
+    assert {rates[id(p)] for p in tower.project.parameters()} == {0.1}
+    told = resolve(config.model_dump(mode="json"), {"optim.lr_towers": 0.3})
+    assert {g["lr"] for g in freeze.groups(model, told) if g["name"] == "towers"} == {0.3}
+
+
+def test_a_tower_that_starts_from_a_pretraining_learns_on_slowly(make: Make, tmp_path: Path) -> None:
+    model, config = make("connector", {"optim.lr": 0.1})
+    started = resolve(config.model_dump(mode="json"), {"model.image.start": str(tmp_path)})
+    groups = freeze.groups(model, started)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert model.image_tower is not None
+    assert model.audio_tower is not None
+    assert {rates[id(p)] for p in model.image_tower.parameters()} == {0.1 * 0.1}
+    assert {rates[id(p)] for p in model.audio_tower.parameters()} == {0.1}
+
+
 @pytest.mark.parametrize(
     ("kind", "below", "above"),
     [
