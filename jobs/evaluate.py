@@ -32,7 +32,7 @@ from jobs.page import SLICES, first_slice, read_curves, write_report
 from jobs.progress import Progress
 from jobs.summary import table_of
 from mmagent import bundle as bundles
-from mmagent import evaluation, predictions, shards, storage
+from mmagent import evaluation, predictions, report, shards, storage
 from mmagent.arguments import Parser, mapping, positive
 from mmagent.bundle import Bundle, BundleError
 from mmagent.predictions import EvaluationError
@@ -56,6 +56,7 @@ def evaluate(
     threads: int = 1,
     seed: int = 0,
     tasks: Mapping[str, str] | None = None,
+    more: Sequence[report.Section] = (),
 ) -> dict[str, Any]:
     """Evaluates on the connected Ray, writes the three files into `out`, and returns what evaluation.json holds.
 
@@ -66,6 +67,7 @@ def evaluate(
         without: a modality; also asks every question with it taken away.
         workers: processes that answer, each with a copy of the model and `threads` CPU threads.
         tasks: the bundle's task for a task of the data set, where the names do not say it (see `jobs.transfer`).
+        more: sections of report.html behind the first one.
 
     Raises:
         BundleError, DatasetError, BackboneError: what is missing, and where.
@@ -90,7 +92,7 @@ def evaluate(
         result["own"] = own
     storage.publish_json(out / "evaluation.json", result)
     curves = read_curves(found.path.parent / "metrics.jsonl")
-    write_report(result, found, dataset, table, out, slices=slices, seed=seed, curves=curves)
+    write_report(result, found, dataset, table, out, slices=slices, seed=seed, curves=curves, more=more)
     return result
 
 

@@ -128,6 +128,7 @@ class Plan:
     golden_source: tuple[Path, ...]  # shards of the validation split
     parts: tuple[freeze.Part, ...]  # trained and total parameters
     features: tuple[Kept, ...] = ()  # states of frozen parts that come with the rows
+    stages: tuple[int, ...] = ()  # steps that are validated beside those of the config: where a search compares
 
 
 @dataclass(slots=True)
@@ -233,7 +234,7 @@ def train(group: Group, plan: Plan) -> None:
         post.at("collective")
         losses = [float(loss) for _, _, loss in passes]
         step = state.step + 1
-        due = step % config.train.eval_every_steps == 0 or step >= plan.total_steps
+        due = step % config.train.eval_every_steps == 0 or step in plan.stages or step >= plan.total_steps
         asked, first = group.asked(), group.rank == 0
         stop = bool(asked) or (first and (plan.folder / STOP_FILE).exists())
         log_due = first and (meter.since_log_s() >= _LOG_EVERY_S or due)
@@ -303,17 +304,19 @@ def train(group: Group, plan: Plan) -> None:
             saved_s = time.monotonic()
             phases.enter("other")
             meter.restart()
+        early = 0 < config.train.patience <= state.unimproved
+        done = bool(stopping) or early or state.step >= plan.total_steps
         if due:
-            if plan.bundle is None:  # a trial of a search, which may be ended where it reports
+            if plan.bundle is None:  # a trial of a search: whoever compares it may take what it has learned
                 checkpoints.wait()
-            group.report({"step": float(state.step), "score": state.score, "best_score": state.best_score, **metrics})
+            where = {"step": float(state.step), "total_steps": float(plan.total_steps), "done": float(done)}
+            goes_on = group.all(group.report({**where, "score": score, **metrics}))
+            stopping, done = float(bool(stopping) or not (goes_on or done)), done or not goes_on
         if stopping:
             reasons = [f"rank {rank}: {why}" for rank, why in enumerate(group.gather(asked)) if why]
             log.write({"kind": "stop", "step": state.step, "reason": "; ".join(reasons) or "asked to"})
         if noticed:  # no end of the group's: until Ray takes the machine away there is time to learn
             log.write({"kind": "drain", "step": state.step})
-        early = 0 < config.train.patience <= state.unimproved
-        done = bool(stopping) or early or state.step >= plan.total_steps
     feed.close()
     checkpoints.wait()
 

@@ -96,7 +96,7 @@ def _entry(work: Callable[[Group], Any], rank: int, world: int, config: Config, 
     backend = "nccl" if config.cluster.gpu else "gloo"
     try:
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
-        sender.send((False, work(Group(rank=rank, world=world, blocks=_no_stream, report=print))))
+        sender.send((False, work(Group(rank=rank, world=world, blocks=_no_stream, report=lambda _: True))))
         dist.destroy_process_group()
     except Exception as error:  # noqa: BLE001  told by the parent
         sender.send((True, f"{type(error).__name__}: {error}" if str(error) else repr(error)))

@@ -6,7 +6,9 @@ runs/NAME/{config.yaml, metrics.jsonl, tb/, checkpoints/step_N/, evaluation.json
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from mmagent.targets import TaskInfo
 from mmagent.tasks import make_all
 
 CONFIG_FILE = "config.yaml"
+_SPLITS = ("train", "validation")  # that a run reads
 
 
 class RunError(ValueError):
@@ -62,7 +65,7 @@ class Run:
         """The same run with no step left: to export what it has."""
         return replace(self, plan=replace(self.plan, total_steps=self.resumed_step()))
 
-    def fit(self, callbacks: list[Any] | None = None) -> bool:
+    def fit(self) -> bool:
         """Trains to the end and exports, or until asked to stop; whether it came to the end.
 
         Raises:
@@ -76,7 +79,7 @@ class Run:
         except states.Stopped:
             return False
         work = functools.partial(train, plan=plan)
-        workers.run(work, self.config, self.folder, _streams(plan, self.dataset), callbacks)
+        workers.run(work, self.config, self.folder, streams(plan, self.dataset))
         return self.exported
 
     def stop(self) -> None:
@@ -166,12 +169,29 @@ def _checkpoints(folder: Path) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", rank=0, barrier=bool, keep_last=1)
 
 
-def _streams(plan: Plan, dataset: Dataset) -> dict[str, Callable[[int], Any]]:
-    return {name: functools.partial(_stream, plan, dataset, name) for name in ("train", "validation")}
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What a run reads of a split: a stream for a number of workers, made anew at each call."""
+
+    plan: Plan
+    dataset: Dataset
+    split: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is read to its end, and then kept by the run."""
+        return self.split != "train"
+
+    def __call__(self, world: int) -> Any:
+        return stream.training_stream(*reads(self.plan, self.dataset, self.split, world))
+
+    def key(self, world: int) -> str:
+        """Streams of one key bring the same rows in the same order."""
+        return hashlib.sha256(pickle.dumps(reads(self.plan, self.dataset, self.split, world))).hexdigest()
 
 
-def _stream(plan: Plan, dataset: Dataset, split: str, world: int) -> Any:
-    return stream.training_stream(*reads(plan, dataset, split, world))
+def streams(plan: Plan, dataset: Dataset) -> dict[str, Stream]:
+    return {split: Stream(plan, dataset, split) for split in _SPLITS}
 
 
 def reads(plan: Plan, dataset: Dataset, split: str, world: int) -> tuple[Order, Layout, Position, int]:

@@ -1,213 +1,453 @@
 """Searches learning rate, dropout, freezing strategy, or any other key of a recipe, and exports the winner.
 
-    python -m jobs.search --config RECIPE.yaml --space SPACE.yaml --name NAME
+    python -m jobs.search --config RECIPE.yaml --space SPACE.yaml --name NAME [key.path=value ...]
     ray job submit --working-dir . -- python -m jobs.search --config RECIPE.yaml --space SPACE.yaml --name NAME
 
-A trial is a training under Ray Train with some keys of the recipe replaced; Ray Tune draws them from the space, and
-ASHA stops those that fall behind. The recipe's own values are always the first trial. What is written, in
-ROOT/search/NAME: trials.json, winner.json, trials/ID (a run folder each) and the winner's bundle/.
+A trial is a training with some keys of the recipe replaced, drawn from the space (see `mmagent.space` for its file;
+none: jobs/recipes/space.yaml). The recipe's own values are always the first trial. Trials take turns in worker groups
+that stay (`jobs.lanes`), under Ray Tune (`jobs.trials`); those that fall behind end early. The winner has to beat the
+recipe's own values by more than these deviate over three seeds, else they stay.
 
-A space is a YAML file:
-
-    trials: 4                       # the recipe's own values among them
-    grace_steps: 10                 # steps before a trial may be stopped
-    set: {data.share: 0.1}          # for every trial
-    space:
-      optim.lr: {loguniform: [3.0e-4, 5.0e-3]}
-      model.dropout: {uniform: [0.0, 0.3]}
-      freeze.strategy: {choice: [connector, "top:2", all]}
+ROOT/search/NAME: search.yaml, trials.json, winner.json, evaluation.json (the test split, asked once), report.html, the
+winner's bundle/, trials/ID (a run folder each) and seeds/. Ctrl-C ends it; the same command goes on.
 """
 
 from __future__ import annotations
 
-import difflib
-import signal
+import functools
+import json
+import shutil
+import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs import cluster
-from jobs.cluster import ClusterError
-from jobs.lock import LockError, locked
+from jobs.train import user_errors
 from mmagent import config as configs
+from mmagent import space as spaces
 from mmagent import storage
 from mmagent.arguments import Parser
 from mmagent.config import Config, ConfigError
-from mmagent.shards import Dataset, DatasetError
-from mmagent.text import BackboneError
+from mmagent.shards import Dataset
+from mmagent.space import Dimension, Sample, Space
 
 if TYPE_CHECKING:
-    from jobs.trials import Trial
+    from jobs.lanes import Job, Lanes
+    from jobs.run import Run
+    from jobs.trials import Stages, Trial
+    from mmagent.targets import TaskInfo
 
-_LEFT_TIMEOUT_S = 30.0
-
-
-class Space(BaseModel):
-    """The file of a search space."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    trials: int = Field(8, gt=0, description="how many, the recipe's own values among them")
-    grace_steps: int = Field(10, gt=0, description="optimizer steps before a trial may be stopped")
-    concurrent: int | None = Field(None, gt=0, description="trials at a time; none: as many as the cluster's CPUs hold")
-    set: dict[str, Any] = Field({}, description="dotted keys replaced in every trial")
-    space: dict[str, Any] = Field(description="dotted keys to distributions")
+SPACE = cluster.CHECKOUT / "jobs/recipes/space.yaml"
+_HELD, _WINNER = "search.yaml", "winner.json"
+_COSTS = "costs.json"  # of a trial
+_TIMED = 15  # answers
+_LOWER = ("loss", "nll", "brier", "ece", "mae", "rmse", "perplexity")  # the better
+_CHECKED = ("model.", "freeze.", "data.", "train.micro_batch", "train.accumulation")  # what may make no model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("jobs.search", __doc__, keys=configs.keys())
     parser.add_argument("--config", required=True, type=Path, help="the recipe")
-    parser.add_argument("--space", required=True, type=Path, help="the search space")
-    parser.add_argument("--name", required=True, help="the search's name")
+    parser.add_argument("--space", type=Path, default=SPACE, help="the search space (default: jobs/recipes/space.yaml)")
+    parser.add_argument("--name", required=True, help="the search's name; given again, the search goes on")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="in place of what the recipe says")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job ends as Ctrl-C does
     try:
         return search(args.config, args.space, args.name, args.overrides)
-    except (ConfigError, DatasetError, BackboneError, ClusterError, storage.StorageError) as error:
+    except _errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: nothing is exported; the same command searches anew", file=sys.stderr)
+        print("stopped: the same command goes on", file=sys.stderr)
         return 130
+
+
+def _errors() -> tuple[type[BaseException], ...]:
+    if "jobs.lanes" not in sys.modules:
+        return user_errors()
+    from jobs.lanes import LaneError
+
+    return user_errors(LaneError)
 
 
 def search(recipe: Path, space_file: Path, name: str, overrides: Sequence[str]) -> int:
     """Runs the search and exports the winner; the exit status."""
-    config, space = configs.load(recipe, overrides), load_space(space_file)
-    base = configs.override(config, space.set)
-    first = {key: configs.value(base, key) for key in space.space}
+    config, space = configs.load(recipe, overrides), spaces.load(space_file)
+    fixed = {**space.set, **({"train.max_steps": int(space.most)} if space.most and space.unit == "steps" else {})}
+    base, dims = configs.override(config, fixed), spaces.dimensions(space)
     folder = storage.folder("search", name)
     Dataset.open(storage.folder("data", config.data.name))
+    _check_space(base, space, dims)
+    if _held(folder, base, space) and (folder / _WINNER).exists():
+        print(f"the search {name!r} is finished: {_told(folder)}\nanother --name searches anew")
+        return 0
     cluster.connect()
-    from jobs import run, trials
+    from jobs.lock import locked
 
-    try:
-        distributions = {key: trials.distribution(key, spec) for key, spec in space.space.items()}
-        with locked(folder):
-            return _search(base, space, first, distributions, folder)
-    except (trials.SpaceError, run.RunError, LockError) as error:
-        raise ConfigError(str(error)) from error
+    with locked(folder):
+        storage.publish(folder / _HELD, _written(base, space))
+        return _search(base, space, dims, folder)
 
 
-def _search(base: Config, space: Space, first: dict[str, Any], distributions: dict[str, Any], folder: Path) -> int:
-    import ray
+def _search(base: Config, space: Space, dims: Sequence[Dimension], folder: Path) -> int:
+    from jobs import trials
+    from jobs.lanes import Lanes
 
-    from jobs import run, trials, workers
+    began = time.monotonic()
 
-    began = time.time()
-    before = _living(ray)  # the export below has its own, which end with this process
-    plan = run.prepare(base, folder / "trials" / "check").plan  # what is wrong with the recipe, said once
-    print(f"search {folder.name}: {space.trials} trials of up to {plan.total_steps} steps", flush=True)
+    def tell(line: str) -> None:
+        print(f"[{_clock(time.monotonic() - began)}] {line}", flush=True)
 
-    def work(sample: dict[str, Any], trial_id: str, callbacks: list[Any]) -> None:
-        trial = run.prepare(configs.override(base, sample), folder / "trials" / trial_id, export=False)
-        trial.fit(callbacks)
-
-    done = trials.run(
-        work,
-        distributions,
-        first=first,
-        trials=space.trials,
-        concurrent=space.concurrent or workers.room(base),
-        max_steps=plan.total_steps,
-        grace_steps=space.grace_steps,
-        seed=base.seed,
-        folder=folder,
-        tell=lambda line: print(f"[{_clock(time.time() - began)}] {line}", flush=True),
+    # What is wrong with the recipe, or with what the space may make of it, is said before the first trial.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".check-") as place:
+        first, stages = _checked(base, space, dims, Path(place))
+    concurrent = min(_room(base, space), space.trials)
+    print(
+        f"search {folder.name}: {space.trials} trials of up to {stages.most:g} {stages.unit}, {concurrent} at a time",
+        flush=True,
     )
-    workers.release()
-    status = _count_left(ray, before)
-    storage.publish_json(folder / "trials.json", [_as_json(trial) for trial in done])
-    print(_table(done))
-    scored = [trial for trial in done if trial.score is not None]
-    if not scored:
-        raise ConfigError(f"no trial came to its first validation; their errors are in {folder / 'trials.json'}")
-    winner = max(scored, key=lambda trial: (trial.score, -trial.step))
-    config = configs.override(base, winner.sample)
-    finished = run.prepare(config, folder / "trials" / winner.id, bundle=folder / "bundle", name=folder.name)
-    finished.at_its_end().fit()
-    note = {"trial": winner.id, "sample": dict(winner.sample), "score": winner.score, "bundle": str(folder / "bundle")}
-    storage.publish_json(folder / "winner.json", note)
-    print(f"winner  {winner.id}: accuracy {winner.score:.2%} on validation, {trials.short(winner.sample)}")
-    print(f"bundle  {folder / 'bundle'}")
-    return status
+    with Lanes(base, folder / "lanes", concurrent) as groups, trials.quiet():
+        make = functools.partial(job, storage.root(), base, stages, space.method)
+        done = trials.run(
+            make, folder, space, dims, [first], groups.desk, stages=stages, trials=space.trials,
+            concurrent=concurrent, seed=base.seed, metric=_metric(space), tell=tell,
+        )  # fmt: skip
+        if any(each.state == "cut" for each in done) or len(done) < space.trials:
+            raise KeyboardInterrupt
+        storage.publish_json(folder / "trials.json", [_as_json(each, folder) for each in done])
+        print(_table(done))
+        scored = [each for each in done if each.quality is not None]
+        if not scored:
+            raise ConfigError(f"no trial came to its first validation; their errors are in {folder / 'trials.json'}")
+        verdict = _verdict(base, space, stages, done, folder, groups, tell)
+        winner = next(each for each in done if each.id == verdict["trial"])
+        if space.cost == "latency_ms":
+            _time(base, done, folder, groups, tell)
+        tell(f"exporting {winner.id}")
+        home = folder / "trials" / winner.id
+        run = _export(configs.override(base, winner.sample), home, folder.name, folder / "bundle", groups)
+    _finish(run, space, dims, stages, done, verdict, folder)
+    print(f"winner  {_told(folder)}\nbundle  {folder / 'bundle'}\nreport  {folder / 'report.html'}")
+    return 0
 
 
-def load_space(file: Path) -> Space:
-    """Reads a space.
+# -- before the first trial --------------------------------------------------------------------------------------------
+
+
+def _check_space(base: Config, space: Space, dims: Sequence[Dimension]) -> None:
+    """What can be told without Ray and the model."""
+    for sample in spaces.corners(dims):
+        try:
+            configs.override(base, sample)
+        except ConfigError as error:
+            raise ConfigError(f"the space cannot run, {spaces.short(sample)}: {error}") from error
+    if space.unit == "seconds" and space.most is None:
+        raise ConfigError("unit: seconds wants most: the seconds of training that a trial may take")
+    if space.method == "population":
+        changed = spaces.mutable(dims)
+        if not changed:
+            kinds = ", ".join(spaces.MUTABLE)
+            raise ConfigError(
+                f"method: population changes numbers while a trial trains, but the space has none: a {kinds} of a "
+                "learning rate, weight decay, dropout or augmentation is wanted"
+            )
+        for each in changed:
+            if configs.value(base, each.key) is None:
+                raise ConfigError(
+                    f"method: population changes {each.key} by factors, but the recipe leaves it open: give it a number"
+                )
+        if space.trials < 4:
+            raise ConfigError(
+                f"method: population wants 4 trials or more, of which a quarter changes; got {space.trials}"
+            )
+
+
+def _held(folder: Path, base: Config, space: Space) -> bool:
+    """Whether there is a search of this name, begun with the same recipe and space.
 
     Raises:
-        ConfigError: no such file, not YAML, or an unknown key, with the nearest right one.
+        ConfigError: it began with others.
     """
-    try:
-        space = Space.model_validate(yaml.safe_load(Path(file).read_text()))
-    except OSError as error:
-        raise ConfigError(f"cannot read the search space {file}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the search space {file} is not YAML: {error}") from error
-    except ValidationError as error:
-        raise ConfigError(f"the search space {file}: {_explain(error.errors()[0])}") from error
-    known = configs.keys()
-    for key in (*space.set, *space.space):
-        if key not in known:
-            raise ConfigError(f"the search space {file}: {configs.unknown(key)}")
-    return space
+    file = folder / _HELD
+    if not file.exists():
+        return False
+    if yaml.safe_load(file.read_text()) != yaml.safe_load(_written(base, space)):
+        state = "is finished" if (folder / _WINNER).exists() else "has begun"
+        raise ConfigError(
+            f"a search called {folder.name!r} {state}, with another recipe or space ({file}): give another --name"
+        )
+    return True
 
 
-def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, Space.model_fields, n=1, cutoff=0.0)[0]
-        return f"unknown key {key!r}: did you mean {near!r}? There are {', '.join(Space.model_fields)}"
-    if item["type"] == "missing":
-        example = "{optim.lr: {loguniform: [1.0e-4, 1.0e-2]}}"
-        return f"{key} is missing: {Space.model_fields[key].description}, e.g. {example}"
-    if not key:
-        return f"it holds {type(item['input']).__name__}, but a map with trials and space is wanted (see --help)"
-    return f"{key}: got {item['input']!r:.80}, but {item['msg']}"
+def _written(base: Config, space: Space) -> str:
+    held = {"space": space.model_dump(mode="json"), "recipe": base.model_dump(mode="json")}
+    return yaml.safe_dump(held, sort_keys=False)
 
 
-def _table(done: list[Trial]) -> str:
-    from jobs.trials import short
+def _checked(base: Config, space: Space, dims: Sequence[Dimension], place: Path) -> tuple[Sample, Stages]:
+    """The recipe's own sample, and how time is counted.
 
-    lines = ["", f"{'trial':14s}{'accuracy':>10s}{'steps':>7s}  sample"]
-    for trial in sorted(done, key=lambda trial: -(trial.score or 0.0)):
-        score = f"{trial.score:.2%}" if trial.score is not None else "-"
-        lines.append(f"{trial.id:14s}{score:>10s}{trial.step:>7d}  {short(trial.sample)}  {trial.error or ''}".rstrip())
+    Raises:
+        ConfigError: something that the space may draw makes no run, or a metric that there is not.
+    """
+    from jobs import run
+    from jobs.trials import Stages
+
+    made = run.prepare(base, place / "own", export=False)
+    for line in made.notes:
+        print(line, flush=True)
+    _check_metric(space, made.plan.tasks)
+    own = spaces.own(made.config, dims)
+    for number, sample in enumerate(spaces.corners(dims)):
+        if not any(key.startswith(_CHECKED) for key in sample):
+            continue
+        try:
+            run.prepare(configs.override(base, sample), place / str(number), export=False)
+        except (run.RunError, ConfigError, ValueError) as error:
+            raise ConfigError(f"the space cannot run, {spaces.short(sample)}: {error}") from error
+    most = space.most if space.most and space.unit == "seconds" else float(made.plan.total_steps)
+    grace = space.grace or max(1.0, most / (16 if space.method == "population" else space.reduction**2))
+    if grace > most:
+        raise ConfigError(f"grace={grace:g} {space.unit}, but a trial has {most:g}")
+    return own, Stages(space.unit, grace, most, space.reduction)
+
+
+def _check_metric(space: Space, infos: Mapping[str, TaskInfo]) -> None:
+    from mmagent.tasks import make_all
+
+    tasks = make_all(infos)
+    known = ["score", "loss"]
+    for name, task in tasks.items():
+        known += [f"{name}/{each}" if len(tasks) > 1 else each for each in task.measures]
+    # Behind the score may stand a kind of input: accuracy/text+image.
+    if space.metric and not {space.metric, space.metric.rpartition("/")[0]} & set(known):
+        raise ConfigError(f"metric={space.metric} is not reported: there are {', '.join(known)}")
+
+
+def _room(base: Config, space: Space) -> int:
+    """How many trials at a time.
+
+    Raises:
+        ConfigError: the cluster does not have the workers of one, and cannot get them.
+    """
+    from jobs import workers
+
+    what, wanted = ("GPU" if base.cluster.gpu else "CPU"), base.cluster.workers
+    has, most = workers.capacity(what)
+    if wanted > most:
+        grows = f", and grows to {most:g}" if most > has else ""
+        raise ConfigError(
+            f"cluster.workers={wanted} want {wanted} {what}s or more, but the cluster has {has:g}{grows}: give fewer "
+            "workers, or add machines (ray start --address=...)"
+        )
+    room = workers.room(base)
+    return min(space.concurrent, room) if space.concurrent else room
+
+
+def _metric(space: Space) -> tuple[str, bool]:
+    name = space.metric or ""
+    return name, not any(part in _LOWER for part in name.split("/"))
+
+
+# -- trials ------------------------------------------------------------------------------------------------------------
+
+
+def job(root: Path, base: Config, stages: Stages, method: str, sample: Sample, place: Path, name: str) -> Job:
+    """A trial's work: the training of a sample, in a folder of its own, validated at each stage too.
+
+    Args:
+        root: of storage, as the command sees it.
+    """
+    from jobs import run
+
+    storage.use(root)
+    made = run.prepare(configs.override(base, sample), place, export=False)
+    trained = {"trained_parameters": sum(part.trained for part in made.plan.parts)}
+    storage.publish_json(place / _COSTS, {**_costs_of(place), **trained})
+    return _job_of(made, name, stages=stages.steps(method, made.plan.total_steps))
+
+
+def _costs_of(place: Path) -> dict[str, Any]:
+    file = place / _COSTS
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _job_of(made: Run, name: str, **changed: Any) -> Job:
+    from jobs import run, states
+    from jobs.lanes import Job
+    from jobs.loop import STOP_FILE, train
+
+    plan = replace(made.plan, **changed)
+    plan = replace(plan, features=states.keep(plan, made.dataset, (made.folder / STOP_FILE).exists))
+    return Job(name, functools.partial(train, plan=plan), run.streams(plan, made.dataset), made.config, made.folder)
+
+
+def _verdict(
+    base: Config, space: Space, stages: Stages, done: Sequence[Trial], folder: Path, groups: Lanes, tell: Any
+) -> dict[str, Any]:
+    """Who wins: the best trial, where it beats the recipe's own values by more than these deviate over seeds."""
+    from jobs.trials import quality
+
+    own = done[0]
+    reached = {each.id: each.quality for each in done if each.quality is not None}
+    best = max((each for each in done if each.id in reached), key=lambda each: (reached[each.id], -each.step))
+    metric = _metric(space)
+    found: dict[str, Any] = {"trial": best.id, "sample": dict(best.sample), "score": best.quality}
+    if best.id == own.id or space.seeds == 1:
+        why = "no trial did better than the recipe's own values" if best.id == own.id else ""
+        return {**found, "own": {"scores": [own.quality], "mean": own.quality, "deviation": None}, "why": why}
+    tell(f"{best.id} is ahead: the recipe's own values over {space.seeds} seeds")
+    places, jobs = [], []
+    for index in range(space.seeds):
+        place = folder / "trials" / own.id if index == 0 and own.error is None else folder / "seeds" / f"s{index}"
+        places.append(place)
+        if not _ended(place, own if index == 0 else None):
+            sample = {**own.sample, "seed": base.seed + index}
+            jobs.append(job(storage.root(), base, stages, space.method, sample, place, f"seed{index}#0"))
+    if jobs:
+        groups.run(jobs, tell)
+    scores = [max(quality(row, metric) for row in _validations(place)) for place in places]
+    mean, deviation = statistics.mean(scores), statistics.stdev(scores)
+    found["own"] = {"scores": scores, "mean": mean, "deviation": deviation}
+    margin = reached[best.id] - mean
+    if margin > deviation:
+        why = f"{best.id} is {margin:.4g} above the mean of the recipe's own values, which deviate by {deviation:.4g}"
+        return {**found, "why": why}
+    kept = {"trial": own.id, "sample": dict(own.sample), "score": own.quality, "own": found["own"]}
+    why = (
+        f"{best.id} reached {best.quality:.4g}, {margin:+.4g} to the mean of the recipe's own values over "
+        f"{space.seeds} seeds, which deviate by {deviation:.4g}: that is no gain, and they stay"
+    )
+    return {**kept, "why": why, "best": {"trial": best.id, "score": best.quality}}
+
+
+def _validations(place: Path) -> list[dict[str, Any]]:
+    from jobs.watch import whole_lines
+
+    return [row for row in whole_lines(place / "metrics.jsonl") if row["kind"] == "validation"]
+
+
+def _ended(place: Path, trial: Trial | None) -> bool:
+    """Whether a run of the recipe's own values came to its last step."""
+    if trial is not None:
+        return trial.state == "done"
+    file = place / "metrics.jsonl"
+    if not file.exists():
+        return False
+    from jobs.watch import whole_lines
+
+    rows = [row for row in whole_lines(file) if row["kind"] == "train"]
+    return bool(rows) and rows[-1]["step"] >= rows[-1]["total_steps"]
+
+
+def _export(config: Config, place: Path, name: str, bundle: Path, groups: Lanes) -> Run:
+    """The best checkpoint of the trial in `place` as a bundle; its run."""
+    from jobs import run
+
+    made = run.prepare(config, place, bundle=bundle, name=name)
+    made = replace(made, plan=replace(made.plan, total_steps=made.resumed_step()))
+    if not made.exported:
+        groups.run([_job_of(made, f"{place.name}#export")], lambda _: None)
+    return made
+
+
+def _time(base: Config, done: Sequence[Trial], folder: Path, groups: Lanes, tell: Any) -> None:
+    """Notes what an answer of each trial's bundle takes, one at a time: the middle one of several."""
+    for each in done:
+        place = folder / "trials" / each.id
+        known = _costs_of(place)
+        if each.quality is None or "latency_ms" in known:
+            continue
+        made = _export(configs.override(base, each.sample), place, each.id, place / "timed", groups)
+        found = _latency_ms(place / "timed", made)
+        shutil.rmtree(place / "timed")
+        storage.publish_json(place / _COSTS, {**known, "latency_ms": found})
+        tell(f"{each.id}  {found:.1f} ms an answer")
+
+
+def _latency_ms(bundle: Path, made: Run) -> float:
+    from mmagent import Predictor
+    from mmagent.record import Record
+
+    predictor = Predictor.load(bundle)
+    row = next(made.dataset.read("validation")).slice(0, 1).to_pylist()[0]
+    record, times = Record.from_row(row), []
+    for _ in range(_TIMED):
+        began = time.perf_counter()
+        predictor.predict([record])
+        times.append(1000 * (time.perf_counter() - began))
+    return round(statistics.median(times), 3)
+
+
+# -- afterwards --------------------------------------------------------------------------------------------------------
+
+
+def _finish(
+    run: Run,
+    space: Space,
+    dims: Sequence[Dimension],
+    stages: Stages,
+    done: Sequence[Trial],
+    verdict: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Asks the test split once, and writes what the search came to: winner.json last."""
+    from jobs.evaluate import evaluate
+    from jobs.page import describe
+    from jobs.summary import table_of
+    from mmagent import bundle as bundles
+    from mmagent import contest, defaults, report
+
+    history = [_as_json(each, folder) for each in done]
+    told = {"space": space.model_dump(mode="json"), "seed": run.config.seed, "verdict": verdict, "trials": history}
+    bundles.add(folder / "bundle", {"search.json": json.dumps(told, indent=1) + "\n"})
+    shutil.copyfile(run.folder / "metrics.jsonl", folder / "metrics.jsonl")
+    sections = contest.sections(space, dims, history, verdict, 1 / stages.budget)
+    if run.dataset.rows("test"):
+        takes = json.loads((folder / "bundle/manifest.json").read_text())["modalities"]
+        seen = "image" in defaults.modalities(run.dataset).intersection(takes)
+        result = evaluate(
+            folder / "bundle", run.dataset, "test", out=folder, before=True, without="image" if seen else None,
+            workers=run.config.cluster.workers, threads=run.config.cluster.threads, seed=run.config.seed,
+            more=sections,
+        )  # fmt: skip
+        describe(folder / "bundle", run.dataset, result)
+        print(table_of(result))
+    else:
+        print("the data set has no test split: no evaluation")
+        storage.publish(folder / "report.html", report.page(f"Search {folder.name}", "no test split", sections))
+    note = {**verdict, "bundle": str(folder / "bundle")}
+    storage.publish_json(folder / _WINNER, note)
+
+
+def _told(folder: Path) -> str:
+    note = json.loads((folder / _WINNER).read_text())
+    why = f"; {note['why']}" if note["why"] else ""
+    return f"{note['trial']}: {note['score']:.4g} on validation, {spaces.short(note['sample'])}{why}"
+
+
+def _table(done: Sequence[Trial]) -> str:
+    lines = ["", f"{'trial':8s}{'best':>10s}{'steps':>7s}{'seconds':>9s}  {'':8s}sample"]
+    for each in sorted(done, key=lambda each: -(each.quality if each.quality is not None else -1e30)):
+        best = f"{each.quality:.4g}" if each.quality is not None else "-"
+        row = f"{each.id:8s}{best:>10s}{each.step:>7d}{each.seconds:>9.1f}  {each.state:8s}{spaces.short(each.sample)}"
+        lines.append(f"{row}  {each.error or ''}".rstrip())
     return "\n".join(lines) + "\n"
 
 
-def _as_json(trial: Trial) -> dict[str, Any]:
+def _as_json(trial: Trial, folder: Path) -> dict[str, Any]:
     return {
-        "id": trial.id, "sample": dict(trial.sample), "score": trial.score, "step": trial.step, "error": trial.error,
-        "metrics": dict(trial.metrics),
+        "id": trial.id, "sample": dict(trial.sample), "quality": trial.quality, "step": trial.step,
+        "state": trial.state, "error": trial.error, "seconds": trial.seconds,
+        **_costs_of(folder / "trials" / trial.id), "reports": list(trial.reports),
     }  # fmt: skip
-
-
-def _living(ray: Any) -> set[str]:
-    """The actors of this job that live."""
-    from ray.util.state import list_actors
-
-    context = ray.get_runtime_context()
-    mine = [("state", "=", "ALIVE"), ("job_id", "=", context.get_job_id())]
-    return {actor.actor_id for actor in list_actors(context.gcs_address, filters=mine, limit=1000)}
-
-
-def _count_left(ray: Any, before: set[str]) -> int:
-    """Waits until the trials' actors are gone; the exit status says whether any is left."""
-    deadline = time.monotonic() + _LEFT_TIMEOUT_S
-    while (left := _living(ray) - before) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    if left:
-        print(f"error: {len(left)} actors of the trials are still there: {sorted(left)[:3]}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _clock(seconds: float) -> str:

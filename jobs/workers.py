@@ -18,6 +18,7 @@ import pyarrow as pa
 import ray
 import torch
 import torch.distributed as dist
+from ray._private.state import state as global_state
 from ray._raylet import PlacementGroupID
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -30,7 +31,7 @@ from jobs import failures, forecast, stream, vigil
 from jobs.failures import Failure
 from mmagent.config import Config
 
-__all__ = ["Final", "Group", "WorkersFailed", "release", "room", "run"]
+__all__ = ["Final", "Group", "WorkersFailed", "room", "run", "stay"]
 
 _RELEASE_TIMEOUT_S = 30.0
 _DATA_CPUS = 1.6  # left for the tasks of a stream: reading asks for 1
@@ -53,7 +54,7 @@ class Group:
     rank: int
     world: int
     blocks: Callable[[str], Iterator[pa.Table]]  # a stream by name: one table for each optimizer step
-    report: Callable[[dict[str, float]], None]
+    report: Callable[[dict[str, float]], bool]  # of a validation; whether the run goes on
     asked: Callable[[], str] = str  # why this rank's process shall end, or nothing
     drained: Callable[[], bool] = bool  # whether a machine of the group is to go: Ray moves the group when it does
     failure: Failure | None = None  # that this start of the workers follows
@@ -96,11 +97,7 @@ class _InTurn(DataConfig):
 
 
 def run(
-    work: Callable[[Group], None],
-    config: Config,
-    folder: Path,
-    streams: Mapping[str, Callable[[int], Any]],
-    callbacks: list[Any] | None = None,
+    work: Callable[[Group], None], config: Config, folder: Path, streams: Mapping[str, Callable[[int], Any]]
 ) -> None:
     """Runs `work` in every worker of a group, again from the start where workers fail (`cluster.max_failures`), with
     fewer of them where there is no room for all (`cluster.min_workers`).
@@ -116,7 +113,7 @@ def run(
     start, count = uuid.uuid4().hex[:8], 0
     while True:
         try:
-            final = _fit(work, config, folder, streams, callbacks, start)
+            final = _fit(work, config, folder, streams, start)
             break
         except TrainingFailedError as error:
             count += 1
@@ -128,12 +125,54 @@ def run(
         raise WorkersFailed(final)
 
 
+def stay(
+    work: Callable[[Group, Mapping[str, Any]], None],
+    spec: Mapping[str, Any],
+    config: Config,
+    folder: Path,
+    cpus: float,
+    watch: Callable[[Mapping[int, Exception]], None],
+) -> None:
+    """Runs `work` in every worker of a group, which lives until all of them return, and is started again whenever one
+    fails; what it does meanwhile is its own affair (see `jobs.lanes`).
+
+    Args:
+        spec: given to `work`, with ``reserved_cpus``, which its streams must leave alone.
+        cpus: of each worker (`cpus_of_a_worker`).
+        watch: is told why workers failed, in the controller's process.
+
+    Raises:
+        WorkersFailed: no group comes to stand any more.
+    """
+    workers = config.cluster.workers
+    entry: Any = _staying
+    watching: Any = _Told(watch)
+    reserved = cpus * workers + ray.cluster_resources().get("CPU", 0.0) - _free("CPU")
+    trainer: Any = TorchTrainer(
+        entry,
+        train_loop_config={
+            "work": work, "threads": config.cluster.threads, "spec": {**spec, "reserved_cpus": reserved},
+        },
+        scaling_config=_scaling(config, workers, cpus),
+        torch_config=_torch(config),
+        run_config=RunConfig(
+            name="lane",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[watching],
+        ),
+    )  # fmt: skip
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise WorkersFailed(_last_words(error, None)) from error
+
+
 def _fit(
     work: Callable[[Group], None],
     config: Config,
     folder: Path,
     streams: Mapping[str, Callable[[int], Any]],
-    callbacks: list[Any] | None,
     start: str,
 ) -> str:
     """One group, with as many workers as there is room for; what its workers gave back: why another try makes no sense,
@@ -141,17 +180,15 @@ def _fit(
     counted anew. Ray's own elastic groups (2.60) count the CPUs of whole nodes, also those that a service holds, and
     leave none to the tasks that read the data."""
     workers = _workers(config)
-    cpus = _cpus_of_a_worker(config, workers)
+    cpus = cpus_of_a_worker(config, workers)
     entry: Any = _entry  # what Ray declares is its first Train, which took no return value and other callbacks
     given: Any = {name: functools.partial(_as_it_is, make) for name, make in streams.items()}
     watching: Any = _Failures(folder, config, start)
     trainer: Any = TorchTrainer(
         entry,
         train_loop_config={"work": work, "threads": config.cluster.threads, "folder": folder, "start": start},
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus)
-        ),
-        torch_config=TorchConfig(backend="nccl" if config.cluster.gpu else "gloo"),
+        scaling_config=_scaling(config, workers, cpus),
+        torch_config=_torch(config),
         datasets=given,
         # What others hold is none of the readers' either.
         dataset_config=_InTurn(cpus * workers + ray.cluster_resources().get("CPU", 0.0) - _free("CPU")),
@@ -161,10 +198,20 @@ def _fit(
             failure_config=FailureConfig(
                 max_failures=config.cluster.max_failures if config.cluster.min_workers is None else 0
             ),
-            callbacks=[*(callbacks or []), watching],
+            callbacks=[watching],
         ),
     )
     return trainer.fit().return_value or ""
+
+
+def _scaling(config: Config, workers: int, cpus: float) -> ScalingConfig:
+    return ScalingConfig(
+        num_workers=workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus)
+    )  # fmt: skip
+
+
+def _torch(config: Config) -> TorchConfig:
+    return TorchConfig(backend="nccl" if config.cluster.gpu else "gloo")
 
 
 def _as_it_is(make: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -179,11 +226,26 @@ class _Failures(UserCallback):
         self._folder, self._config, self._start = folder, config, start
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        words = {rank: f"{type(error).__name__}: {error}" for rank, error in worker_exceptions.items()}
-        standings = {standing.rank: standing for standing in vigil.read(self._folder)}
         steps = [int(path.name.removeprefix("step_")) for path in (self._folder / "checkpoints").glob("step_*")]
-        reason = forecast.explain(words, standings, self._config)
-        failures.note(self._folder, self._start, max(steps, default=0), reason)
+        words = reason(worker_exceptions, self._folder, self._config)
+        failures.note(self._folder, self._start, max(steps, default=0), words)
+
+
+class _Told(UserCallback):
+    """Hands on why workers failed; it lives in the controller."""
+
+    def __init__(self, watch: Callable[[Mapping[int, Exception]], None]) -> None:
+        self._watch = watch
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._watch(worker_exceptions)
+
+
+def reason(errors: Mapping[int, Exception], folder: Path, config: Config) -> str:
+    """Why the workers of a run failed, by what they raised and where each stood."""
+    words = {rank: f"{type(error).__name__}: {error}" for rank, error in errors.items()}
+    standings = {standing.rank: standing for standing in vigil.read(folder)}
+    return forecast.explain(words, standings, config)
 
 
 def _last_words(error: TrainingFailedError, failure: Failure | None) -> str:
@@ -211,7 +273,7 @@ def _entry(spec: dict[str, Any]) -> str:
                 rank=rank,
                 world=context.get_world_size(),
                 blocks=lambda name: stream.rank_steps(ray.train.get_dataset_shard(name), rank),
-                report=lambda metrics: ray.train.report(metrics),
+                report=_report,
                 asked=lambda: "SIGTERM" if sigterm else "",
                 drained=lambda: get_train_context().preemption_context.preemption_info is not None,
                 failure=failures.last(spec["folder"], spec["start"]),
@@ -222,6 +284,33 @@ def _entry(spec: dict[str, Any]) -> str:
     finally:
         sigterm.close()
     return ""
+
+
+def _report(metrics: dict[str, float]) -> bool:
+    ray.train.report(metrics)
+    return True
+
+
+def _staying(given: dict[str, Any]) -> None:
+    """A worker's whole life in a group that stays."""
+    torch.set_num_threads(given["threads"])
+    context = ray.train.get_context()
+    sigterm = Sigterm()
+    try:
+        group = Group(
+            rank=context.get_world_rank(),
+            world=context.get_world_size(),
+            blocks=_nothing,
+            report=_report,
+            asked=lambda: "SIGTERM" if sigterm else "",
+        )
+        given["work"](group, given["spec"])
+    finally:
+        sigterm.close()
+
+
+def _nothing(name: str) -> Iterator[pa.Table]:
+    raise RuntimeError(f"a group that stays has no stream of its own, and none called {name!r}")
 
 
 class Sigterm:
@@ -248,13 +337,6 @@ def beside(function: Callable[..., Any], *arguments: Any) -> Any:
     return ray.get(ray.remote(num_cpus=0, num_gpus=1, max_calls=1)(function).remote(*arguments))
 
 
-def release() -> None:
-    """Ends what this job's groups still hold: a search calls it when all trials are over. A controller that is stopped
-    from outside may wait for minutes before it lets go of its workers (Ray 2.60)."""
-    mine = ray.get_runtime_context().get_job_id()
-    _remove_groups(lambda job: job == mine)
-
-
 def _release_orphans() -> None:
     """Gives back what jobs that are over still hold. A job that is stopped while its controller asks for workers may
     leave their placement group behind (Ray 2.60), and nobody else would ever get those CPUs."""
@@ -274,6 +356,13 @@ def _remove_groups(of_job: Callable[[str], bool]) -> None:
 def _address() -> str:
     """Of the cluster that this process is in; on a machine with two, Ray's state functions would have to guess."""
     return str(ray.get_runtime_context().gcs_address)
+
+
+def capacity(resource: str) -> tuple[float, float]:
+    """How much of a resource the cluster has, and how much it may come to have where it grows by itself."""
+    has = float(ray.cluster_resources().get(resource, 0.0))
+    grown = global_state.get_max_resources_from_cluster_config() or {}
+    return has, max(has, float(grown.get(resource, 0.0)))
 
 
 def room(config: Config) -> int:
@@ -301,7 +390,7 @@ def _hold(config: Config) -> int:
     return int(min(found, _free("GPU")) if config.cluster.gpu else found)
 
 
-def _cpus_of_a_worker(config: Config, workers: int) -> float:
+def cpus_of_a_worker(config: Config, workers: int) -> float:
     """What a worker asks of Ray: its threads, or less where the machine is small or a service runs beside, so that
     the tasks which read the data have theirs; on a full machine they would wait for ever."""
     wanted = _DATA_CPUS + 0.1 * workers

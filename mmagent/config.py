@@ -268,8 +268,8 @@ class OptimConfig(_Section):
     lr_towers: float | None = Field(
         None,
         gt=0,
-        description="of the towers; none: lr, and lr / 10 for weights that have learned before (a checkpoint's, or those "
-        "of jobs.pretrain)",
+        description="of the towers; none: lr, and lr / 10 for weights that have learned before (a checkpoint's, or "
+        "those of jobs.pretrain)",
     )
     lr_backbone: float | None = Field(
         None,

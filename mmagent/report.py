@@ -60,7 +60,30 @@ def render(
         if index == 0:
             found[1:1] = [*more, *transfer.sections(evaluation)]
         parts.append((_headline(block), found))
-    name = f"Evaluation of {evaluation['bundle']}"
+    total = sum(block["n"] for block in tasks.values())
+    main: list[Child] = []
+    for task, (headline, found) in zip(tasks, parts, strict=True):
+        main += [tag("p", "Task ", tag("b", task), class_="task") if several else None, headline, *map(_section, found)]
+    return _page(
+        f"Evaluation of {evaluation['bundle']}",
+        f"{count(total)} answers on the split {evaluation['split']} of {evaluation['data']}",
+        [section for _, found in parts for section in found],
+        main,
+        _footer(evaluation, tasks),
+    )
+
+
+def page(name: str, what: str, sections: Sequence[Section]) -> str:
+    """A page of sections alone, where there is no evaluation."""
+    return _page(name, what, sections, [*map(_section, sections)], None)
+
+
+def _section(section: Section) -> Markup:
+    anchor, title, body = section
+    return tag("section", tag("h2", title, id=anchor), body, aria_labelledby=anchor)
+
+
+def _page(name: str, what: str, sections: Sequence[Section], main: Sequence[Child], footer: Markup | None) -> str:
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -69,16 +92,9 @@ def render(
         tag("title", name),
         tag("style", Markup(CSS)),
     )
-    links = [tag("a", title, href=f"#{anchor}") for _, found in parts for anchor, title, _ in found]
-    total = sum(block["n"] for block in tasks.values())
-    what = f"{count(total)} answers on the split {evaluation['split']} of {evaluation['data']}"
+    links = [tag("a", title, href=f"#{anchor}") for anchor, title, _ in sections]
     top = tag("header", tag("h1", name), tag("p", what, class_="soft"), tag("nav", links, aria_label="Sections"))
-    main: list[Child] = []
-    for task, (headline, found) in zip(tasks, parts, strict=True):
-        main += [tag("p", "Task ", tag("b", task), class_="task") if several else None, headline]
-        main += [tag("section", tag("h2", title, id=key), part, aria_labelledby=key) for key, title, part in found]
-    page = tag("body", top, tag("main", main), _footer(evaluation, tasks))
-    return "<!doctype html>\n" + tag("html", head, page, lang="en") + "\n"
+    return "<!doctype html>\n" + tag("html", head, tag("body", top, tag("main", main), footer), lang="en") + "\n"
 
 
 def _sections(block: Mapping[str, Any], shown: Sequence[Example], limits: Limits) -> list[Section]:

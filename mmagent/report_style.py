@@ -59,9 +59,9 @@ td small { color: var(--soft); }
 .chart .rule { stroke: var(--rule); stroke-width: 1; fill: none; }
 .chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .chart .line.s1 { stroke: var(--s1); } .chart .line.s2 { stroke: var(--s2); } .chart .line.s3 { stroke: var(--s3); }
-.chart .line.s4 { stroke: var(--s4); }
+.chart .line.s4 { stroke: var(--s4); } .chart .line.other { stroke: var(--mute); stroke-width: 1.4; }
 .chart .mark.s1 { fill: var(--s1); } .chart .mark.s2 { fill: var(--s2); } .chart .mark.s3 { fill: var(--s3); }
-.chart .mark.s4 { fill: var(--s4); }
+.chart .mark.s4 { fill: var(--s4); } .chart .mark.other { fill: var(--mute); }
 .chart .hollow { fill: var(--card); stroke-width: 2; } .chart .hollow.s2 { stroke: var(--s2); }
 .chart .hollow.s3 { stroke: var(--s3); } .chart .hollow.s4 { stroke: var(--s4); }
 .chart .whisker { stroke-width: 3; stroke-linecap: round; opacity: 0.5; fill: none; }

@@ -62,7 +62,7 @@ def prepare(
 
 def alone(plan: Plan, **more: Any) -> None:
     """Trains in this process, from the newest checkpoint."""
-    loop.train(Group(rank=0, world=1, blocks=blocks_of(plan, 0), report=lambda _: None, **more), plan)
+    loop.train(Group(rank=0, world=1, blocks=blocks_of(plan, 0), report=lambda _: True, **more), plan)
 
 
 def blocks_of(plan: Plan, rank: int, world: int = 1) -> Callable[[str], Iterator[pa.Table]]:
@@ -193,7 +193,7 @@ def second_is_odd(rank: int, world: int, given: Path) -> None:
     """The loop of one of two workers, of which the second meets a loss that is no number."""
     plan = torch.load(given, weights_only=False)
     plan = replace(plan, learner=Odd if rank else Supervised)
-    loop.train(Group(rank, world, blocks_of(plan, rank, world), lambda _: None), plan)
+    loop.train(Group(rank, world, blocks_of(plan, rank, world), lambda _: True), plan)
 
 
 def test_what_one_rank_cannot_learn_from_no_rank_learns_from(prepare: Prepare, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def group_of(plan: loop.Plan, rank: int, world: int, killed: int = NEVER) -> Gro
                 file.write(json.dumps([step, read]) + "\n")
             yield table
 
-    return Group(rank=rank, world=world, blocks=blocks, report=lambda _: None)
+    return Group(rank=rank, world=world, blocks=blocks, report=lambda _: True)
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -1,139 +1,268 @@
-"""The search: its space is read or refused, and two trials on a real Ray end in the winner's bundle."""
+"""The search: what is told before the first trial, and whole searches on a real Ray that end in the winner's bundle."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
-from jobs import cluster, search, trials
+from jobs import cluster, search
 from mmagent import Predictor, bundle
-from mmagent.config import ConfigError
 from mmagent.record import Record
 from mmagent.shards import Dataset
 
 SPACE: dict[str, Any] = {
-    "trials": 2,
-    "grace_steps": 2,
-    "set": {"train.max_steps": 4},
-    "space": {"optim.lr": {"loguniform": [1.0e-3, 1.0e-2]}, "freeze.strategy": {"choice": ["connector", "all"]}},
+    "trials": 4,
+    "reduction": 2,
+    "seeds": 2,
+    "set": {"train.max_steps": 8},
+    "space": {
+        "optim.lr": {"loguniform": [1.0e-4, 1.0e-2]},
+        "freeze.strategy": {"choice": ["connector", {"top": {"integer": [1, 2]}}]},
+    },
 }
 
 
-def write(file: Path, content: Any) -> Path:
-    file.write_text(yaml.safe_dump(content))
-    return file
+# Of the whole cluster, which Ray Data starts once and keeps.
+_RAY_DATA = ("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker", "_UsageCollectionActor")
+
+
+@pytest.fixture
+def arguments(
+    storage: Path, tiny_recipe: dict[str, Any], tmp_path: Path, make_dataset: Callable[..., Dataset],
+    make_records: Callable[..., list[Record]],
+) -> Callable[..., list[str]]:  # fmt: skip
+    """What the command is called with, for a space."""
+    splits = {"train": make_records(64), "validation": make_records(16, "validation"), "test": make_records(8, "test")}
+    make_dataset(storage / "data" / "tiny", splits)
+    recipe = tmp_path / "recipe.yaml"
+    train = {"micro_batch": 8, "eval_every_steps": 4, "eval_rows": 16, "epochs": 1}
+    recipe.write_text(
+        yaml.safe_dump({**tiny_recipe, "train": train, "cluster": {"workers": 1, "max_failures": 0}}),
+    )
+
+    def make(name: str, *overrides: str, **changed: Any) -> list[str]:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**SPACE, **changed}))
+        return ["--config", str(recipe), "--space", str(file), "--name", name, *overrides]
+
+    return make
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "overrides", "words"),
     [
-        ({"space": {"optim.lrr": {"uniform": [0, 1]}}}, "unknown key 'optim.lrr': did you mean 'optim.lr'?"),
-        ({"set": {"data.shar": 0.1}}, "did you mean 'data.share'?"),
-        ({"trails": 3}, "trails"),
-        ({"trials": 0}, "trials"),
+        ({"space": {"optim.lrr": {"uniform": [0, 1]}}}, (), "did you mean 'optim.lr'?"),
+        ({"space": {"model.dropout": {"uniform": [0, 2]}}}, (), "the space cannot run, model.dropout=2: "),
+        ({"unit": "seconds"}, (), "unit: seconds wants most"),
+        ({"method": "population", "space": {"freeze.strategy": {"choice": ["all"]}}}, (), "the space has none"),
+        (
+            {"method": "population", "space": {"optim.lr_towers": {"uniform": [0.1, 1]}}},
+            (),
+            "the recipe leaves it open: give it a number",
+        ),
+        ({"method": "population", "trials": 3}, (), "wants 4 trials or more"),
+        ({}, ("data.name=nobody",), "nobody"),
+        ({}, ("optim.lr=fast",), "optim.lr"),
     ],
 )
-def test_a_mistake_in_the_space_is_told_with_its_file(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
-    file = write(tmp_path / "space.yaml", {**SPACE, **changed})
-    with pytest.raises(ConfigError) as error:
-        search.load_space(file)
-    assert words in str(error.value)
-    assert str(file) in str(error.value)
-
-
-def test_a_space_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"cannot read the search space /nowhere\.yaml"):
-        search.load_space(Path("/nowhere.yaml"))
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        0.1,
-        {"lognormal": [0, 1]},
-        {"uniform": [1, 0]},
-        {"uniform": [0]},
-        {"uniform": ["low", "high"]},
-        {"loguniform": [0, 1]},
-        {"choice": []},
-        {"choice": "all"},
-        {"uniform": [0, 1], "choice": [1]},
-    ],
-)
-def test_a_distribution_that_is_none_names_its_key(spec: Any) -> None:
-    with pytest.raises(trials.SpaceError, match=r"^optim\.lr: "):
-        trials.distribution("optim.lr", spec)
-
-
-@pytest.mark.parametrize(
-    ("spec", "fits"),
-    [
-        ({"loguniform": [0.001, 0.1]}, lambda value: 0.001 <= value <= 0.1),
-        ({"uniform": [0, 0.5]}, lambda value: 0 <= value <= 0.5),
-        ({"randint": [1, 4]}, lambda value: value in (1, 2, 3)),
-        ({"choice": ["connector", "top:1"]}, lambda value: value in ("connector", "top:1")),
-    ],
-)
-def test_values_are_drawn_from_the_distribution(spec: Any, fits: Callable[[Any], bool]) -> None:
-    drawn = [trials.distribution("key", spec).sample() for _ in range(30)]
-    assert all(fits(value) for value in drawn)
-    assert len(set(drawn)) > 1
-
-
-def test_each_choice_has_its_turn() -> None:
-    strategies = ["connector", "top:2", "all"]
-    space = {
-        "freeze.strategy": trials.distribution("freeze.strategy", {"choice": strategies}),
-        "optim.lr": trials.distribution("optim.lr", {"loguniform": [1e-4, 1e-2]}),
-    }
-    first = {"freeze.strategy": "connector", "optim.lr": 0.001}
-    for seed in range(5):
-        points = trials.points(space, first, trials=7, seed=seed)
-        assert points[0] == first
-        tried = [point["freeze.strategy"] for point in points]
-        assert len(tried) == 7
-        assert set(tried[:3]) == set(tried[3:6]) | {"connector"} == set(strategies)
-        assert all(set(point) == {"freeze.strategy"} for point in points[1:])  # the rate is drawn
-
-
-@pytest.mark.slow
-def test_two_trials_and_a_winner(
-    ray_cluster: cluster.Cluster, storage: Path, tiny_recipe: dict[str, Any], tmp_path: Path,
-    make_dataset: Callable[..., Dataset], make_records: Callable[..., list[Record]],
-    capsys: pytest.CaptureFixture[str],
+def test_a_mistake_is_told_before_ray_is_looked_for(
+    arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], changed: dict[str, Any],
+    overrides: tuple[str, ...], words: str,
 ) -> None:  # fmt: skip
-    make_dataset(
-        storage / "data" / "tiny",
-        {"train": make_records(64), "validation": make_records(16, "validation"), "test": make_records(8, "test")},
-    )
-    recipe = write(
-        tmp_path / "recipe.yaml",
-        {
-            **tiny_recipe,
-            "train": {"micro_batch": 8, "eval_every_steps": 2, "eval_rows": 16},
-            "cluster": {"workers": 1, "max_failures": 0},
-        },
-    )
-    space = write(tmp_path / "space.yaml", SPACE)
-    arguments = ["--config", str(recipe), "--space", str(space), "--name", "s"]
-    assert search.main(arguments) == 0  # and no actor of a trial is left: else it were 1
+    assert search.main(arguments("s", *overrides, **changed)) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "overrides", "words"),
+    [
+        (
+            {"space": {"freeze.strategy": {"choice": ["connector", {"top": {"integer": [1, 9]}}]}}},
+            (),
+            "the space cannot run, freeze.strategy=top:9: freeze.strategy=top:9, but the language model has 2 layers",
+        ),
+        ({}, ("cluster.workers=99",), "cluster.workers=99 want 99 CPUs or more, but the cluster has"),
+        ({"grace": 9}, (), "grace=9 steps, but a trial has 8"),
+        ({"metric": "bleu"}, (), "metric=bleu is not reported: there are score, loss, accuracy"),
+    ],
+)
+def test_a_mistake_is_told_before_the_first_trial(
+    ray_cluster: cluster.Cluster, arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str],
+    changed: dict[str, Any], overrides: tuple[str, ...], words: str,
+) -> None:  # fmt: skip
+    assert search.main(arguments("s", *overrides, **changed)) == 2
+    shown = capsys.readouterr()
+    assert words in shown.err
+    assert "begins" not in shown.out
+
+
+@pytest.fixture
+def nothing_left(ray_cluster: cluster.Cluster) -> Iterator[None]:
+    """Whatever a search started is gone when it ends: actors and placement groups."""
+    from ray.util.state import list_actors, list_placement_groups
+
+    def living() -> set[str]:
+        address = ray.get_runtime_context().gcs_address
+        actors = list_actors(address, filters=[("state", "=", "ALIVE")], limit=1000)
+        groups = list_placement_groups(address, filters=[("state", "=", "CREATED")], limit=1000)
+        ours = {f"{each.class_name} {each.actor_id}" for each in actors if each.class_name not in _RAY_DATA}
+        return ours | {each.placement_group_id for each in groups}
+
+    cluster.connect()
+    before = living()
+    yield
+    left = living() - before
+    assert not left
+
+
+def test_trials_and_a_winner(
+    nothing_left: None, storage: Path, arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search.main(arguments("s")) == 0
     shown = capsys.readouterr().out
-    assert "2 trials of up to 4 steps" in shown
+    assert "search s: 4 trials of up to 8 steps" in shown
+    assert "4 of 4 done" in shown
     folder = storage / "search" / "s"
     done = json.loads((folder / "trials.json").read_text())
-    assert len(done) == 2
-    assert [trial["error"] for trial in done] == [None, None]
-    assert {"optim.lr": 0.001, "freeze.strategy": "connector"} in [
-        trial["sample"] for trial in done
-    ]  # the recipe's own
+    assert [trial["id"] for trial in done] == ["t000", "t001", "t002", "t003"]
+    assert {trial["state"] for trial in done} <= {"done", "stopped"}
+    assert done[0]["sample"] == {"optim.lr": 0.001, "freeze.strategy": "connector"}  # the recipe's own
     winner = json.loads((folder / "winner.json").read_text())
-    assert winner["score"] == max(trial["score"] for trial in done)
+    by_id = {trial["id"]: trial for trial in done}
+    assert winner["score"] == by_id[winner["trial"]]["quality"]
     found = bundle.load("s")
     assert found.name == "s"
     assert found.config.optim.lr == pytest.approx(winner["sample"]["optim.lr"])
+    history = json.loads((found.path / "search.json").read_text())
+    assert history["trials"] == done
+    assert history["seed"] == 0
+    assert json.loads((folder / "evaluation.json").read_text())["split"] == "test"
+    page = (folder / "report.html").read_text()
+    for title in ("Search", "Trials", "Learning curves", "What freezing buys"):
+        assert f">{title}</h2>" in page
+    assert all(f"{trial['id']}: " in page for trial in done)
     assert Predictor.load("s", device="cpu").predict([{"text": "what color is the shape?"}])
+    # The same command again has nothing to do; another space under this name is refused.
+    assert search.main(arguments("s")) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert search.main(arguments("s", trials=5)) == 2
+    assert "is finished, with another recipe or space" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- slow ones
+
+
+def reports(folder: Path, trial: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "trials" / trial / "reports.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_population_takes_over_what_the_best_have_learned(
+    nothing_left: None, storage: Path, arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of four trials learns nothing at its rate: it goes on from another's checkpoint, at another rate."""
+    changes = {"optim.lr": {"loguniform": [1.0e-7, 1.0e-2]}, "model.dropout": {"uniform": [0.0, 0.3]}}
+    given = arguments(
+        "p", "train.max_steps=24", "optim.schedule=constant", method="population", seeds=1, set={}, grace=6,
+        concurrent=1, space=changes,
+    )  # fmt: skip
+    assert search.main(given) == 0
+    folder = storage / "search" / "p"
+    exploited = 0
+    for place in sorted((folder / "trials").glob("t*")):
+        found = reports(folder, place.name)
+        steps = [record["metrics"]["step"] for record in found]
+        assert steps == sorted(steps)
+        assert steps[-1] == 24
+        for before, after in itertools.pairwise(found):
+            if before["sample"] != after["sample"]:
+                exploited += 1
+                assert after["metrics"]["step"] > before["metrics"]["step"] >= 6  # it went on, and did not begin again
+                rates = [
+                    json.loads(line)["lr"]
+                    for line in (place / "metrics.jsonl").read_text().splitlines()
+                    if json.loads(line)["kind"] == "train" and json.loads(line)["step"] >= after["metrics"]["step"]
+                ]
+                assert rates[0] == pytest.approx(after["sample"]["optim.lr"], rel=1e-3)
+    assert exploited
+    assert bundle.load("p").name == "p"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
+def test_twenty_stopped_trials_leave_nothing(
+    nothing_left: None, storage: Path, arguments: Callable[..., list[str]], scheduler: str
+) -> None:
+    given = arguments("many", trials=26, scheduler=scheduler, reduction=4, grace=0.5, seeds=1)
+    assert search.main(given) == 0
+    done = json.loads((storage / "search" / "many" / "trials.json").read_text())
+    assert len(done) == 26
+    assert sum(trial["state"] == "stopped" for trial in done) >= (20 if scheduler == "asha" else 10)
+    assert all(trial["error"] is None for trial in done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_search_that_is_stopped_goes_on(
+    ray_cluster: cluster.Cluster, storage: Path, arguments: Callable[..., list[str]], how: signal.Signals
+) -> None:
+    given = [sys.executable, "-m", "jobs.search", *arguments("k", concurrent=1)]
+    environment = {**os.environ, "MMAGENT_STORAGE": str(storage)}
+    first = subprocess.Popen(given, env=environment, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if "t001  step" in line:
+            break
+    first.send_signal(how)
+    rest = first.stdout.read()
+    assert first.wait(120) == (130 if how != signal.SIGKILL else -signal.SIGKILL), rest
+    folder = storage / "search" / "k"
+    known = {trial: reports(folder, trial) for trial in ("t000", "t001")}
+    time.sleep(1.0)
+    again = subprocess.run(given, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    for trial, before in known.items():
+        after = reports(folder, trial)
+        assert after[: len(before)] == before  # nothing was trained again that had been reported
+        steps = [record["metrics"]["step"] for record in after]
+        assert steps == sorted(set(steps))
+    assert len(json.loads((folder / "trials.json").read_text())) == 4
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_is_recorded_and_ends_nothing(
+    nothing_left: None, storage: Path, arguments: Callable[..., list[str]]
+) -> None:
+    """A rate without bounds makes losses that are no numbers."""
+    given = arguments(
+        "f", "train.on_bad_loss=stop", seeds=1, scheduler="none", space={"optim.lr": {"loguniform": [1.0e25, 1.0e30]}}
+    )  # fmt: skip
+    assert search.main(given) == 0
+    done = json.loads((storage / "search" / "f" / "trials.json").read_text())
+    assert [trial["state"] for trial in done] == ["done", "failed", "failed", "failed"]
+    assert all("loss" in trial["error"] for trial in done[1:])
+    assert json.loads((storage / "search" / "f" / "winner.json").read_text())["trial"] == "t000"
+
+
+@pytest.mark.slow
+def test_quality_and_cost(
+    nothing_left: None, storage: Path, arguments: Callable[..., list[str]]
+) -> None:  # fmt: skip
+    assert search.main(arguments("c", cost="latency_ms", method="tpe", trials=3, seeds=1)) == 0
+    done = json.loads((storage / "search" / "c" / "trials.json").read_text())
+    assert all(trial["latency_ms"] > 0 for trial in done)
+    assert all(trial["trained_parameters"] > 0 for trial in done)
+    assert ">Quality and cost</h2>" in (storage / "search" / "c" / "report.html").read_text()
+    assert not list((storage / "search" / "c" / "trials").glob("*/timed"))

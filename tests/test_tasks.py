@@ -308,6 +308,7 @@ def test_tags_are_counted_as_seqeval_counts() -> None:
         decided = tuple({"start": start, "end": end, "label": label, "text": ""} for start, end, label in both[1])
         pairs.append((gold, Decision(spans=decided)))
     found = task.measure(outcomes(pairs))
+    assert set(found) == set(task.measures)
     assert found["micro_f1"]["value"] == pytest.approx(seqeval_f1(truth, said, mode="strict", scheme=IOB2))
     macro = seqeval_f1(truth, said, mode="strict", scheme=IOB2, average="macro")
     assert found["macro_f1"]["value"] == pytest.approx(macro)
@@ -327,6 +328,7 @@ def test_multilabel_numbers_are_scikit_learns() -> None:
         for row, chance in zip(truth, chances, strict=True)
     ]
     found = task.measure(outcomes(pairs), resamples=50)
+    assert set(found) == set(task.measures)
     assert found["micro_f1"]["value"] == pytest.approx(f1_score(truth, chances > 0.5, average="micro"))
     assert found["macro_f1"]["value"] == pytest.approx(f1_score(truth, chances > 0.5, average="macro"))
     assert found["map"]["value"] == pytest.approx(average_precision_score(truth, chances, average="macro"))
@@ -346,11 +348,21 @@ def test_thresholds_are_those_of_best_f1() -> None:
     assert said == [(), ("a",), ("a",), ("a",)]
 
 
+@pytest.mark.parametrize("kind", ["classify", "relate"])
+def test_what_is_measured_of_classes(kind: str) -> None:
+    task = make(TaskInfo(kind, ("a", "b")))
+    pairs = [(gold, Decision(label="a", probabilities={"a": 0.7, "b": 0.3})) for gold in "ab"]
+    found = task.measure(outcomes(pairs))
+    assert set(found) == set(task.measures)
+    assert found[task.score]["value"] == 0.5
+
+
 def test_regression_numbers_are_scikit_learns() -> None:
     rng, task = np.random.default_rng(2), make(TaskInfo("regress", mean=5.0, deviation=2.0))
     truth = rng.normal(1e6, 3, 50)  # far from zero: sums of squares must not lose it
     said = truth + rng.normal(0, 1, 50)
     found = task.measure(outcomes([(t, Decision(value=s)) for t, s in zip(truth, said, strict=True)]))
+    assert set(found) == set(task.measures)
     assert found["r2"]["value"] == pytest.approx(r2_score(truth, said), abs=1e-6)
     assert found["mae"]["value"] == pytest.approx(np.abs(truth - said).mean())
     assert found["rmse"]["value"] == pytest.approx(np.sqrt(np.square(truth - said).mean()))
@@ -363,6 +375,7 @@ def test_ranks_by_hand_and_auc_by_scikit_learn() -> None:
         (["0"], Decision(label="0", probabilities={"0": 0.9, "1": 0.1})),
     ]
     found = task.measure(outcomes(pairs))
+    assert set(found) == set(task.measures)
     assert found["mrr"]["value"] == pytest.approx((1 / 2 + 1) / 2)
     assert found["recall_at_1"]["value"] == pytest.approx(0.5)
     assert found["auc"]["value"] == pytest.approx(roc_auc_score([0, 1, 0, 1, 0], [0.6, 0.3, 0.1, 0.9, 0.1]))

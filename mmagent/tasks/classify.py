@@ -22,6 +22,7 @@ class Classify(Task):
     kind: ClassVar[str] = "classify"
     pooled: ClassVar[bool] = True
     score: ClassVar[str] = "accuracy"
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mean_confidence", "nll", "brier", "ece")
 
     def head(self, width: int) -> nn.Module:
         return AnswerHead(width, len(self.labels))

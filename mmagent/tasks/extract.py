@@ -31,6 +31,7 @@ class Extract(Task):
     needs_tokens: ClassVar[bool] = True
     reads_whole: ClassVar[bool] = False
     score: ClassVar[str] = "f1"
+    measures: ClassVar[tuple[str, ...]] = ("f1", "exact")
 
     def views(self, record: Record, reader: Reader) -> tuple[View, ...]:
         return reader.strides(record)

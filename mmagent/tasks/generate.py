@@ -43,6 +43,7 @@ class Generate(Task):
     kind: ClassVar[str] = "generate"
     generates: ClassVar[bool] = True
     score: ClassVar[str] = "likelihood"
+    measures: ClassVar[tuple[str, ...]] = ("likelihood", "perplexity")
     main: ClassVar[str] = "chrf"
 
     def views(self, record: Record, reader: Reader) -> tuple[View, ...]:

@@ -27,6 +27,7 @@ class Match(Task):
     kind: ClassVar[str] = "match"
     reads_whole: ClassVar[bool] = False
     score: ClassVar[str] = "mrr"
+    measures: ClassVar[tuple[str, ...]] = ("mrr", "recall_at_1", "recall_at_5", "auc")
 
     def views(self, record: Record, reader: Reader) -> tuple[View, ...]:
         if not record.candidates:

@@ -25,6 +25,7 @@ class Multilabel(Task):
     kind: ClassVar[str] = "multilabel"
     pooled: ClassVar[bool] = True
     score: ClassVar[str] = "micro_f1"
+    measures: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "subset_accuracy", "map")
 
     def head(self, width: int) -> nn.Module:
         return AnswerHead(width, len(self.labels))

@@ -23,6 +23,7 @@ class Regress(Task):
     kind: ClassVar[str] = "regress"
     pooled: ClassVar[bool] = True
     score: ClassVar[str] = "r2"
+    measures: ClassVar[tuple[str, ...]] = ("mae", "rmse", "r2", "spearman")
 
     def __init__(self, info: TaskInfo) -> None:
         super().__init__(info)

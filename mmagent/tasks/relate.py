@@ -29,6 +29,7 @@ class Relate(Classify):
     pooled: ClassVar[bool] = False
     reads_whole: ClassVar[bool] = False
     score: ClassVar[str] = "micro_f1"
+    measures: ClassVar[tuple[str, ...]] = (*Classify.measures, "micro_f1")
 
     def views(self, record: Record, reader: Reader) -> tuple[View, ...]:
         """One view; of a text in strides the one that holds most of both spans."""

@@ -27,6 +27,7 @@ class Tag(Task):
     needs_tokens: ClassVar[bool] = True
     reads_whole: ClassVar[bool] = False
     score: ClassVar[str] = "micro_f1"
+    measures: ClassVar[tuple[str, ...]] = ("micro_f1", "precision", "recall", "macro_f1", "exact")
 
     def views(self, record: Record, reader: Reader) -> tuple[View, ...]:
         return reader.strides(record)

@@ -84,6 +84,7 @@ class Task(ABC):
     generates: ClassVar[bool] = False  # it writes with the language model's own output layer; `head` is not asked
     reads_whole: ClassVar[bool] = True  # there is one view: the text as it is
     score: ClassVar[str]  # the metric that chooses a checkpoint; higher is better
+    measures: ClassVar[tuple[str, ...]]  # what a validation tells of it, where its rows allow
     main: ClassVar[str] = ""  # the metric to look at first, where it is another
 
     def __init__(self, info: TaskInfo) -> None:

@@ -128,7 +128,7 @@ def _train(asked: dict[str, Any], rank: int, world: int, plan_file: Path) -> Non
         _arm(rank, Hurt(**asked["hurt"]))
     sigterm = workers.Sigterm()
     group = workers.Group(
-        rank=rank, world=world, report=lambda _: None, asked=lambda: "SIGTERM" if sigterm else "",
+        rank=rank, world=world, report=lambda _: True, asked=lambda: "SIGTERM" if sigterm else "",
         blocks=lambda name: stream.tables(*run.reads(plan, dataset, name, world), rank),
     )  # fmt: skip
     loop.train(group, plan)
