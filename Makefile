@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu test-faults figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search test-faults figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench-quality: $(STAMP) ## what the default recipe reaches on tasks of several k
 
 bench-data: $(STAMP) ## rows per second of the stream beside other data loaders: writes runs/bench/data.json
 	@$(PY) -m tests.bench.data
+
+bench-search: $(STAMP) ## what a search costs and finds, beside full runs and Tune over a trainer for each trial: writes runs/bench/search.json
+	@$(PY) -m tests.bench.search
 
 bench-memory: $(STAMP) ## memory by ZeRO stage beside its formula, and by size of the data: writes runs/bench/memory.json
 	@$(PY) -m tests.bench.memory

@@ -48,6 +48,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune frames a table tha
 
 REPORTS = "reports.jsonl"
 QUALITY, BUDGET = "quality", "budget"
+_TRIAL = "trial"  # in Tune's config: {"number", "sample"}
 _MARKS = ("step", "total_steps", "done", "seconds", "startup_s")  # in a report, beside what was measured
 _SAMPLE = "sample.json"  # in a trial's folder: what its checkpoints are of
 _ORIGIN = "origin.json"  # in a checkpoint of Tune's: whose it is
@@ -137,6 +138,7 @@ def run(
     random.seed(seed)
     np.random.seed(seed)
     began = [_read(place) for place in sorted((folder / "trials").glob("t*"))]
+    population = space.method == "population"
     proposals = Proposals(space, dims, first, trials, seed, began)
     watch = _Watch(desk, stages, trials, tell)
     shutil.rmtree(folder / "tune", ignore_errors=True)
@@ -146,12 +148,12 @@ def run(
     trainable: Any = tune.with_resources(tune.with_parameters(_Trainee, **given), {"cpu": 0, _HEAD: share})
     tuner = Tuner(
         trainable,
-        param_space={},
+        param_space=proposals.given() if population else {},
         tune_config=TuneConfig(
             metric=QUALITY,
             mode="max",
-            num_samples=trials,
-            search_alg=proposals,
+            num_samples=1 if population else trials,
+            search_alg=None if population else proposals,
             scheduler=_scheduler(space, dims, stages),
             reuse_actors=True,
             trial_name_creator=_name,
@@ -163,7 +165,7 @@ def run(
             verbose=0,
             callbacks=[watch],
             stop={BUDGET: stages.budget},
-            checkpoint_config=CheckpointConfig(num_to_keep=2 if space.method == "population" else 1),
+            checkpoint_config=CheckpointConfig(num_to_keep=3 if population else 1),
         ),
     )
     grid = tuner.fit()
@@ -175,7 +177,7 @@ def _name(trial: Any) -> str:
     """A trial's name and folder: by its number, which a population hands on with the rest of a config; so it is that
     of the config that the trial began with."""
     known: str | None = trial.custom_trial_name
-    return known or f"t{int(trial.config['number']):03d}"
+    return known or f"t{int(trial.config[_TRIAL]['number']):03d}"
 
 
 def _scheduler(space: Space, dims: Sequence[Dimension], stages: Stages) -> TrialScheduler:
@@ -184,16 +186,19 @@ def _scheduler(space: Space, dims: Sequence[Dimension], stages: Stages) -> Trial
 
         def within(config: dict[str, Any]) -> dict[str, Any]:
             """Tune multiplies by 0.8 or 1.2, whatever the space says."""
+            sample = config[_TRIAL]["sample"]
             for key, each in changed.items():
-                if key in config["sample"]:
-                    held = min(max(config["sample"][key], each.low), each.high)
-                    config["sample"][key] = float(f"{held:.4g}")
+                held = min(max(sample[key], each.low), each.high)
+                sample[key] = float(f"{held:.4g}")
             return config
 
         return PopulationBasedTraining(
             time_attr=BUDGET,
             perturbation_interval=1.0,
-            hyperparam_mutations={"sample": {key: _distribution(each) for key, each in changed.items()}},
+            # All wait for each other: else those that happen to run first take over from one another, for ever where
+            # they are equal, and the others never begin.
+            synch=True,
+            hyperparam_mutations={_TRIAL: {"sample": {key: _distribution(each) for key, each in changed.items()}}},
             custom_explore_fn=within,
             log_config=False,
         )
@@ -249,7 +254,11 @@ class Proposals(Searcher):
             asked = self._study.ask()
             self._asked[trial_id] = asked
             sample = spaces.sample(proposing.propose(asked, self._dims), self._dims)
-        return {"number": number, "sample": dict(sample)}
+        return {_TRIAL: {"number": number, "sample": dict(sample)}}
+
+    def given(self) -> dict[str, Any]:
+        """The same of all trials at once, as Tune's populations want it."""
+        return {_TRIAL: tune.grid_search([{"number": at, "sample": dict(s)} for at, s in enumerate(self._given)])}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass
@@ -355,7 +364,7 @@ class _Trainee(tune.Trainable):
         self._end()
 
     def _begin(self, config: Mapping[str, Any]) -> None:
-        self._sample = dict(config["sample"])
+        self._sample = dict(config[_TRIAL]["sample"])
         self._place = self._home / "trials" / str(self.trial_name)
         self._job = None
         self._at, self._spent_s, self._before_s, self._best = 0, 0.0, 0.0, -math.inf
@@ -441,7 +450,7 @@ def _found(folder: Path, trial: Any, errors: Mapping[str, BaseException | None],
     error = next((found for path, found in errors.items() if Path(path).name == name and found), None)
     return Trial(
         id=name,
-        sample=dict(trial.config["sample"]),
+        sample=dict(trial.config[_TRIAL]["sample"]),
         quality=result.get(QUALITY),
         step=int(last.get("step", 0)),
         seconds=float(last.get("seconds", 0.0)),
@@ -473,7 +482,7 @@ class _Watch(Callback):
         self.trials = trials
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell(f"{_name(trial)}  begins   {spaces.short(trial.config['sample'])}")
+        self._tell(f"{_name(trial)}  begins   {spaces.short(trial.config[_TRIAL]['sample'])}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

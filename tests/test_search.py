@@ -175,7 +175,7 @@ def test_a_population_takes_over_what_the_best_have_learned(
     """One of four trials learns nothing at its rate: it goes on from another's checkpoint, at another rate."""
     changes = {"optim.lr": {"loguniform": [1.0e-7, 1.0e-2]}, "model.dropout": {"uniform": [0.0, 0.3]}}
     given = arguments(
-        "p", "train.max_steps=24", "optim.schedule=constant", method="population", seeds=1, set={}, grace=6,
+        "p", "train.epochs=3", "optim.schedule=constant", method="population", seeds=1, set={}, grace=6,
         concurrent=1, space=changes,
     )  # fmt: skip
     assert search.main(given) == 0

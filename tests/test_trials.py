@@ -46,8 +46,8 @@ def asked(made: Proposals, count: int) -> list[dict[str, Any]]:
     for number in range(count):
         given = made.suggest(f"id{number}")
         assert given is not None
-        assert given["number"] == number
-        out.append(given["sample"])
+        assert given["trial"]["number"] == number
+        out.append(given["trial"]["sample"])
     return out
 
 
@@ -68,7 +68,7 @@ def test_optuna_learns_from_what_trials_reach() -> None:
     for number in range(60):
         given = made.suggest(f"id{number}")
         assert given is not None
-        reached.append(closeness(given["sample"]))
+        reached.append(closeness(given["trial"]["sample"]))
         made.on_trial_complete(f"id{number}", {"quality": reached[-1]})
     assert sum(reached[-20:]) / 20 > sum(reached[:20]) / 20 + 0.3
 
