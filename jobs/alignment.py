@@ -80,7 +80,7 @@ class Aligned:
 
     def begin(self, device: torch.device) -> None:
         self._device = device
-        self._frozen = FrozenStates(self._encoder, device=device) if self.model.backbone is None else None
+        self._frozen = FrozenStates(self._encoder, device=device, exact=True) if self.model.backbone is None else None
 
     @property
     def notes(self) -> list[str]:

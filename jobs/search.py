@@ -406,6 +406,7 @@ def _finish(
     from mmagent import contest, defaults, report
 
     history = [_as_json(each, folder) for each in done]
+    storage.publish_json(folder / "trials.json", history)  # with all costs
     told = {"space": space.model_dump(mode="json"), "seed": run.config.seed, "verdict": verdict, "trials": history}
     bundles.add(folder / "bundle", {"search.json": json.dumps(told, indent=1) + "\n"})
     shutil.copyfile(run.folder / "metrics.jsonl", folder / "metrics.jsonl")

@@ -49,7 +49,9 @@ class Supervised:
 
     def begin(self, device: torch.device) -> None:
         options = {"max_mb": 0} if "text" in self._stored else {}
-        frozen = FrozenStates(self._encoder, device=device, **options) if self.model.backbone is None else None
+        frozen = (
+            FrozenStates(self._encoder, device=device, exact=True, **options) if self.model.backbone is None else None
+        )
         self._batches = Batches(self._inputs, frozen, self._config, self._plan.label_weights, device)
 
     @property

@@ -154,13 +154,18 @@ class TextEncoder(nn.Module):
                 f"set data.max_text_tokens={self.max_tokens} or less"
             )
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor, *, packed: bool = True) -> Tensor:
         """ids, mask: (batch, tokens) -> states (batch, tokens, width).
+
+        Args:
+            packed: whether texts may be packed, which makes the last bits of one's states hang on the others' lengths.
 
         Raises:
             BackboneError: more tokens than the model has positions for.
         """
         self.check_length(ids.shape[1])
+        if not packed:
+            return self.reads(input_ids=ids, attention_mask=mask, **self._reading).last_hidden_state
         return self._states("input_ids", ids, mask)
 
     def embed(self, ids: Tensor) -> Tensor:

