@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from jobs import client, cluster, interview, submission
 from jobs.findings import FindingsError, Times, findings
 from jobs.interview import InterviewError
@@ -70,15 +72,28 @@ def run() -> int:
 
 
 def search() -> int:
-    """Returns the exit status: 0 where the winner's bundle gave the answers, right ones or not."""
+    """Returns the exit status: 0 where the winner's bundle gave the answers, right ones or not. SCALE=small is a short
+    one."""
     target = _ray()
     _prepare(target)
-    target.submit("jobs.search", "--config", RECIPE, "--space", SPACE, "--name", SEARCH)
-    bundle = storage.folder("search", SEARCH) / "bundle"
-    _serve(target, str(bundle))
-    _interview(target, bundle)
+    small = os.environ.get("SCALE") == "small"
+    name = f"{SEARCH}_small" if small else SEARCH
+    target.submit("jobs.search", "--config", RECIPE, "--space", _small_space() if small else SPACE, "--name", name)
+    folder = storage.folder("search", name)
+    _serve(target, str(folder / "bundle"))
+    _interview(target, folder / "bundle")
+    print(f"\nreport: {folder / 'report.html'}")
     _say_goodbye(target)
     return 0
+
+
+def _small_space() -> str:
+    """The same space, with few trials on little data: the way, not what it finds."""
+    space = yaml.safe_load((cluster.CHECKOUT / SPACE).read_text())
+    small = {**space, "trials": 4, "seeds": 1, "set": {**space["set"], "data.share": 0.02, "train.epochs": 2}}
+    file = storage.root() / "bench" / "small_space.yaml"
+    storage.publish(file, yaml.safe_dump(small))
+    return str(file)
 
 
 def serve(bundle: str) -> int:

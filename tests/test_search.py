@@ -266,3 +266,21 @@ def test_quality_and_cost(
     assert all(trial["trained_parameters"] > 0 for trial in done)
     assert ">Quality and cost</h2>" in (storage / "search" / "c" / "report.html").read_text()
     assert not list((storage / "search" / "c" / "trials").glob("*/timed"))
+
+
+@pytest.mark.slow
+def test_the_demo_searches_serves_its_winner_and_asks_it(tmp_path: Path) -> None:
+    """`make demo-search`, a short one, on a Ray of its own."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"MMAGENT_STORAGE": str(tmp_path / "storage"), "SCALE": "small"}
+    command = [sys.executable, "-m", "jobs.demo"]
+    try:
+        done = subprocess.run([*command, "search"], env=environment, capture_output=True, text=True, check=False)
+    finally:
+        subprocess.run([*command, "stop"], env=environment, check=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = tmp_path / "storage" / "search" / "demo_search_small"
+    winner = json.loads((folder / "winner.json").read_text())
+    assert winner["trial"] in {trial["id"] for trial in json.loads((folder / "trials.json").read_text())}
+    assert done.stdout.count("demo_search_small") >= 3
+    assert "ask it yourself" in done.stdout

@@ -1,0 +1,44 @@
+"""The measurement of searches: its figures from what trials reported, and a short run of all sides."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench import search
+
+
+def trial(began: float, *reports: tuple[float, float]) -> dict[str, Any]:
+    """`reports`: seconds of the job, step."""
+    return {
+        "reports": [
+            {"time_s": began + seconds, "metrics": {"seconds": seconds, "startup_s": 3.0, "step": step}}
+            for seconds, step in reports
+        ]
+    }
+
+
+def test_time_is_counted_from_the_first_step_to_the_last_report() -> None:
+    trials = [trial(100.0, (13.0, 10), (23.0, 20)), trial(130.0, (5.0, 10))]
+    assert search._spent_s(trials[:1]) == 20.0
+    assert search._spent_s(trials) == 32.0
+    assert search._whole_s(trials) == 35.0
+
+
+@pytest.mark.slow
+def test_a_short_measurement_of_all_sides(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"MMAGENT_STORAGE": str(tmp_path / "storage"), "SCALE": "small"}
+    code = f"import pathlib, sys; from tests.bench import search; sys.exit(search.main([], pathlib.Path({str(tmp_path)!r})))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = {row["id"]: row for row in json.loads((tmp_path / "runs/bench/search.json").read_text())["rows"]}
+    assert rows["search.leaked"]["value"] == 0
+    assert rows["search.startup_s"]["value"] < 20
+    assert {"search.vs_one_run", "search.points_behind_best", "search.vs_textbook"} <= set(rows)
