@@ -32,10 +32,12 @@ def test_time_is_counted_from_the_first_step_to_the_last_report() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_short_measurement_of_all_sides(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"MMAGENT_STORAGE": str(tmp_path / "storage"), "SCALE": "small"}
-    code = f"import pathlib, sys; from tests.bench import search; sys.exit(search.main([], pathlib.Path({str(tmp_path)!r})))"
+    measure = f"search.main([], pathlib.Path({str(tmp_path)!r}))"
+    code = f"import pathlib, sys; from tests.bench import search; sys.exit({measure})"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = {row["id"]: row for row in json.loads((tmp_path / "runs/bench/search.json").read_text())["rows"]}

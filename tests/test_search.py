@@ -269,6 +269,7 @@ def test_quality_and_cost(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_demo_searches_serves_its_winner_and_asks_it(tmp_path: Path) -> None:
     """`make demo-search`, a short one, on a Ray of its own."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
