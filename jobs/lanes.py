@@ -328,11 +328,12 @@ def _do(desk: Any, job: Job, group: Group, streams: _Streams) -> str:
 
     def asked() -> str:
         """The loop asks at every step: the first time its start is over."""
-        first or first.append(time.monotonic() - began)  # type: ignore[func-returns-value]
+        if not first:
+            first.append(time.monotonic() - began)
         return group.asked()
 
     def report(metrics: dict[str, float]) -> bool:
-        times = {"seconds": time.monotonic() - began, "startup_s": first[0]}
+        times = {"seconds": time.monotonic() - began, "startup_s": first[0] if first else 0.0}
         told = metrics | {key: round(value, 2) for key, value in times.items()}
         return bool(ray.get(desk.report.remote(job.name, told))) if group.rank == 0 else True
 

@@ -126,14 +126,14 @@ def _search(base: Config, space: Space, dims: Sequence[Dimension], folder: Path)
         scored = [each for each in done if each.quality is not None]
         if not scored:
             raise ConfigError(f"no trial came to its first validation; their errors are in {folder / 'trials.json'}")
-        verdict = _verdict(base, space, stages, done, folder, groups, tell)
-        winner = next(each for each in done if each.id == verdict["trial"])
+        verdict = _verdict(base, space, stages, first, done, folder, groups, tell)
         if space.cost == "latency_ms":
             _time(base, done, folder, groups, tell)
-        tell(f"exporting {winner.id}")
-        home = folder / "trials" / winner.id
-        run = _export(configs.override(base, winner.sample), home, folder.name, folder / "bundle", groups)
+        tell(f"exporting {verdict['trial']}")
+        home, config = folder / verdict["run"], configs.override(base, verdict["sample"])
+        run = _export(config, home, folder.name, folder / "bundle", groups)
     _finish(run, space, dims, stages, done, verdict, folder)
+    _tidy(folder, home)
     print(f"winner  {_told(folder)}\nbundle  {folder / 'bundle'}\nreport  {folder / 'report.html'}")
     return 0
 
@@ -290,42 +290,51 @@ def _job_of(made: Run, name: str, **changed: Any) -> Job:
 
 
 def _verdict(
-    base: Config, space: Space, stages: Stages, done: Sequence[Trial], folder: Path, groups: Lanes, tell: Any
-) -> dict[str, Any]:
+    base: Config, space: Space, stages: Stages, own: Sample, done: Sequence[Trial], folder: Path, groups: Lanes,
+    tell: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Who wins: the best trial, where it beats the recipe's own values by more than these deviate over seeds."""
     from jobs.trials import quality
 
-    own = done[0]
     reached = {each.id: each.quality for each in done if each.quality is not None}
     best = max((each for each in done if each.id in reached), key=lambda each: (reached[each.id], -each.step))
-    metric = _metric(space)
-    found: dict[str, Any] = {"trial": best.id, "sample": dict(best.sample), "score": best.quality}
-    if best.id == own.id or space.seeds == 1:
-        why = "no trial did better than the recipe's own values" if best.id == own.id else ""
-        return {**found, "own": {"scores": [own.quality], "mean": own.quality, "deviation": None}, "why": why}
-    tell(f"{best.id} is ahead: the recipe's own values over {space.seeds} seeds")
+    found: dict[str, Any] = {
+        "trial": best.id,
+        "run": f"trials/{best.id}",
+        "sample": dict(best.sample),
+        "score": reached[best.id],
+    }
+    # A population's first trial has other values by now.
+    first = done[0] if space.method != "population" and done[0].quality is not None else None
+    if first is not None and (best.id == first.id or space.seeds == 1):
+        alone: dict[str, Any] = {"scores": [first.quality], "mean": first.quality, "deviation": None}
+        why = "no trial did better than the recipe's own values" if best.id == first.id else ""
+        return {**found, "own": alone, "why": why}
+    tell(f"{best.id} is ahead: the recipe's own values, over {space.seeds} seeds")
     places, jobs = [], []
     for index in range(space.seeds):
-        place = folder / "trials" / own.id if index == 0 and own.error is None else folder / "seeds" / f"s{index}"
+        begun = first if index == 0 else None
+        place = folder / (f"seeds/s{index}" if begun is None else f"trials/{begun.id}")
         places.append(place)
-        if not _ended(place, own if index == 0 else None):
-            sample = {**own.sample, "seed": base.seed + index}
+        if not _ended(place, begun):
+            sample = {**own, "seed": base.seed + index}
             jobs.append(job(storage.root(), base, stages, space.method, sample, place, f"seed{index}#0"))
     if jobs:
         groups.run(jobs, tell)
-    scores = [max(quality(row, metric) for row in _validations(place)) for place in places]
-    mean, deviation = statistics.mean(scores), statistics.stdev(scores)
-    found["own"] = {"scores": scores, "mean": mean, "deviation": deviation}
+    scores = [max(quality(row, _metric(space)) for row in _validations(place)) for place in places]
+    mean, deviation = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+    alone = {"scores": scores, "mean": mean, "deviation": deviation if len(scores) > 1 else None}
     margin = reached[best.id] - mean
     if margin > deviation:
         why = f"{best.id} is {margin:.4g} above the mean of the recipe's own values, which deviate by {deviation:.4g}"
-        return {**found, "why": why}
-    kept = {"trial": own.id, "sample": dict(own.sample), "score": own.quality, "own": found["own"]}
+        return {**found, "own": alone, "why": why}
     why = (
-        f"{best.id} reached {best.quality:.4g}, {margin:+.4g} to the mean of the recipe's own values over "
+        f"{best.id} reached {reached[best.id]:.4g}, {margin:+.4g} to the mean of the recipe's own values over "
         f"{space.seeds} seeds, which deviate by {deviation:.4g}: that is no gain, and they stay"
     )
-    return {**kept, "why": why, "best": {"trial": best.id, "score": best.quality}}
+    name = first.id if first is not None else "recipe"
+    kept = {"trial": name, "run": str(places[0].relative_to(folder)), "sample": dict(own), "score": scores[0]}
+    return {**kept, "own": alone, "why": why, "best": {"trial": best.id, "score": reached[best.id]}}
 
 
 def _validations(place: Path) -> list[dict[str, Any]]:
@@ -426,6 +435,15 @@ def _finish(
         storage.publish(folder / "report.html", report.page(f"Search {folder.name}", "no test split", sections))
     note = {**verdict, "bundle": str(folder / "bundle")}
     storage.publish_json(folder / _WINNER, note)
+
+
+def _tidy(folder: Path, winner: Path) -> None:
+    """Takes away what only a search that goes on would read; the winner's checkpoints stay."""
+    for place in (folder / "tune", folder / "lanes"):
+        shutil.rmtree(place, ignore_errors=True)
+    for place in (*folder.glob("trials/*"), *folder.glob("seeds/*")):
+        if place != winner:
+            shutil.rmtree(place / "checkpoints", ignore_errors=True)
 
 
 def _told(folder: Path) -> str:

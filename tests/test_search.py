@@ -198,6 +198,11 @@ def test_a_population_takes_over_what_the_best_have_learned(
                 assert rates[0] == pytest.approx(after["sample"]["optim.lr"], rel=1e-3)
     assert exploited
     assert bundle.load("p").name == "p"
+    winner = json.loads((folder / "winner.json").read_text())
+    assert len(winner["own"]["scores"]) == 1  # the recipe's own values, which no trial has any more
+    assert (folder / winner["run"] / "checkpoints").is_dir()
+    assert len(list(folder.glob("trials/*/checkpoints"))) == (winner["trial"] != "recipe")  # of the winner alone
+    assert not (folder / "tune").exists()
 
 
 @pytest.mark.slow
