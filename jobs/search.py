@@ -408,6 +408,7 @@ def _finish(
     folder: Path,
 ) -> None:
     """Asks the test split once, and writes what the search came to: winner.json last."""
+    from jobs import proposing
     from jobs.evaluate import evaluate
     from jobs.page import describe
     from jobs.summary import table_of
@@ -418,8 +419,11 @@ def _finish(
     storage.publish_json(folder / "trials.json", history)  # with all costs
     told = {"space": space.model_dump(mode="json"), "seed": run.config.seed, "verdict": verdict, "trials": history}
     bundles.add(folder / "bundle", {"search.json": json.dumps(told, indent=1) + "\n"})
+    first = 1 / stages.budget
+    known = [(each, contest.at_first(each, first)) for each in history]
+    scores = [(each["reports"][0]["sample"], score) for each, score in known if score is not None]
     shutil.copyfile(run.folder / "metrics.jsonl", folder / "metrics.jsonl")
-    sections = contest.sections(space, dims, history, verdict, 1 / stages.budget)
+    sections = contest.sections(space, dims, history, verdict, first, proposing.importance(scores, dims))
     if run.dataset.rows("test"):
         takes = json.loads((folder / "bundle/manifest.json").read_text())["modalities"]
         seen = "image" in defaults.modalities(run.dataset).intersection(takes)

@@ -37,11 +37,11 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
-from jobs import lanes
+from jobs import lanes, proposing
 from jobs.lanes import Job, Outcome
 from jobs.loop import STOP_FILE
-from mmagent import proposing, storage
 from mmagent import space as spaces
+from mmagent import storage
 from mmagent.space import Dimension, Sample, Space
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune frames a table that nobody asked for

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmagent import charts, proposing
+from mmagent import charts
 from mmagent import space as spaces
 from mmagent.charts import Frame, grid, number, svg, ticks
 from mmagent.markup import Child, Markup, tag
@@ -27,6 +27,7 @@ _STATES = {"done": "to its end", "stopped": "stopped early", "failed": "failed",
 def sections(
     space: Space, dims: Sequence[Dimension], trials: Sequence[Trial], verdict: Mapping[str, Any],
     first: float = 0.0,
+    importance: Mapping[str, float] | None = None,
 ) -> list[Section]:  # fmt: skip
     """The sections, for `mmagent.report.render`.
 
@@ -34,13 +35,14 @@ def sections(
         trials: the first is the recipe's own.
         verdict: as in ``winner.json``.
         first: the share of a trial's steps after which all were compared for the first time.
+        importance: of each dimension, by the scores that trials had then (`at_first`).
     """
     found: list[Section] = [("search", "Search", _summary(space, trials, verdict))]
     scored = [trial for trial in trials if trial["quality"] is not None]
     if not scored:
         return found
     found.append(("trials", "Trials", _trials(dims, trials, verdict)))
-    mattered = _mattered(dims, scored, first)
+    mattered = _mattered(importance or {}, first)
     what = "Validation of every trial by optimizer step; a dot is where one was stopped. Hover a line for its sample."
     curves = panel(figure(None, _curves(space, scored, verdict), what, _key(trials, verdict)))
     found.append(("curves", "Learning curves", tag("div", curves, mattered, class_="pair") if mattered else curves))
@@ -193,18 +195,15 @@ def _curves(space: Space, trials: Sequence[Trial], verdict: Mapping[str, Any]) -
     return svg(frame.width, frame.height, f"{metric} of every trial by optimizer step", *body)
 
 
-def _mattered(dims: Sequence[Dimension], trials: Sequence[Trial], share: float) -> Markup | None:
+def _mattered(shares: Mapping[str, float], first: float) -> Markup | None:
     """How much each dimension says about the score that trials had where they were compared first."""
-    pairs = [(trial["reports"][0]["sample"], at_first(trial, share)) for trial in trials]
-    scores = [(sample, score) for sample, score in pairs if score is not None]
-    shares = proposing.importance(scores, dims)
     if not shares:
         return None
     rows = [(name, max(0.0, share)) for name, share in shares.items()]
     chart = charts.bars(rows, title="Importance of each dimension", x_label="share of the variance")
     words = (
         "How much of what sets trials apart each dimension explains (functional ANOVA), by their first score at or "
-        f"behind {share:.0%} of their steps: of {len(scores)} trials, so a hint. What only some have is left out."
+        f"behind {first:.0%} of their steps: a hint, of few trials. What only some have is left out."
     )
     return panel(figure("What mattered", chart, words))
 

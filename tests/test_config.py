@@ -119,14 +119,14 @@ def test_every_key_says_what_it_is() -> None:
 
 @pytest.mark.parametrize(
     "recipe",
-    [path for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.endswith(("_data", "_space"))],
+    [path for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.endswith(("_data", "space"))],
     ids=lambda path: path.stem,
 )
 def test_every_recipe_loads(recipe: Path) -> None:
     assert config.load(recipe).data.name
 
 
-@pytest.mark.parametrize("space", sorted(RECIPES.glob("*_space.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("space", sorted(RECIPES.glob("*space.yaml")), ids=lambda path: path.stem)
 def test_every_search_space_names_keys_that_exist(space: Path) -> None:
     # Dotted keys of the config at the top, or below "space"; what else a space file may hold is the search's own.
     content = yaml.safe_load(space.read_text())

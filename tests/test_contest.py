@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mmagent import contest, proposing, report, space
+from jobs import proposing
+from mmagent import contest, report, space
 from mmagent.space import Space
 
 SPACE = Space(
@@ -52,7 +53,7 @@ def test_the_front_holds_what_nothing_cheaper_beats() -> None:
 
 
 def test_the_sections_tell_every_trial() -> None:
-    sections = contest.sections(SPACE, DIMS, TRIALS, VERDICT, 0.25)
+    sections = contest.sections(SPACE, DIMS, TRIALS, VERDICT, 0.25, {"optim.lr": 0.7, "model.dropout": 0.3})
     page = report.page("Search s", "no test split", sections)
     for title in ("Search", "Trials", "Learning curves", "What freezing buys", "Quality and cost"):
         assert f">{title}</h2>" in page
@@ -62,6 +63,7 @@ def test_the_sections_tell_every_trial() -> None:
     assert "<b>" not in page.partition("failed: out of memory")[2][:40]
     assert "± 0.02 over 3 seeds" in page
     assert "3 to its end, 1 stopped early, 1 failed" in page
+    assert "behind 25% of their steps" in page
     assert page.count("<script") == 0
 
 
