@@ -21,6 +21,7 @@ Trial = Mapping[str, Any]
 Section = tuple[str, str, Markup]
 COSTS = {"trained_parameters": "trained parameters", "seconds": "seconds of training", "latency_ms": "ms an answer"}
 _WINNER, _OWN = 1, 2  # styles of their lines
+_ABSENT = -0.08  # where a trial's line passes an axis that it has no value on: below it
 _STATES = {"done": "to its end", "stopped": "stopped early", "failed": "failed", "cut": "interrupted"}
 
 
@@ -99,9 +100,11 @@ def _trials(dims: Sequence[Dimension], trials: Sequence[Trial], verdict: Mapping
         ended = _STATES[trial["state"]] + (f": {trial['error']}" if trial["error"] else "")
         values = [_written(trial["sample"].get(name)) for name in names]
         body.append((trial["id"], [best, count(trial["step"]), f"{trial['seconds']:.0f}", ended, *values]))
-    lines = panel(figure(None, _parallel(dims, trials, verdict), "A line for each trial through its values: the better "
-                         "it was, the stronger. Left: low values and first choices are at the bottom.",
-                         _key(trials, verdict)))  # fmt: skip
+    what = (
+        "A line for each trial through its values: the better it was, the stronger. Low values and first choices are "
+        "at the bottom; below an axis passes who has no value on it."
+    )
+    lines = panel(figure(None, _parallel(dims, trials, verdict), what, _key(trials, verdict)))
     return tag("div", panel(table(head, body, "Every trial, the best first. The first trial has the recipe's own "
                                   "values.")), lines)  # fmt: skip
 
@@ -128,7 +131,7 @@ def _parallel(dims: Sequence[Dimension], trials: Sequence[Trial], verdict: Mappi
     low, high = scored[0]["quality"], scored[-1]["quality"]
     shown = [each for each in dims if any(each.share(spaces.raw(t["sample"], dims).get(each.key)) is not None
                                           for t in scored)]  # fmt: skip
-    width, height, top, foot, left = max(1000, 150 * (len(shown) + 1)), 360, 20, 60, 60
+    width, height, top, foot, left = max(1000, 150 * (len(shown) + 1)), 380, 20, 80, 60
     gap = (width - 2 * left) / max(1, len(shown))
 
     def y(share: float) -> float:
@@ -140,19 +143,16 @@ def _parallel(dims: Sequence[Dimension], trials: Sequence[Trial], verdict: Mappi
         name = "best" if each is None else each.key
         ends = _ends(each) if each is not None else [(0.0, number(low)), (1.0, number(high))]
         body.append(tag("path", d=f"M{x} {top}V{height - foot}", class_="rule"))
-        body.append(tag("text", name, x=x, y=height - foot + 34, text_anchor="middle", class_="label"))
+        body.append(tag("text", name, x=x, y=height - foot + 54, text_anchor="middle", class_="label"))
+        if each is not None and any(each.share(spaces.raw(t["sample"], dims).get(each.key)) is None for t in scored):
+            ends.append((_ABSENT, "none here"))
         body += [tag("text", words, x=x + 5, y=y(share) + 4, class_="tick") for share, words in ends]
     for trial in scored:
         raw = spaces.raw(trial["sample"], dims)
         shares = [each.share(raw.get(each.key)) for each in shown]
         quality = (trial["quality"] - low) / (high - low) if high > low else 1.0
-        path, pen = "", "M"
-        for place, share in enumerate([*shares, quality]):
-            if share is None:
-                pen = "M"
-                continue
-            path += f"{pen}{left + place * gap:.1f} {y(share)}"
-            pen = "L"
+        at = [_ABSENT if share is None else share for share in (*shares, quality)]
+        path = "M" + "L".join(f"{left + place * gap:.1f} {y(share)}" for place, share in enumerate(at))
         told = f"{trial['id']}: {number(trial['quality'])}, {spaces.short(trial['sample'])}"
         opacity = f"{0.2 + 0.8 * quality:.2f}"
         body.append(tag("path", tag("title", told), d=path, class_=_style(trial, trials, verdict), opacity=opacity))
