@@ -1,5 +1,5 @@
 """Worker groups that stay: runs take turns in them, and find torch, Transformers and DeepSpeed imported, the processes
-joined, and the stream of the data open. A search's trials are such runs.
+joined, and the validation rows read. A search's trials are such runs.
 
 A *lane* is one group under Ray Train (`jobs.workers.stay`). The *desk* is an actor between those who want something
 trained and the lanes: it keeps who waits, hands each rank of a lane the same job, and carries what a run reports to
@@ -348,32 +348,27 @@ def _do(desk: Any, job: Job, group: Group, streams: _Streams) -> str:
 
 
 class _Streams:
-    """The streams of one rank, kept open from one job to the next as long as they would read the same."""
+    """The streams of one rank; what every job reads as a whole is kept from one to the next."""
 
     def __init__(self, group: Group, reserved_cpus: float) -> None:
         self._group, self._reserved_cpus = group, reserved_cpus
-        self._open: dict[str, tuple[str, Any]] = {}
         self._read: dict[str, tuple[str, list[pa.Table]]] = {}
 
     def blocks(self, name: str, wanted: Stream) -> Iterator[pa.Table]:
         """The tables of this rank. Those of a split that every job reads as a whole are kept."""
         key = wanted.key(self._group.world)
         if not wanted.whole:
-            return self._tables(name, key, wanted)
+            return self._tables(wanted)
         if self._read.get(name, ("",))[0] != key:
-            self._read[name] = (key, list(self._tables(name, key, wanted)))
-            self._open.pop(name, None)
+            self._read[name] = (key, list(self._tables(wanted)))
         return iter(self._read[name][1])
 
-    def _tables(self, name: str, key: str, wanted: Stream) -> Iterator[pa.Table]:
-        if self._open.get(name, ("",))[0] != key:
-            self._open.pop(name, None)
-            world, given = self._group.world, None
-            if self._group.rank == 0:
-                given = cloudpickle.dumps(stream.split_in_turn(wanted(world), world, self._reserved_cpus))
-            self._open[name] = (key, cloudpickle.loads(self._group.gather(given)[0])[self._group.rank])
-        return stream.rank_steps(self._open[name][1], self._group.rank)
+    def _tables(self, wanted: Stream) -> Iterator[pa.Table]:
+        # Anew for each job: one that the job before left in the middle may be ended under the next one's hands (Ray 2.60).
+        world, given = self._group.world, None
+        if self._group.rank == 0:
+            given = cloudpickle.dumps(stream.split_in_turn(wanted(world), world, self._reserved_cpus))
+        return stream.rank_steps(cloudpickle.loads(self._group.gather(given)[0])[self._group.rank], self._group.rank)
 
     def close(self) -> None:
-        self._open.clear()
         self._read.clear()
