@@ -364,7 +364,7 @@ class _Streams:
         return iter(self._read[name][1])
 
     def _tables(self, wanted: Stream) -> Iterator[pa.Table]:
-        # Anew for each job: one that the job before left in the middle may be ended under the next one's hands (Ray 2.60).
+        # Anew for each job: one that the job before left in the middle may end under the next one's hands (Ray 2.60).
         world, given = self._group.world, None
         if self._group.rank == 0:
             given = cloudpickle.dumps(stream.split_in_turn(wanted(world), world, self._reserved_cpus))

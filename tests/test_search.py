@@ -210,10 +210,10 @@ def test_a_population_takes_over_what_the_best_have_learned(
 def test_twenty_stopped_trials_leave_nothing(
     nothing_left: None, storage: Path, arguments: Callable[..., list[str]], scheduler: str
 ) -> None:
-    given = arguments("many", trials=26, scheduler=scheduler, reduction=4, grace=0.5, seeds=1)
+    given = arguments("many", trials=40, scheduler=scheduler, reduction=4, grace=0.5, seeds=1)
     assert search.main(given) == 0
     done = json.loads((storage / "search" / "many" / "trials.json").read_text())
-    assert len(done) == 26
+    assert len(done) == 40
     assert sum(trial["state"] == "stopped" for trial in done) >= (20 if scheduler == "asha" else 10)
     assert all(trial["error"] is None for trial in done)
 
