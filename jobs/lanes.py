@@ -37,8 +37,6 @@ from mmagent.config import Config
 
 _STOP_TIMEOUT_S = 60.0  # a step, its validation and its checkpoint
 _WORD_TIMEOUT_S = 5.0  # for who asked for a run to say whether it goes on, where another job wants its lane
-
-
 _OF = "#"  # between a run's name and a job's number
 
 
@@ -141,9 +139,7 @@ class Desk:
         """A group of a lane starts; its number. What the group before had in hand is done again, or given up."""
         found = self._lanes.setdefault(lane, _Lane())
         found.starts += 1
-        for standing in found.taken:
-            if not standing.over.is_set() and standing not in found.again:
-                self._lost(found, standing, "its workers were gone")
+        self._drop(found, "its workers were gone")
         found.taken = []
         await self._notify()
         return found.starts
@@ -189,10 +185,7 @@ class Desk:
 
     async def failed(self, lane: int, words: str) -> None:
         """The workers of a lane failed; Ray starts them again."""
-        found = self._lanes.setdefault(lane, _Lane())
-        for standing in found.taken:
-            if not standing.over.is_set() and standing not in found.again:
-                self._lost(found, standing, words)
+        self._drop(self._lanes.setdefault(lane, _Lane()), words)
         await self._notify()
 
     async def in_hand(self, lane: int) -> bytes | None:
@@ -209,6 +202,12 @@ class Desk:
             for standing in self._waiting:
                 standing.outcomes.put_nowait(Outcome(failed=words or "the worker groups have ended"))
             self._waiting.clear()
+
+    def _drop(self, lane: _Lane, words: str) -> None:
+        """What a lane has in hand is lost."""
+        for standing in lane.taken:
+            if not standing.over.is_set() and standing not in lane.again:
+                self._lost(lane, standing, words)
 
     def _lost(self, lane: _Lane, standing: _Standing, words: str) -> None:
         standing.reported = False
@@ -228,8 +227,8 @@ class Desk:
 class Lanes:
     """So many worker groups and their desk, for as long as the block lasts.
 
-    with Lanes(config, folder, count) as lanes:
-        for report in lanes.run(job): ...
+    with Lanes(config, folder, count) as groups:
+        groups.run(jobs, print)
     """
 
     def __init__(self, config: Config, folder: Path, count: int) -> None:
@@ -356,9 +355,9 @@ class _Streams:
 
     def blocks(self, name: str, wanted: Stream) -> Iterator[pa.Table]:
         """The tables of this rank. Those of a split that every job reads as a whole are kept."""
-        key = wanted.key(self._group.world)
         if not wanted.whole:
             return self._tables(wanted)
+        key = wanted.key(self._group.world)
         if self._read.get(name, ("",))[0] != key:
             self._read[name] = (key, list(self._tables(wanted)))
         return iter(self._read[name][1])

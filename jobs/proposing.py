@@ -33,7 +33,7 @@ def propose(asked: Any, dims: Sequence[Dimension]) -> dict[str, Any]:
             out[each.key] = asked.suggest_int(each.key, int(each.low), int(each.high))
         else:
             found = asked.suggest_float(each.key, each.low, each.high, log=each.kind == "loguniform")
-            out[each.key] = float(f"{found:.4g}")
+            out[each.key] = spaces.rounded(found)
     return out
 
 

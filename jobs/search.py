@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from jobs import cluster
+from jobs import cluster, watch
 from jobs.train import user_errors
 from mmagent import config as configs
 from mmagent import space as spaces
@@ -338,9 +338,7 @@ def _verdict(
 
 
 def _validations(place: Path) -> list[dict[str, Any]]:
-    from jobs.watch import whole_lines
-
-    return [row for row in whole_lines(place / "metrics.jsonl") if row["kind"] == "validation"]
+    return [row for row in watch.whole_lines(place / "metrics.jsonl") if row["kind"] == "validation"]
 
 
 def _ended(place: Path, trial: Trial | None) -> bool:
@@ -350,9 +348,7 @@ def _ended(place: Path, trial: Trial | None) -> bool:
     file = place / "metrics.jsonl"
     if not file.exists():
         return False
-    from jobs.watch import whole_lines
-
-    rows = [row for row in whole_lines(file) if row["kind"] == "train"]
+    rows = [row for row in watch.whole_lines(file) if row["kind"] == "train"]
     return bool(rows) and rows[-1]["step"] >= rows[-1]["total_steps"]
 
 
@@ -361,7 +357,7 @@ def _export(config: Config, place: Path, name: str, bundle: Path, groups: Lanes)
     from jobs import run
 
     made = run.prepare(config, place, bundle=bundle, name=name)
-    made = replace(made, plan=replace(made.plan, total_steps=made.resumed_step()))
+    made = made.at_its_end()
     if not made.exported:
         groups.run([_job_of(made, f"{place.name}#export")], lambda _: None)
     return made
@@ -409,11 +405,8 @@ def _finish(
 ) -> None:
     """Asks the test split once, and writes what the search came to: winner.json last."""
     from jobs import proposing
-    from jobs.evaluate import evaluate
-    from jobs.page import describe
-    from jobs.summary import table_of
     from mmagent import bundle as bundles
-    from mmagent import contest, defaults, report
+    from mmagent import contest, report
 
     history = [_as_json(each, folder) for each in done]
     storage.publish_json(folder / "trials.json", history)  # with all costs
@@ -424,18 +417,7 @@ def _finish(
     scores = [(each["reports"][0]["sample"], score) for each, score in known if score is not None]
     shutil.copyfile(run.folder / "metrics.jsonl", folder / "metrics.jsonl")
     sections = contest.sections(space, dims, history, verdict, first, proposing.importance(scores, dims))
-    if run.dataset.rows("test"):
-        takes = json.loads((folder / "bundle/manifest.json").read_text())["modalities"]
-        seen = "image" in defaults.modalities(run.dataset).intersection(takes)
-        result = evaluate(
-            folder / "bundle", run.dataset, "test", out=folder, before=True, without="image" if seen else None,
-            workers=run.config.cluster.workers, threads=run.config.cluster.threads, seed=run.config.seed,
-            more=sections,
-        )  # fmt: skip
-        describe(folder / "bundle", run.dataset, result)
-        print(table_of(result))
-    else:
-        print("the data set has no test split: no evaluation")
+    if not watch.evaluate_once(run, folder, sections):
         storage.publish(folder / "report.html", report.page(f"Search {folder.name}", "no test split", sections))
     note = {**verdict, "bundle": str(folder / "bundle")}
     storage.publish_json(folder / _WINNER, note)

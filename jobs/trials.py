@@ -37,7 +37,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
-from jobs import lanes, proposing
+from jobs import lanes, proposing, watch
 from jobs.lanes import Job, Outcome
 from jobs.loop import STOP_FILE
 from mmagent import space as spaces
@@ -140,7 +140,7 @@ def run(
     began = [_read(place) for place in sorted((folder / "trials").glob("t*"))]
     population = space.method == "population"
     proposals = Proposals(space, dims, first, trials, seed, began)
-    watch = _Watch(desk, stages, trials, tell)
+    watching = _Watch(desk, stages, trials, tell)
     shutil.rmtree(folder / "tune", ignore_errors=True)
     given = {"desk": desk, "make": make, "folder": folder, "stages": stages, "metric": metric}
     # One trial's process for each lane, all on the head: a share of what Ray has one of there. It takes no CPU.
@@ -163,14 +163,14 @@ def run(
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[watch],
+            callbacks=[watching],
             stop={BUDGET: stages.budget},
             checkpoint_config=CheckpointConfig(num_to_keep=3 if population else 1),
         ),
     )
     grid = tuner.fit()
     errors = {str(result.path): result.error for result in (grid[index] for index in range(len(grid)))}
-    return [_found(folder, trial, errors, stages) for trial in sorted(watch.trials, key=_name)]
+    return [_found(folder, trial, errors, stages) for trial in sorted(watching.trials, key=_name)]
 
 
 def _name(trial: Any) -> str:
@@ -189,7 +189,7 @@ def _scheduler(space: Space, dims: Sequence[Dimension], stages: Stages) -> Trial
             sample = config[_TRIAL]["sample"]
             for key, each in changed.items():
                 held = min(max(sample[key], each.low), each.high)
-                sample[key] = float(f"{held:.4g}")
+                sample[key] = spaces.rounded(held)
             return config
 
         return PopulationBasedTraining(
@@ -433,10 +433,8 @@ def quality(metrics: Mapping[str, Any], metric: tuple[str, bool]) -> float:
 
 
 def _read(place: Path) -> list[dict[str, Any]]:
-    """What a trial has reported; but for a line that a kill cut off."""
-    file = place / REPORTS
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """What a trial has reported."""
+    return watch.whole_lines(place / REPORTS)
 
 
 def _found(folder: Path, trial: Any, errors: Mapping[str, BaseException | None], stages: Stages) -> Trial:
@@ -519,7 +517,7 @@ class _Watch(Callback):
         )
         coming = (self._wanted - len(trials)) * mean
         left_s = (open_budget + coming) * (time.monotonic() - self._began_s) / total
-        return f"{len(ended)} of {self._wanted} done  about {int(left_s) // 60}:{int(left_s) % 60:02d} left"
+        return f"{len(ended)} of {self._wanted} done  about {watch.clock(left_s)} left"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from jobs import check, diagnosis
 from jobs.vigil import Alarm
 from mmagent import defaults, stalls, storage, wording
 from mmagent.config import Config
+from mmagent.report import Section
 from mmagent.shards import Dataset
 
 if TYPE_CHECKING:  # they bring Ray, which reads its environment when it is imported
@@ -57,7 +58,7 @@ def complete(
         timing |= _split_times(work, began)
     if test and not (folder / "evaluation.json").exists():
         began = time.time()
-        _evaluate(work)
+        evaluate_once(work, folder)
         timing["evaluate_s"] = round(time.time() - began, 1)
     storage.publish_json(folder / "timing.json", timing)
     print(f"bundle  {work.plan.bundle}")
@@ -217,7 +218,7 @@ class Follower:
         left_s = (total - step) * per_step / (sum(self._rates) / len(self._rates))
         line = (
             f"step {step}/{total} ({step / total:.0%})  loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  "
-            f"{row['samples_per_s']:.0f} samples/s  waits {row['wait_share']:.1%}  {_clock(left_s)} left"
+            f"{row['samples_per_s']:.0f} samples/s  waits {row['wait_share']:.1%}  {clock(left_s)} left"
         )
         print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", flush=True)
 
@@ -270,15 +271,16 @@ def _split_times(work: Run, began: float) -> dict[str, float]:
     }
 
 
-def _evaluate(work: Run) -> None:
-    """Asks the test split once, if there is one, and writes evaluation.json, report.html and the model card."""
+def evaluate_once(work: Run, out: Path, more: Sequence[Section] = ()) -> bool:
+    """Asks the test split, where there is one, and writes evaluation.json and report.html into `out`, and the card;
+    whether there is one. `more`: sections of the report."""
     from jobs.evaluate import evaluate
     from jobs.page import describe
     from jobs.summary import table_of
 
     if not work.dataset.rows("test"):
         print("the data set has no test split: no evaluation")
-        return
+        return False
     assert work.plan.bundle is not None
     takes = json.loads((work.plan.bundle / "manifest.json").read_text())["modalities"]
     shown = defaults.modalities(work.dataset).intersection(takes)
@@ -286,16 +288,19 @@ def _evaluate(work: Run) -> None:
         work.plan.bundle,
         work.dataset,
         "test",
-        out=work.folder,
+        out=out,
         before=True,
         without="image" if "image" in shown else None,
         workers=work.config.cluster.workers,
         threads=work.config.cluster.threads,
         seed=work.config.seed,
+        more=more,
     )
     describe(work.plan.bundle, work.dataset, result)
     print(table_of(result))
+    return True
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -92,8 +92,8 @@ class Dimension:
         if self.kind == "integer":
             return int(self.low) + int(share * (int(self.high) - int(self.low) + 1))
         if self.kind == "loguniform":
-            return _rounded(math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low))))
-        return _rounded(self.low + share * (self.high - self.low))
+            return rounded(math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low))))
+        return rounded(self.low + share * (self.high - self.low))
 
     def share(self, value: Any) -> float | None:
         """Where a value lies in the distribution, 0 to 1; none where it lies in no way inside."""
@@ -113,7 +113,7 @@ class Dimension:
         return all(raw.get(key) in wanted for key, wanted in self.when)
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Four digits: what is told is what was trained."""
     return float(f"{value:.4g}")
 

@@ -52,7 +52,7 @@ def test_the_prose_of_docstrings_without_the_library_s_name(tmp_path: Path, monk
         "A it network: every it layer of it is applied to what the one before it gives.",
         "Trains the toybox with fit for as long as it takes. It stops early. Args: net: a network",
     }
-    assert {each.library for each in found} == {"toy"}
+    assert {each.of for each in found} == {"toy"}
     assert docstrings.collect() == found
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 
 from jobs import cluster, search
 from mmagent import Predictor, bundle
 from mmagent.record import Record
 from mmagent.shards import Dataset
+from tests.bench import rays
 
 SPACE: dict[str, Any] = {
     "trials": 4,
@@ -32,10 +32,6 @@ SPACE: dict[str, Any] = {
         "freeze.strategy": {"choice": ["connector", {"top": {"integer": [1, 2]}}]},
     },
 }
-
-
-# Of the whole cluster, which Ray Data starts once and keeps.
-_RAY_DATA = ("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker", "_UsageCollectionActor")
 
 
 @pytest.fixture
@@ -111,19 +107,9 @@ def test_a_mistake_is_told_before_the_first_trial(
 @pytest.fixture
 def nothing_left(ray_cluster: cluster.Cluster) -> Iterator[None]:
     """Whatever a search started is gone when it ends: actors and placement groups."""
-    from ray.util.state import list_actors, list_placement_groups
-
-    def living() -> set[str]:
-        address = ray.get_runtime_context().gcs_address
-        actors = list_actors(address, filters=[("state", "=", "ALIVE")], limit=1000)
-        groups = list_placement_groups(address, filters=[("state", "=", "CREATED")], limit=1000)
-        ours = {f"{each.class_name} {each.actor_id}" for each in actors if each.class_name not in _RAY_DATA}
-        return ours | {each.placement_group_id for each in groups}
-
-    cluster.connect()
-    before = living()
+    before = rays.living()
     yield
-    left = living() - before
+    left = rays.living() - before
     assert not left
 
 

@@ -38,7 +38,7 @@ from mmagent.record import SCHEMA_VERSION
 from mmagent.rows import parse
 from mmagent.shards import Dataset, ShardWriter
 from mmagent.targets import TaskInfo
-from tests.bench import loaders
+from tests.bench import loaders, rays
 
 RECIPE = Path("jobs/recipes/small.yaml")
 SMALL = os.environ.get("SCALE") == "small"
@@ -52,17 +52,14 @@ Trace = list[tuple[float, int]]  # seconds, rows of a batch
 
 
 def main(recipe: Path = RECIPE, checkout: Path = cluster.CHECKOUT) -> int:
-    found, new = cluster.ensure(cluster.record())
     rows: list[Row] = []
-    try:
-        ratios = [_compare(recipe, kind, int(share * ROWS), rows) for kind, share in KINDS.items()]
-        wait = _wait_share(recipe)
-    finally:
-        for kind in KINDS:
-            shutil.rmtree(storage.folder("data", f"bench_data_{kind}"), ignore_errors=True)
-        if new:
-            cluster.stop(found)
-            cluster.record().unlink(missing_ok=True)
+    with rays.borrowed():
+        try:
+            ratios = [_compare(recipe, kind, int(share * ROWS), rows) for kind, share in KINDS.items()]
+            wait = _wait_share(recipe)
+        finally:
+            for kind in KINDS:
+                shutil.rmtree(storage.folder("data", f"bench_data_{kind}"), ignore_errors=True)
     rows = [
         Row("data.vs_best", min(ratios), "ratio", "rows/s of ours to the best other, the worse of both", ">= 1.0"),
         Row("data.wait_share", wait, "fraction", "of step time spent waiting for data, pictures", "<= 0.01"),

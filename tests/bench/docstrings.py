@@ -31,7 +31,7 @@ class Said(NamedTuple):
     """A docstring's prose."""
 
     words: str
-    library: str
+    of: str  # which library
     test: bool
 
 

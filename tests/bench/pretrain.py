@@ -28,7 +28,7 @@ from jobs import cluster, prepare, pretrain, train
 from mmagent import storage
 from mmagent.arguments import Parser, positive
 from mmagent.measurement import Row, publish, table
-from tests.bench import docstrings, texts
+from tests.bench import docstrings, rays, texts
 
 RECIPES = cluster.CHECKOUT / "jobs/recipes"
 PARTS = ("text", "minilm", "pairs")
@@ -76,9 +76,8 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the pretraining")
     args = parser.parse_args(argv)
-    found, new = cluster.ensure(cluster.record())
     rows: list[Row] = []
-    try:
+    with rays.borrowed():
         for part in args.only or PARTS:
             with tempfile.TemporaryDirectory(prefix=f"pretrain-{part}-") as place:
                 try:
@@ -88,10 +87,6 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
                         for folder in (storage.root() / kind).glob(f"{Path(place).name}*"):
                             shutil.rmtree(folder, ignore_errors=True)
             publish("pretrain", rows, checkout, keep=True)
-    finally:
-        if new:
-            cluster.stop(found)
-            cluster.record().unlink(missing_ok=True)
     print(table(rows))
     return 0
 
@@ -124,7 +119,7 @@ def _text(place: Path, *, fresh: bool) -> Side:
     (place / "text.txt").write_text("\n\n".join(each.words for each in read) + "\n")
     rows = []
     for library in docstrings.LIBRARIES:
-        of = {test: [each for each in said if each.library == library and each.test == test] for test in (False, True)}
+        of = {test: [each for each in said if each.of == library and each.test == test] for test in (False, True)}
         for test, split, count in ((False, "train", 100), (True, "test", TEST_ROWS // len(docstrings.LIBRARIES))):
             for each in rng.sample(of[test], min(count, len(of[test]))):
                 rows.append({"text": each.words, "label": library, "split": split})

@@ -28,12 +28,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC, SVR
 
-from jobs import cluster, evaluate, prepare, train
+from jobs import evaluate, prepare, train
 from jobs.speech import Clip, render
 from mmagent import storage
 from mmagent.arguments import Parser
 from mmagent.measurement import Row, publish, table
-from tests.bench import drawings, pair, templates
+from tests.bench import drawings, pair, rays, templates
 
 CHECKOUT = Path(__file__).parents[2]
 RECIPE = CHECKOUT / "jobs/recipes/small.yaml"
@@ -196,17 +196,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=list(CASES), help="this task alone; may be repeated")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the recipe")
     args = parser.parse_args(argv)
-    found, new = cluster.ensure(cluster.record())
     rows: list[Row] = []
-    try:
+    with rays.borrowed():
         for name in args.only or CASES:
             rows += _measure(name, CASES[name](), args.overrides)
             print(table(rows), flush=True)
             publish("quality", rows, CHECKOUT, keep=True)  # what was measured stays, whatever comes after
-    finally:
-        if new:
-            cluster.stop(found)
-            cluster.record().unlink(missing_ok=True)
     return 0
 
 

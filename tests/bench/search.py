@@ -30,10 +30,10 @@ import yaml
 from jobs import cluster, prepare
 from jobs import search as searches
 from mmagent import config as configs
-from mmagent import space as spaces
 from mmagent import storage
 from mmagent.arguments import Parser, positive
 from mmagent.measurement import Row, publish, table
+from tests.bench import rays
 
 RECIPE = cluster.CHECKOUT / "jobs/recipes/easy_vqa.yaml"
 SMALL = os.environ.get("SCALE") == "small"
@@ -66,8 +66,7 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
     )
     parser.add_argument("--trials", type=positive, default=4 if SMALL else 16)
     args = parser.parse_args(argv)
-    found, new = cluster.ensure(cluster.record())
-    try:
+    with rays.borrowed():
         if prepare.main(["--source", "easy_vqa", "--name", DATA]):
             return 2
         rows = []
@@ -76,18 +75,14 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
         if args.only != "ours":
             rows += _textbook(args.trials)
         publish("search", rows, checkout, keep=True)
-    finally:
-        if new:
-            cluster.stop(found)
-            cluster.record().unlink(missing_ok=True)
     print(table(rows))
     return 0
 
 
 def _ours(trials: int) -> list[Row]:
-    before = _living()
+    before = rays.living()
     quick = _search("bench_search", trials, scheduler="asha", seeds=3)
-    left = _living() - before
+    left = rays.living() - before
     full = _search("bench_full", trials, scheduler="none", seeds=1)
     one_s = _spent_s([full[0]])
     startups = [trial["reports"][0]["metrics"]["startup_s"] for trial in quick if trial["reports"]]
@@ -137,7 +132,6 @@ def _search(name: str, trials: int, **changed: Any) -> list[dict[str, Any]]:
     file.parent.mkdir(parents=True, exist_ok=True)
     space = {**SPACE, "trials": trials, "concurrent": 1, **changed}
     file.write_text(yaml.safe_dump(space))
-    spaces.load(file)
     folder = storage.folder("search", name)
     began = time.monotonic()
     if searches.main(["--config", str(RECIPE), "--space", str(file), "--name", name, f"data.name={DATA}"]):
@@ -157,18 +151,6 @@ def _spent_s(trials: Sequence[Mapping[str, Any]]) -> float:
 def _whole_s(trials: Sequence[Mapping[str, Any]]) -> float:
     """The same with the first start."""
     return _spent_s(trials) + float(trials[0]["reports"][0]["metrics"]["startup_s"])
-
-
-def _living() -> set[str]:
-    import ray
-    from ray.util.state import list_actors, list_placement_groups
-
-    cluster.connect()
-    address = ray.get_runtime_context().gcs_address
-    data = ("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker", "_UsageCollectionActor")
-    actors = list_actors(address, filters=[("state", "=", "ALIVE")], limit=1000)
-    groups = list_placement_groups(address, filters=[("state", "=", "CREATED")], limit=1000)
-    return {a.actor_id for a in actors if a.class_name not in data} | {g.placement_group_id for g in groups}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ Sides take turns; medians of the rounds.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ from mmagent import storage
 from mmagent.arguments import Parser
 from mmagent.config import Config
 from mmagent.measurement import Row, publish, table
-from tests.bench import kept, texts, transformers_trainer
+from tests.bench import kept, rays, texts, transformers_trainer
 from tests.bench.texts import LONGEST, SHORTEST
 
 RECIPE = cluster.CHECKOUT / "jobs/recipes/small.yaml"
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
         if part == "packing":
             rows += _packing()
         else:
-            with _ray():
+            with rays.borrowed():
                 rows += kept.rows(_trained) if part == "cache" else _others(args.overrides)
         publish("train", rows, checkout, keep=True)
     print(table(rows))
@@ -102,17 +101,6 @@ def _packing() -> list[Row]:
         Row("train.bucket_speedup", min(middle.values()), "ratio", f"{what}: the smaller of the two", ">= 1.8"),
         *(Row(f"train.bucket_speedup.{kind}", value, "ratio", what) for kind, value in middle.items()),
     ]
-
-
-@contextlib.contextmanager
-def _ray() -> Iterator[None]:
-    found, new = cluster.ensure(cluster.record())
-    try:
-        yield
-    finally:
-        if new:
-            cluster.stop(found)
-            cluster.record().unlink(missing_ok=True)
 
 
 def _others(overrides: Sequence[str]) -> list[Row]:
