@@ -31,6 +31,7 @@ from ray import cloudpickle
 
 from jobs import stream, workers
 from jobs.loop import STOP_FILE
+from jobs.recording import Recording
 from jobs.run import Stream
 from jobs.workers import Final, Group
 from mmagent.config import Config
@@ -347,27 +348,31 @@ def _do(desk: Any, job: Job, group: Group, streams: _Streams) -> str:
 
 
 class _Streams:
-    """The streams of one rank; what every job reads as a whole is kept from one to the next."""
+    """The streams of one rank, read once for all jobs that want the same."""
 
     def __init__(self, group: Group, reserved_cpus: float) -> None:
         self._group, self._reserved_cpus = group, reserved_cpus
-        self._read: dict[str, tuple[str, list[pa.Table]]] = {}
+        self._kept: dict[str, tuple[str, Recording]] = {}  # by split: what it is of, and what was read
 
     def blocks(self, name: str, wanted: Stream) -> Iterator[pa.Table]:
-        """The tables of this rank. Those of a split that every job reads as a whole are kept."""
-        if not wanted.whole:
-            return self._tables(wanted)
-        key = wanted.key(self._group.world)
-        if self._read.get(name, ("",))[0] != key:
-            self._read[name] = (key, list(self._tables(wanted)))
-        return iter(self._read[name][1])
+        """The tables of this rank from where the job stands. All ranks ask, or none."""
+        key, step = wanted.key(self._group.world), wanted.first()
+        of, recording = self._kept.get(name, ("", None))
+        if not self._group.all(recording is not None and of == key and recording.holds(step)):
+            if recording is not None:
+                recording.close()  # first: a stream holds CPUs, also while nobody reads
+            recording = Recording(self._tables(wanted), step)
+            self._kept[name] = (key, recording)
+        assert recording is not None
+        return recording.read(step)
 
     def _tables(self, wanted: Stream) -> Iterator[pa.Table]:
-        # Anew for each job: one that the job before left in the middle may end under the next one's hands (Ray 2.60).
         world, given = self._group.world, None
         if self._group.rank == 0:
             given = cloudpickle.dumps(stream.split_in_turn(wanted(world), world, self._reserved_cpus))
         return stream.rank_steps(cloudpickle.loads(self._group.gather(given)[0])[self._group.rank], self._group.rank)
 
     def close(self) -> None:
-        self._read.clear()
+        for _, recording in self._kept.values():
+            recording.close()
+        self._kept.clear()

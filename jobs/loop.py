@@ -11,6 +11,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -335,13 +336,15 @@ def train(group: Group, plan: Plan) -> None:
 
 
 class Feed:
-    """Makes the next steps' batches in a thread while this one computes; the errors of the thread are raised here."""
+    """Makes the next steps' batches in a thread while this one computes; the errors of the thread are raised here. The
+    thread ends when it is closed, or gone with a training that failed."""
 
     def __init__(self, steps: Callable[[Iterator[pa.Table]], Iterator[Step]], tables: Iterator[pa.Table]) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=2)
-        self._closed = False
-        self._thread = threading.Thread(target=self._fill, args=(steps, tables), daemon=True, name="feed")
-        self._thread.start()
+        closed = threading.Event()
+        self.close = weakref.finalize(self, closed.set)
+        arguments = (self._queue, closed, steps, tables)
+        threading.Thread(target=_fill, args=arguments, daemon=True, name="feed").start()
 
     def next(self, meter: Meter) -> tuple[pa.Table, Step]:
         """The rows of the next step, and what was made of them."""
@@ -354,31 +357,35 @@ class Feed:
         table, step = item
         return table, step
 
-    def close(self) -> None:
-        self._closed = True
 
-    def _fill(self, steps: Callable[[Iterator[pa.Table]], Iterator[Step]], tables: Iterator[pa.Table]) -> None:
-        read: deque[pa.Table] = deque()
+def _fill(
+    filled: queue.Queue[Any],
+    closed: threading.Event,
+    steps: Callable[[Iterator[pa.Table]], Iterator[Step]],
+    tables: Iterator[pa.Table],
+) -> None:
+    """The life of a feed's thread."""
+    read: deque[pa.Table] = deque()
 
-        def noted() -> Iterator[pa.Table]:
-            for table in tables:
-                read.append(table)
-                yield table
+    def noted() -> Iterator[pa.Table]:
+        for table in tables:
+            read.append(table)
+            yield table
 
-        try:
-            for item in steps(noted()):
-                self._put((read.popleft(), item))
-                if self._closed:
-                    return
-            self._put(RuntimeError("the stream ended before the last step"))
-        except BaseException as error:  # noqa: BLE001  goes to the loop, which raises it
-            self._put(error)
-
-    def _put(self, item: Any) -> None:
-        while not self._closed:
+    def put(item: Any) -> None:
+        while not closed.is_set():
             with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=1.0)
+                filled.put(item, timeout=1.0)
                 return
+
+    try:
+        for item in steps(noted()):
+            put((read.popleft(), item))
+            if closed.is_set():
+                return
+        put(RuntimeError("the stream ended before the last step"))
+    except BaseException as error:  # noqa: BLE001  goes to the loop, which raises it
+        put(error)
 
 
 def _save_due(config: Config, step: int, since_s: float) -> bool:

@@ -177,17 +177,18 @@ class Stream:
     dataset: Dataset
     split: str
 
-    @property
-    def whole(self) -> bool:
-        """Whether it is read to its end, and then kept by the run."""
-        return self.split != "train"
-
     def __call__(self, world: int) -> Any:
         return stream.training_stream(*reads(self.plan, self.dataset, self.split, world))
 
+    def first(self) -> int:
+        """The number of the first step it brings."""
+        found = _checkpoints(self.plan.folder).latest() if self.split == "train" else None
+        return found.step if found else 0
+
     def key(self, world: int) -> str:
-        """Streams of one key bring the same rows in the same order."""
-        return hashlib.sha256(pickle.dumps(reads(self.plan, self.dataset, self.split, world))).hexdigest()
+        """Streams of one key bring the same rows at the same step, to the same end."""
+        order, layout, _, steps = reads(self.plan, self.dataset, self.split, world)
+        return hashlib.sha256(pickle.dumps((order, layout, self.first() + steps))).hexdigest()
 
 
 def streams(plan: Plan, dataset: Dataset) -> dict[str, Stream]:
