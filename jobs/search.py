@@ -216,6 +216,11 @@ def _checked(base: Config, space: Space, dims: Sequence[Dimension], place: Path)
     grace = space.grace or max(1.0, most / (16 if space.method == "population" else space.reduction**2))
     if grace > most:
         raise ConfigError(f"grace={grace:g} {space.unit}, but a trial has {most:g}")
+    if space.method != "population" and space.scheduler == "hyperband" and grace * space.reduction > most:
+        raise ConfigError(
+            f"hyperband would stop no trial: after grace={grace:g} {space.unit} the next stage is at "
+            f"{grace * space.reduction:g}, and a trial has {most:g}; give a smaller grace or reduction"
+        )
     return own, Stages(space.unit, grace, most, space.reduction)
 
 

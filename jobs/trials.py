@@ -31,7 +31,7 @@ from ray.tune import Callback, CheckpointConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
-    HyperBandScheduler,
+    HyperBandForBOHB,
     PopulationBasedTraining,
     TrialScheduler,
 )
@@ -206,7 +206,8 @@ def _scheduler(space: Space, dims: Sequence[Dimension], stages: Stages) -> Trial
         most: Any = stages.budget  # declared as whole, and used as it is
         return ASHAScheduler(time_attr=BUDGET, max_t=most, grace_period=1, reduction_factor=stages.reduction)
     if space.scheduler == "hyperband":
-        return HyperBandScheduler(
+        # Tune's plain one (2.60) halves brackets that are not full yet: trials come one by one, so each ran to its end.
+        return HyperBandForBOHB(
             time_attr=BUDGET, max_t=max(1, round(stages.budget)), reduction_factor=stages.reduction
         )
     return FIFOScheduler()
@@ -275,6 +276,12 @@ class Proposals(Searcher):
             self._study.tell(asked, **failed)
         elif quality is not None and (told := proposing.known(asked, self._dims, quality)) is not None:
             self._study.add_trial(told)
+
+    def on_pause(self, trial_id: str) -> None:
+        """Hyperband says so."""
+
+    def on_unpause(self, trial_id: str) -> None:
+        """Likewise."""
 
     def save(self, checkpoint_path: str) -> None:
         """Tune keeps searchers for its own way of going on, which is not ours."""

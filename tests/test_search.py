@@ -91,6 +91,7 @@ def test_a_mistake_is_told_before_ray_is_looked_for(
         ),
         ({}, ("cluster.workers=99",), "cluster.workers=99 want 99 CPUs or more, but the cluster has"),
         ({"grace": 9}, (), "grace=9 steps, but a trial has 8"),
+        ({"scheduler": "hyperband", "grace": 3, "reduction": 4}, (), "hyperband would stop no trial"),
         ({"metric": "bleu"}, (), "metric=bleu is not reported: there are score, loss, accuracy"),
     ],
 )
@@ -192,11 +193,16 @@ def test_a_population_takes_over_what_the_best_have_learned(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
+@pytest.mark.parametrize(("scheduler", "reduction", "grace"), [("asha", 4, 0.5), ("hyperband", 2, 1)])
 def test_twenty_stopped_trials_leave_nothing(
-    nothing_left: None, storage: Path, arguments: Callable[..., list[str]], scheduler: str
+    nothing_left: None,
+    storage: Path,
+    arguments: Callable[..., list[str]],
+    scheduler: str,
+    reduction: float,
+    grace: float,
 ) -> None:
-    given = arguments("many", trials=40, scheduler=scheduler, reduction=4, grace=0.5, seeds=1)
+    given = arguments("many", trials=40, scheduler=scheduler, reduction=reduction, grace=grace, seeds=1)
     assert search.main(given) == 0
     done = json.loads((storage / "search" / "many" / "trials.json").read_text())
     assert len(done) == 40
