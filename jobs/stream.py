@@ -201,6 +201,28 @@ def apply(
     yield from answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 
+def over(
+    table: pa.Table, worker: type, kwargs: dict[str, Any], *, workers: int, batch_rows: int, threads: int
+) -> Iterator[pa.Table]:
+    """As `apply`, of the rows of a table in memory."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = ray.data.from_arrow([table.slice(at, batch_rows) for at in range(0, len(table), batch_rows)])
+    rows.context.custom_execution_callback_classes = [Pace]
+    found = rows.map_batches(
+        worker,
+        fn_constructor_kwargs=kwargs,
+        batch_size=batch_rows,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(workers, -(-len(table) // batch_rows)))),
+        num_cpus=0.5,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+    )
+    yield from found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+
 def cut(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
     """The same rows in tables of these sizes, each given out as soon as it is whole."""
     held: list[pa.Table] = []

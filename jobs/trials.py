@@ -207,9 +207,7 @@ def _scheduler(space: Space, dims: Sequence[Dimension], stages: Stages) -> Trial
         return ASHAScheduler(time_attr=BUDGET, max_t=most, grace_period=1, reduction_factor=stages.reduction)
     if space.scheduler == "hyperband":
         # Tune's plain one (2.60) halves brackets that are not full yet: trials come one by one, so each ran to its end.
-        return HyperBandForBOHB(
-            time_attr=BUDGET, max_t=max(1, round(stages.budget)), reduction_factor=stages.reduction
-        )
+        return HyperBandForBOHB(time_attr=BUDGET, max_t=max(1, round(stages.budget)), reduction_factor=stages.reduction)
     return FIFOScheduler()
 
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from jobs.engine import Engine, moved
 from jobs.workers import Group
-from mmagent import freeze
+from mmagent import freeze, metrics
 from mmagent.batch import Sample
 from mmagent.calibration import Calibration
 from mmagent.model import Batch
@@ -77,7 +78,24 @@ def calibrations(tasks: Mapping[str, Task], answered: Sequence[Answered]) -> dic
         known = [item for item in answered if item.task == name and task.gold(item.record) is not None]
         parts = zip(*((item.raw, item.record, item.modalities) for item in known), strict=True)
         found[name] = task.calibrate(*parts) if known else Calibration()
+        if known:
+            found[name] = found[name].model_copy(update={"curve": _curve(task, known, found[name])})
     return found
+
+
+def _curve(task: Task, known: Sequence[Answered], fitted: Calibration) -> tuple[tuple[float, float, float], ...]:
+    """Of `Calibration.curve`, for a task's answers whose right one is known."""
+    decided = [(item, task.decide(item.raw, item.record, fitted, item.modalities)) for item in known]
+    sure = np.array([decision.confidence for _, decision in decided])
+    right = np.array([task.right(Outcome(task.gold(item.record), decision)) for item, decision in decided])
+    points = metrics.coverage(_Judged(sure, right))
+    return tuple((row["confidence"], row["coverage"], row["accuracy"]) for row in points)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    confidence: np.ndarray
+    correct: np.ndarray
 
 
 def validate(engine: Engine, batches: Batches, samples: list[Sample], group: Group) -> tuple[float, dict[str, float]]:

@@ -17,10 +17,10 @@ class Parser(argparse.ArgumentParser):
         keys: dotted keys that the command takes as ``key.path=value``: who writes one as a flag is told.
     """
 
-    def __init__(self, prog: str, manual: str | None, *, keys: Iterable[str] = (), **settings: Any) -> None:
+    def __init__(self, prog: str, manual: str | None = None, *, keys: Iterable[str] = (), **settings: Any) -> None:
         self._keys = {key.rpartition(".")[2]: key for key in keys}
         super().__init__(
-            prog=f"python -m {prog}",
+            prog=prog if prog.startswith("python ") else f"python -m {prog}",  # of a command within a command
             description=inspect.cleandoc(manual or ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -29,12 +29,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = list(sys.argv[1:] if args is None else args)
-        flags = sorted(flag for action in self._actions for flag in action.option_strings)
+        flags = sorted(flag for parser in (self, *self._within()) for a in parser._actions for flag in a.option_strings)
         for item in given[: given.index("--")] if "--" in given else given:
             flag = item.partition("=")[0]
             if item.startswith("--") and flag not in flags:
                 self.error(f"unknown flag {flag}: did you mean {self._nearest(flag, flags)}? --help lists all")
         return super().parse_args(given, namespace)
+
+    def _within(self) -> list[argparse.ArgumentParser]:
+        """The parsers of commands within this one."""
+        groups = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return [parser for group in groups for parser in group.choices.values()]
 
     def _nearest(self, flag: str, flags: Sequence[str]) -> str:
         word = flag.removeprefix("--").replace("-", "_")

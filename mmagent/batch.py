@@ -28,6 +28,7 @@ from mmagent.record import Media, Message, Record, RecordError
 from mmagent.targets import TargetError, check_question
 from mmagent.tasks import Task
 from mmagent.text import TextEncoder
+from mmagent.writer import Writing
 
 _READ_BESIDES = {"match": "candidates", "relate": "spans"}  # the field that a kind of task reads besides messages
 
@@ -72,6 +73,7 @@ class Sample:
     more: tuple[tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]], ...] = ()  # a view's own pictures and sounds
     processed: tuple[Processed, ...] = ()  # of a native model, for each view
     known: Mapping[bytes, np.ndarray] = field(default_factory=dict)  # states of frozen parts (see `mmagent.features`)
+    writing: Writing | None = None  # how a text is to be written; none: the likeliest, as long as the config allows
 
     @property
     def id(self) -> str:
@@ -298,6 +300,15 @@ class Inputs:
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
         with self._tokenizing:
             return text.tokenize(self.tokenizer, texts, self.data.max_text_tokens)
+
+    def pieces(self, words: str) -> list[tuple[int, int]]:
+        """Where each token of some words begins and ends, signs of the tokenizer's own left out."""
+        with self._tokenizing:
+            shown = text.legible(self.tokenizer, words)
+            if not self.tokenizer.is_fast or len(shown) != len(words):
+                return []
+            options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+            return list(self.tokenizer(shown, verbose=False, **options)["offset_mapping"])
 
     def count(self, words: str) -> int:
         """How many tokens some words are, signs of the tokenizer's own left out."""

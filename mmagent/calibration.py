@@ -26,6 +26,13 @@ class Calibration(BaseModel):
         description="the score from which something is said. extract: of a span, above that of no answer; match, read "
         "apart: of a lone candidate",
     )
+    energies: dict[str, tuple[float, ...]] = Field(
+        {}, description="by modalities: quantiles of the energy of validation answers, the least unusual first"
+    )
+    curve: tuple[tuple[float, float, float], ...] = Field(
+        (),
+        description="of validation: confidence, the share of answers at least as sure, and how many of those are right",
+    )
     near_share: float = Field(0.5, ge=0, le=1, description="regress: share of answers less than half a deviation away")
     abstain_below: float = Field(0.5, ge=0, le=1, description="confidence under which an answer counts as abstained")
 
@@ -33,6 +40,26 @@ class Calibration(BaseModel):
         """Logits (n, labels), and the modalities of each row -> probabilities (n, labels)."""
         scale = np.array([self.by_modalities.get(key, self.temperature) for key in modalities])
         return softmax(logits / scale[:, None])
+
+    def threshold(self, target: float) -> float | None:
+        """The lowest confidence from which on so large a share of validation answers is right (Geifman and El-Yaniv,
+        2017, arXiv:1705.08500); none: it is never reached, or nothing is known."""
+        return next((sure for sure, _, right in reversed(self.curve) if right >= target), None)
+
+    def novelty(self, logits: np.ndarray, modalities: str) -> float | None:
+        """The share of validation answers whose energy was lower: near 1, the question is like nothing that was
+        validated on. Logits (labels,)."""
+        known = self.energies.get(modalities)
+        if known is None:  # validation had too few of them to say, or none at all
+            return 1.0 if self.energies and modalities not in self.by_modalities else None
+        return round(float(np.interp(energy(logits), known, np.linspace(0, 1, len(known)))), 4)
+
+
+def energy(logits: np.ndarray) -> np.ndarray:
+    """-log sum exp of the logits (..., labels): low where a classifier knows what it sees (W. Liu et al. 2020,
+    "Energy-based out-of-distribution detection", arXiv:2010.03759)."""
+    top = logits.max(axis=-1)
+    return -(top + np.log(np.exp(logits - top[..., None]).sum(axis=-1)))
 
 
 def fit(logits: np.ndarray, labels: np.ndarray, modalities: Sequence[str]) -> Calibration:
@@ -42,11 +69,14 @@ def fit(logits: np.ndarray, labels: np.ndarray, modalities: Sequence[str]) -> Ca
     keys = np.asarray(modalities)[known]
     if not len(labels):
         return Calibration()
-    common, parts = temperature(logits, labels), {}
+    common, parts, energies = temperature(logits, labels), {}, {}
     for key in sorted(set(keys.tolist())):
         rows = keys == key
         parts[key] = temperature(logits[rows], labels[rows]) if rows.sum() >= MIN_ROWS else common
-    return Calibration(temperature=max(1.0, common), by_modalities=parts)
+        if rows.sum() >= MIN_ROWS:
+            quantiles = np.quantile(energy(logits[rows]), np.linspace(0, 1, 101))
+            energies[key] = tuple(round(float(each), 4) for each in quantiles)
+    return Calibration(temperature=max(1.0, common), by_modalities=parts, energies=energies)
 
 
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -35,6 +35,7 @@ from mmagent.tasks import Task, make_all
 from mmagent.tasks.generate import Written
 from mmagent.tasks.task import Placed
 from mmagent.text import TextEncoder
+from mmagent.writer import Writing
 
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
 
@@ -59,6 +60,9 @@ class Answer:
     likelihood: tuple[float, int] | None = None  # of the right answer, where the record brought it: see `Decision`
     placed: Placed | None = None  # see `Decision`
     probabilities: Mapping[str, float] = field(default_factory=dict)  # every label, likeliest first
+    tokens: tuple[tuple[str, float], ...] = ()  # of a text that was written: each and the logarithm of its probability
+    stopped: bool = True  # a text came to an end by itself, not for its length
+    novelty: float | None = None  # see `Decision`
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self, *, timings: bool = True) -> dict[str, Any]:
@@ -72,6 +76,7 @@ class Answer:
             "probabilities": dict(self.probabilities),
             "confidence": self.confidence,
             "abstained": self.abstained,
+            **({} if self.novelty is None else {"novelty": self.novelty}),
             "bundle": self.bundle,
             **({"cut_tokens": self.cut} if self.cut else {}),
             **({"timings_ms": dict(self.timings_ms)} if timings else {}),
@@ -93,16 +98,18 @@ class Predictor:
         tokenizer: Any,
         calibration: Mapping[str, Calibration] | None = None,
         manifest: Mapping[str, Any] | None = None,
+        path: Path | None = None,
         device: str = "auto",
     ) -> None:
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.name, self.config = name, config
         self.tasks, self.task = dict(tasks), task
         self.manifest = dict(manifest or {})
+        self.path = path  # of the bundle's folder
         self.calibration = {name: (calibration or {}).get(name) or Calibration() for name in tasks}
         self.device = torch.device(place)
         self.inputs = Inputs(config.model, config.data, tokenizer, self.tasks, encoder)
-        self._model = model.eval().requires_grad_(False).to(self.device)
+        self.model = model.eval().requires_grad_(False).to(self.device)
         outside = model.backbone is None
         self._states = FrozenStates(encoder, device=self.device, max_mb=256) if outside else None
 
@@ -131,6 +138,7 @@ class Predictor:
             tokenizer=tokenizer,
             calibration=found.calibration,
             manifest=found.manifest,
+            path=found.path,
             device=device,
         )
 
@@ -158,6 +166,11 @@ class Predictor:
     @property
     def modalities(self) -> tuple[str, ...]:
         return self.inputs.modalities
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the model's chat template has a place for tools."""
+        return "tools" in str(getattr(self.inputs.tokenizer, "chat_template", None) or "")
 
     def check(self, record: Record) -> None:
         """Reads the headers of a record's media, no more.
@@ -212,8 +225,8 @@ class Predictor:
         written = [index for index, sample in enumerate(samples) if self.tasks[sample.task].generates]
         found = dict(zip(written, self._written([samples[index] for index in written]), strict=True))
         if others := [index for index in range(len(samples)) if index not in found]:
-            batch = self._batch([samples[index] for index in others])
-            out = self._model(batch)
+            batch = self.tensors([samples[index] for index in others])
+            out = self.model(batch)
             rows = batch["sample_row"].cpu().numpy()
             for place, index in enumerate(others):
                 sample = samples[index]
@@ -222,18 +235,25 @@ class Predictor:
         return [found[index] for index in range(len(samples))]
 
     def _written(self, samples: Sequence[Sample]) -> list[Written]:
-        """What is written for each sample; with how likely the right answer was, for those that know it."""
-        if not samples:
-            return []
-        assert isinstance(self._model, SoftModel)
-        batch, tokenizer = self._batch(samples), self.inputs.tokenizer
-        stops = text.stop_ids(tokenizer, self._model.backbone.model)
-        said = self._model.write(
-            batch, max_tokens=self.config.data.max_answer_tokens, stops=stops, pad=tokenizer.pad_token_id
-        )
+        """What is written for each sample; with how likely the right answer was, for those that know it. Those that
+        are written in one way share a pass."""
+        out: dict[int, Written] = {}
+        ways: dict[Writing, list[int]] = {}
+        for index, sample in enumerate(samples):
+            ways.setdefault(sample.writing or Writing(self.config.data.max_answer_tokens), []).append(index)
+        for how, indexes in ways.items():
+            found = self._written_alike([samples[index] for index in indexes], how)
+            out |= zip(indexes, found, strict=True)
+        return [out[index] for index in range(len(samples))]
+
+    def _written_alike(self, samples: Sequence[Sample], how: Writing) -> list[Written]:
+        assert isinstance(self.model, SoftModel)
+        batch, tokenizer = self.tensors(samples), self.inputs.tokenizer
+        stops = text.stop_ids(tokenizer, self.model.backbone.model)
+        said = self.model.write(batch, stops=stops, pad=tokenizer.pad_token_id, how=how)
         known: dict[int, Written] = {}
         if any(sample.views[0].reply is not None for sample in samples):
-            out = self._model(batch)
+            out = self.model(batch)
             for index, sample in enumerate(samples):
                 if sample.views[0].reply is not None:
                     given = {key: value[index : index + 1] for key, value in batch.items() if "/" in key}
@@ -241,25 +261,39 @@ class Predictor:
                     known[index] = self.tasks[sample.task].raw(row.float().cpu().numpy(), sample.views)
         return [
             Written(
-                text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                chance=chance,
+                text=tokenizer.decode(line.ids, skip_special_tokens=True).strip(),
+                chance=float(sum(line.chances)),
                 likelihood=known[index].likelihood if index in known else None,
+                tokens=tuple(zip((tokenizer.decode([id]) for id in line.ids), line.chances, strict=False)),
+                stopped=line.stopped,
             )
-            for index, (ids, chance) in enumerate(said)
+            for index, line in enumerate(said)
         ]
 
     @torch.inference_mode()
     def features(self, samples: Sequence[Sample]) -> np.ndarray:
         """Mean text states, image tokens and audio tokens of each sample, side by side: (samples, channels). What a
         linear probe sees of a model."""
-        out: np.ndarray = torch.cat(self._model.features(self._batch(samples)), dim=1).float().cpu().numpy()
+        out: np.ndarray = torch.cat(self.model.features(self.tensors(samples)), dim=1).float().cpu().numpy()
         return out
 
-    def _batch(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def tensors(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """What the model reads of samples: see `mmagent.batch.Inputs.batch`."""
         batch = self.inputs.batch(samples, stand_ins=False)
         if self._states is not None:
             batch["text_states"] = self._states(batch["ids"], batch["mask"])
         return {key: value.to(self.device) for key, value in batch.items()}
+
+    @torch.inference_mode()
+    def embed(self, samples: Sequence[Sample]) -> np.ndarray:
+        """The mean state of each sample, of length 1: (samples, channels). Of words alone the language model's; with
+        pictures and sounds those of the towers beside it."""
+        batch = self.tensors(samples)
+        parts = self.model.features(batch)
+        if self._states is not None and not any(sample.images or sample.audios for sample in samples):
+            parts = parts[:1]
+        out: np.ndarray = torch.nn.functional.normalize(torch.cat(parts, dim=1).float(), dim=1).cpu().numpy()
+        return out
 
     def parse(self, row: Mapping[str, Any], **options: Any) -> Record:
         """A user's row as a record of the task it names, or of the bundle's own (options: `mmagent.rows.parse`)."""
@@ -292,6 +326,9 @@ class Predictor:
             likelihood=said.likelihood,
             placed=said.placed,
             probabilities=said.probabilities,
+            tokens=said.tokens,
+            stopped=said.stopped,
+            novelty=said.novelty,
             timings_ms=timings_ms,
         )
 

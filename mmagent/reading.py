@@ -7,6 +7,7 @@ never cut, and where several leave too little room for words the record is refus
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mmagent import text
-from mmagent.record import Record, segments
+from mmagent.record import Message, Record, segments
 from mmagent.targets import spanned
 
 _PLACEHOLDER = re.compile(r"(\\*)(<(?:image|audio)>)")
@@ -133,7 +134,9 @@ class Reader:
         numbered = [{"role": m.role, "content": _MARK.format(i)} for i, m in enumerate(record.messages)]
         roles = {"context": "system"}  # templates do not know the text that a question is about
         numbered = [{**message, "role": roles.get(message["role"], message["role"])} for message in numbered]
-        page = self.tokenizer.apply_chat_template(numbered, tokenize=False, add_generation_prompt=True)
+        said = [{**each, **_called(self.tokenizer, own)} for each, own in zip(numbered, record.messages, strict=True)]
+        given = {"tools": tools} if (tools := tools_of(self.tokenizer, record)) else {}
+        page = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **given)
         out: list[tuple[bool, list[int]]] = []
         for index, part in enumerate(_MARKED.split(page)):
             if index % 2:
@@ -238,6 +241,38 @@ class Reader:
     def _stride(self, question: str) -> int:
         taken = text.length(self.tokenizer, question, *([""] if question else []))
         return max(0, (self.max_tokens - taken) // _OVERLAP)
+
+
+def tools_of(tokenizer: Any, record: Record) -> list[dict[str, Any]]:
+    """The tools that a chat template is to offer: ``meta["tools"]`` of a record, as OpenAI writes them."""
+    return json.loads(text.legible(tokenizer, record.meta["tools"])) if "tools" in record.meta else []
+
+
+def _called(tokenizer: Any, message: Message) -> dict[str, Any]:
+    """What a message says of calls, as chat templates read it; words in it stay words."""
+    out: dict[str, Any] = {}
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {
+                "id": call["id"],
+                "type": "function",
+                "function": {
+                    "name": call["name"],
+                    "arguments": _arguments(text.legible(tokenizer, call["arguments"] or "{}")),
+                },
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        out["tool_call_id"] = message.tool_call_id
+    return out
+
+
+def _arguments(words: str) -> Any:
+    try:
+        return json.loads(words)
+    except ValueError:
+        return words
 
 
 def opened(view: View, places: Sequence[int], at: int) -> View:

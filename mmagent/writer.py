@@ -26,6 +26,23 @@ class Scored(NamedTuple):
     states: Tensor | None  # (rows, tokens, width): of what was read; of a decoder only where asked for
 
 
+class Writing(NamedTuple):
+    """How a text is written."""
+
+    max_tokens: int
+    temperature: float = 0.0  # 0: the likeliest token each time
+    top_p: float = 1.0  # drawn from the likeliest tokens that have this much of the probability (arXiv:1904.09751)
+    seed: int = 0
+
+
+class Line(NamedTuple):
+    """A text that was written."""
+
+    ids: list[int]  # without the stop
+    chances: list[float]  # the logarithm of each token's probability, the stop's with them
+    stopped: bool  # it came to an end by itself
+
+
 class Writer(TextEncoder):
     """
     Args:
@@ -123,11 +140,8 @@ class Writer(TextEncoder):
         return Scored(out.logits.gather(1, back[..., None].expand_as(out.logits)), states)
 
     @torch.no_grad()
-    def write(
-        self, embeds: Tensor, mask: Tensor, *, max_tokens: int, stops: Sequence[int], pad: int
-    ) -> list[tuple[list[int], float]]:
-        """The likeliest next tokens, one after the other (greedily): for each row the ids without the stop, and the
-        logarithm of the probability of all of them, the stop with them.
+    def write(self, embeds: Tensor, mask: Tensor, *, stops: Sequence[int], pad: int, how: Writing) -> list[Line]:
+        """What comes next in each row, token after token.
 
         Args:
             stops: ids that end a text.
@@ -142,7 +156,7 @@ class Writer(TextEncoder):
             given = {
                 "encoder_outputs": BaseModelOutput(last_hidden_state=self.read(embeds, mask)), "attention_mask": mask,
             }  # fmt: skip
-        return greedily(self.model, given, max_tokens=max_tokens, stops=stops, pad=pad)
+        return written(self.model, given, stops=stops, pad=pad, how=how)
 
     def _places(self, keep: Tensor) -> dict[str, Tensor]:
         """Places counted from each row's first token; without them a model counts the padding too."""
@@ -151,37 +165,51 @@ class Writer(TextEncoder):
         return {"position_ids": (keep.long().cumsum(1) - 1).clamp(min=0)}
 
 
-def greedily(
-    model: Any, given: Mapping[str, Any], *, max_tokens: int, stops: Sequence[int], pad: int
-) -> list[tuple[list[int], float]]:
+def written(model: Any, given: Mapping[str, Any], *, stops: Sequence[int], pad: int, how: Writing) -> list[Line]:
     """What a Transformers model writes after what it is given: see `Writer.write`."""
     from transformers import LogitsProcessorList
 
     recorder = _Recorder()
-    with pretrained.quietly():
+    drawn: dict[str, Any] = {"do_sample": False}
+    if how.temperature > 0:
+        drawn = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    with pretrained.quietly(), torch.random.fork_rng(enabled=how.temperature > 0):
+        if how.temperature > 0:
+            torch.manual_seed(how.seed)
         rows = model.generate(
-            **given, max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=list(stops),
-            pad_token_id=pad, logits_processor=LogitsProcessorList([recorder]), use_cache=True,
+            **given, max_new_tokens=how.max_tokens, num_beams=1, eos_token_id=list(stops), pad_token_id=pad,
+            logits_processor=LogitsProcessorList([recorder]), use_cache=True, **drawn,
         )  # fmt: skip
-    written = rows[:, rows.shape[1] - len(recorder.chances) :].tolist()
-    chances = torch.stack(recorder.chances, dim=1).tolist()
-    return [_until(row, chance, stops) for row, chance in zip(written, chances, strict=True)]
+    chances = recorder.end(rows)
+    ids = rows[:, rows.shape[1] - chances.shape[1] :].tolist()
+    return [_until(row, chance, stops) for row, chance in zip(ids, chances.tolist(), strict=True)]
 
 
 class _Recorder:
-    """Notes the probability of the token that greedy search takes at each step."""
+    """Notes how probable each token was that was taken: that of a step is known at the next."""
 
     def __init__(self) -> None:
-        self.chances: list[Tensor] = []
+        self._chances: list[Tensor] = []
+        self._last: Tensor | None = None  # (rows, vocabulary): of the step before
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        self.chances.append(scores.float().log_softmax(-1).amax(-1))
+        self._note(ids)
+        self._last = scores.float().log_softmax(-1)
         return scores
 
+    def end(self, ids: Tensor) -> Tensor:
+        """(rows, steps): the logarithms."""
+        self._note(ids)
+        return torch.cat(self._chances, dim=1)
 
-def _until(row: list[int], chances: list[float], stops: Sequence[int]) -> tuple[list[int], float]:
+    def _note(self, ids: Tensor) -> None:
+        if self._last is not None:
+            self._chances.append(self._last.gather(1, ids[:, -1:]))
+
+
+def _until(row: list[int], chances: list[float], stops: Sequence[int]) -> Line:
     end = next((index for index, token in enumerate(row) if token in stops), len(row))
-    return row[:end], float(sum(chances[: end + 1]))
+    return Line(row[:end], chances[: end + 1], end < len(row))
 
 
 def aligned_at_the_end(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

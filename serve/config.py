@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import os
 import re
-from typing import Self
+from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from serve import keys as key_file
 
 KEYS_VARIABLE = "MMAGENT_API_KEYS"
 _HOST = re.compile(r"(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:\d{1,5})?|\[[0-9a-f:]+\](:\d{1,5})?")
@@ -20,6 +21,7 @@ class ServeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # -- where it listens, and for whom
     host: str = Field("127.0.0.1", description="address to listen on; another than loopback wants API keys")
     port: int = Field(8000, ge=1, le=65_535, description="port to listen on")
     max_body_bytes: int = Field(32 * 1024 * 1024, gt=0, description="size of a request's body")
@@ -28,9 +30,11 @@ class ServeConfig(BaseModel):
     batch_size: int = Field(16, gt=0, description="requests of one forward pass")
     batch_wait_ms: float = Field(5.0, ge=0, le=1000, description="how long a batch waits for requests being decoded")
     max_waiting: int = Field(256, gt=0, description="requests in a replica; more get 503 and Retry-After")
-    min_replicas: int = Field(1, gt=0, description="replicas kept when nobody asks")
+    min_replicas: int = Field(1, ge=0, description="replicas kept when nobody asks; 0: the first request waits for one")
     max_replicas: int = Field(2, gt=0, description="replicas under load")
     target_requests: float = Field(32, gt=0, description="requests in a replica above which another one is started")
+    upscale_delay_s: float = Field(5, ge=0, description="how long there must be too many requests")
+    downscale_delay_s: float = Field(120, ge=0, description="how long there must be too few")
     cpus: float = Field(1.0, gt=0, description="CPUs that Ray sets aside for a replica")
     gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for a replica")
     threads: int = Field(1, gt=0, description="CPU threads of a replica's forward pass")
@@ -39,7 +43,31 @@ class ServeConfig(BaseModel):
         (), description="hosts whose http(s) pictures are fetched: HOST, HOST:PORT or *.DOMAIN; none by default"
     )
     fetch_timeout_s: float = Field(10.0, gt=0, description="for fetching one picture, from start to end")
+    body_timeout_s: float = Field(30.0, gt=0, description="for a request's body to come whole")
+    max_seconds: float = Field(120.0, gt=0, description="for an answer; clients may ask for less")
+    per_minute: int = Field(0, ge=0, description="requests a minute of a key that says nothing itself; 0: any number")
+    allow_origins: tuple[str, ...] = Field((), description="web pages of other hosts that may ask (CORS): https://HOST")
+    keys: str = Field("", description="the key file; none: serve/keys.json below the storage root")
     key_hashes: tuple[str, ...] = Field((), repr=False, description=f"SHA-256 of the keys in {KEYS_VARIABLE}")
+    # -- what it keeps
+    store: str = Field("", description="of conversations and traces: redis://..., or SQLite below the storage root")
+    conversation_hours: float = Field(24.0, gt=0, description="how long a conversation is kept after its last turn")
+    max_messages: int = Field(50, gt=0, description="of a conversation, the newest, that the model is asked with")
+    keep: Literal["all", "sampled", "unsure", "none"] = Field(
+        "all", description="whose questions are kept with their answers: feedback on those can be learned from"
+    )
+    keep_share: float = Field(0.1, gt=0, le=1, description="of the questions that --keep sampled keeps")
+    keep_days: float = Field(30.0, gt=0, description="how long traces and questions are kept")
+    log_content: bool = Field(False, description="write questions and answers into the log, too")
+    # -- what it does
+    agent: str = Field("", description="a YAML file: rules, tools, knowledge (see mmagent.agent.policy)")
+    target_accuracy: float | None = Field(
+        None, gt=0, le=1, description="answers less sure than validation needs for this accuracy count as abstained"
+    )
+    explain: Literal["integrated_gradients", "rollout"] = Field(
+        "integrated_gradients", description="how evidence is found where a request says explain"
+    )
+    voice: str = Field("en-us", description="of what is spoken, where nobody says another")
 
     @field_validator("allow_media_hosts")
     @classmethod
@@ -54,21 +82,21 @@ class ServeConfig(BaseModel):
     def _is_consistent(self) -> Self:
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is less than min_replicas={self.min_replicas}")
-        if not self.is_loopback and not self.key_hashes:
+        if not self.is_loopback and not self.key_hashes and not key_file.read(self.key_file):
             raise ValueError(
-                f"host {self.host} can be reached by others, and there are no API keys: put them into the environment, "
+                f"host {self.host} can be reached by others, and there are no API keys: make some "
+                "(python -m serve.keys add --name NAME), or put them into the environment, "
                 f"{KEYS_VARIABLE}=KEY[,KEY...], or serve on 127.0.0.1"
             )
         return self
 
     @property
+    def key_file(self) -> Path:
+        return Path(self.keys) if self.keys else key_file.default_file()
+
+    @property
     def is_loopback(self) -> bool:
         return is_loopback(self.host)
-
-    def knows(self, key: str) -> bool:
-        """Whether a presented key is one of ours; takes as long for a wrong one as for a right one."""
-        digest = _digest(key)
-        return sum(hmac.compare_digest(digest, known) for known in self.key_hashes) > 0  # a sum ends not early
 
 
 def is_loopback(host: str) -> bool:
@@ -92,8 +120,4 @@ def key_hashes() -> tuple[str, ...]:
             f"{KEYS_VARIABLE} holds a key of fewer than 16 characters; "
             'python -c "import secrets; print(secrets.token_urlsafe(32))" makes a good one'
         )
-    return tuple(_digest(key) for key in keys)
-
-
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    return tuple(key_file.hash_of(key) for key in keys)

@@ -49,6 +49,18 @@ class ApiError(HTTPException):
         return respond(self.status_code, self.detail, code=self.code, param=self.param, headers=self.headers)
 
 
+def detail_of(error: ApiError | RequestValidationError) -> dict[str, Any]:
+    """The error's object, for where an answer holds several."""
+    if isinstance(error, ApiError):
+        status, message, code, param = error.status_code, error.detail, error.code, error.param
+    else:
+        status, first = 422, error.errors()[0]
+        param = place(first["loc"])
+        message, code = _explain(first, param)
+    kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
+    return ErrorDetail(message=message, type=kind, param=param, code=code).model_dump()
+
+
 def respond(
     status: int, message: str, *, code: str | None, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:

@@ -85,6 +85,51 @@ class ToolCall(_Asked):
     function: Function
 
 
+class FunctionTool(_Asked):
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")
+    description: str = Field("", max_length=10_000)
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+
+
+class ClientTool(_Asked):
+    """A tool of the client's: the service says how to call it, the client calls it."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(_Asked):
+    name: str
+
+
+class NamedTool(_Asked):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class SchemaFormat(_Asked):
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Asked):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is wanted with the type json_schema, and only there")
+        return self
+
+
+class AudioOut(_Asked):
+    """How a spoken answer sounds."""
+
+    voice: str | None = Field(None, max_length=60)
+    format: Literal["wav", "flac", "mp3", "opus", "pcm16"] = "wav"
+
+
 class ChatMessage(_Asked):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -139,8 +184,8 @@ class _OfTasks(BaseModel):
 
 
 class ChatRequest(_OfTasks, _Asked):
-    """OpenAI's request. What would change the answer and cannot be done is refused; the rest (temperature, seed,
-    max_tokens, stop, user ...) shapes generated text, and is ignored."""
+    """OpenAI's request. What shapes a written text (temperature, top_p, seed, max_tokens) is for tasks that write; what
+    would change the answer and cannot be done is refused."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -162,33 +207,58 @@ class ChatRequest(_OfTasks, _Asked):
     )
 
     model: str | None = Field(None, description="the bundle's name or the channel's; none: what is served")
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    conversation: str | None = Field(None, description="a name of your own: the service keeps what was said before")
+    explain: bool | None = Field(
+        None, description="with the evidence of the answer: words, picture regions, time spans"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    n: int | None = Field(None, ge=1, le=128, description="answers: the likeliest ones, or texts drawn anew")
+    stop: str | list[str] | None = None
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="of a text that is written")
+    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    temperature: float | None = Field(None, ge=0, le=2, description="of a text that is written; none: the likeliest")
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    tools: list[ClientTool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     functions: list[dict[str, Any]] | None = None
-    response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text", "audio"]] | None = None
+    audio: AudioOut | None = None
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.functions:
+            raise ValueError("functions are not supported any more: send tools")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs wants logprobs: true")
+        if isinstance(self.stop, list) and len(self.stop) > 4:
+            raise ValueError(f"stop has {len(self.stop)} texts; 4 at most")
+        if isinstance(self.tool_choice, NamedTool) or self.tool_choice == "required":
+            if not self.tools:
+                raise ValueError("tool_choice wants a tool, but there are no tools")
+            named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+            if named and named not in [tool.function.name for tool in self.tools]:
+                raise ValueError(f"tool_choice names {named!r}, which is none of the tools")
+        return self
 
     @property
-    def refused(self) -> tuple[str, str] | None:
-        """The first parameter that asks for what this service does not do, and why."""
-        if self.n not in (None, 1):
-            return "n", f"n is {self.n}: one answer is given, so n may only be 1"
-        if self.tools and self.tool_choice != "none":
-            return "tools", "tools are not supported yet: leave them out, or send tool_choice none"
-        if self.functions:
-            return "functions", "functions are not supported: leave them out"
-        if self.response_format and self.response_format.get("type") != "text":
-            return "response_format", "response_format may only be text: /v1/predict answers in JSON"
-        if self.modalities and set(self.modalities) != {"text"}:
-            return "modalities", 'modalities may only be ["text"]: the answer is text'
-        if self.logprobs:
-            return "logprobs", "logprobs are not given: mmagent.probabilities of the answer holds every label's"
-        return None
+    def stops(self) -> list[str]:
+        return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
+
+    @property
+    def offered(self) -> list[ClientTool]:
+        """The tools that may be called."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the answer is wanted as sound too."""
+        return "audio" in (self.modalities or ())
 
 
 class PredictRequest(_OfTasks):
@@ -212,7 +282,10 @@ class PredictRequest(_OfTasks):
     )
 
     model: str | None = Field(None, description="the bundle's name or the channel's; none: what is served")
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    explain: bool | None = Field(
+        None, description="with the evidence of the answer: words, picture regions, time spans"
+    )
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1000)
     text: str | None = None
     image: str | None = Field(None, description="base64 or a data URI")
     audio: str | None = Field(None, description="base64 or a data URI; wav, flac, mp3 or ogg")
@@ -232,3 +305,42 @@ class PredictRequest(_OfTasks):
         if short == (self.messages is not None):
             raise ValueError("either messages is wanted, or text, image and audio (one or more of them)")
         return self
+
+
+class ManyRequest(BaseModel):
+    """Several predictions at once; a bad one costs the others nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: list[Any] = Field(min_length=1, max_length=1000, description="each as a single prediction is asked for")
+
+
+def _many_branch(body: Any) -> str:
+    return "<many>" if isinstance(body, ManyRequest) or (isinstance(body, dict) and "inputs" in body) else "<one>"
+
+
+OneOrMany = Annotated[
+    Annotated[PredictRequest, Tag("<one>")] | Annotated[ManyRequest, Tag("<many>")], Discriminator(_many_branch)
+]
+
+
+class EmbeddingsRequest(_Asked):
+    """OpenAI's request; an input may also be an object with a text, a picture, a sound, or several of them."""
+
+    model: str | None = None
+    input: str | list[Any] = Field(description="a text, or several")
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = None
+
+
+class SpeechRequest(_Asked):
+    """OpenAI's request for spoken text."""
+
+    input: str = Field(min_length=1, max_length=4096)
+    model: str | None = None
+    voice: str | None = Field(
+        None, max_length=60, description="of the synthesiser: en-us+f3; OpenAI's names mean English"
+    )
+    response_format: Literal["mp3", "opus", "flac", "wav", "pcm"] = "mp3"
+    speed: float = Field(1.0, ge=0.25, le=4)

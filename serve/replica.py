@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,9 +13,12 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.deployment import Application
 
+from mmagent import channels
+from mmagent.agent import policy as policies
 from mmagent.predictor import Predictor
 from serve.app import build
 from serve.config import ServeConfig
+from serve.metrics import Metrics
 from serve.service import Service
 
 
@@ -24,11 +30,21 @@ class Replica:
         _narrow_replica_port()
         self.config = ServeConfig.model_validate(config)
         self.channel = channel
-        self.predictor = Predictor.load(bundle, threads=self.config.threads)
+        # A channel may have moved on since the application was deployed.
+        place = channels.read(channel).bundle if channel is not None else bundle
+        self.predictor = Predictor.load(place, threads=self.config.threads)
         self.service: Service | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        self.service = Service(self.predictor, self.config, self.channel)
+        file = Path(self.config.agent) if self.config.agent else None
+        self.service = Service(
+            self.predictor,
+            self.config,
+            self.channel,
+            policy=policies.read(file) if file else None,
+            policy_file=file,
+            metrics=Metrics(Path(tempfile.gettempdir()) / f"mmagent-metrics-{os.getuid()}-{self.config.port}"),
+        )
         return build(self.service)
 
     async def check_health(self) -> None:
@@ -52,9 +68,9 @@ def application(bundle: str, channel: str | None, config: ServeConfig) -> Applic
             max_replicas=config.max_replicas,
             target_ongoing_requests=config.target_requests,
             # Ray's own 30 s and ten minutes: a new process needs its time to load on top.
-            upscale_delay_s=5,
+            upscale_delay_s=config.upscale_delay_s,
             look_back_period_s=15,
-            downscale_delay_s=120,
+            downscale_delay_s=config.downscale_delay_s,
         ),
         graceful_shutdown_timeout_s=20,
     )(Replica)

@@ -1,39 +1,57 @@
-"""A bundle in service: requests in, answers out. It knows no HTTP and no Ray; `serve.app` gives it both."""
+"""Bundles in service: requests in, answers out. It knows no HTTP and no Ray; `serve.app` gives it both."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
+import functools
+import json
+import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmagent.predictor import Answer, PartError, Predictor, Sample
-from mmagent.record import Message, Record, Target
-from mmagent.targets import HEAD, TAIL, kind
-from serve.batcher import Batcher
+import numpy as np
+
+from mmagent import channels, explain, storage
+from mmagent.agent import policy as policies
+from mmagent.agent import tools as agent_tools
+from mmagent.agent.mcp import Server
+from mmagent.agent.openapi import of_file
+from mmagent.agent.policy import Policy
+from mmagent.agent.tools import Tool
+from mmagent.agent.turn import Passage
+from mmagent.batch import Sample
+from mmagent.predictor import Answer, PartError, Predictor
+from mmagent.record import Record
+from mmagent.rows import parse
+from serve import parity
+from serve.answers import Answers
+from serve.bundles import Bundles
 from serve.config import ServeConfig
+from serve.conversations import Conversations
 from serve.errors import ApiError
+from serve.feedback import FeedbackLog, replica_name
+from serve.handover import Handovers
+from serve.keys import ANYONE, Key, Keys
+from serve.limits import Limits
+from serve.loaded import Loaded, seal_of
+from serve.metrics import Metrics
+from serve.parity import Verdict
 from serve.parts import Draft
-from serve.questions import ChatRequest, PredictRequest
-from serve.replies import Extension
+from serve.questions import ChatRequest, EmbeddingsRequest, PredictRequest
+from serve.store import Store, open_store
+from serve.turns import Answered, TurnTaker
 
-_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-_FAILURES = 3  # forward passes that fail in a row before the replica calls itself ill
-_NOTHING = {"extract": "no answer", "tag": "none", "multilabel": "none"}  # said where the answer is that there is none
+if TYPE_CHECKING:
+    from mmagent.knowledge import KnowledgeBase
+
+_DRIFT_OVER = 200  # answers
 _T = TypeVar("_T")
 
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    id: str
-    created_s: int
-    extension: Extension
-    words: str  # the answer as one would say it
-    prompt_tokens: int
-    completion_tokens: int
+logger = logging.getLogger("mmagent.serve")
 
 
 class Service:
@@ -42,28 +60,66 @@ class Service:
     Args:
         predictor: the loaded bundle.
         channel: the channel that the bundle was taken from, if any.
+        policy: what the agent is told; none: the model's answers are given as they are.
+        policy_file: where it was read, for files that it names.
+        metrics: none: this process counts for itself.
     """
 
-    def __init__(self, predictor: Predictor, config: ServeConfig, channel: str | None = None) -> None:
-        self.predictor = predictor
-        self.config = config
-        self.channel = channel
-        self.created_s = int(predictor.manifest.get("created_ms", 0)) // 1000
+    def __init__(
+        self,
+        predictor: Predictor,
+        config: ServeConfig,
+        channel: str | None = None,
+        *,
+        policy: Policy | None = None,
+        policy_file: Path | None = None,
+        metrics: Metrics | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self.config, self.channel = config, channel
+        self.policy, self.has_policy = policy or Policy(unsure=("answer",)), policy is not None
+        self.metrics = metrics or Metrics()
         self.waiting = 0
-        self.is_warm = False
+        self.replica = replica_name()
         self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
         self._fetchers = ThreadPoolExecutor(8, thread_name_prefix="fetch")
-        self._batcher: Batcher[Sample, Answer] = Batcher(
-            predictor.answer,
-            size=config.batch_size,
-            wait_s=config.batch_wait_ms / 1000,
-            on_the_way=lambda: self.waiting,
-        )
+        self._storing = ThreadPoolExecutor(4, thread_name_prefix="store")
+        self.store = store or open_store(config.store, storage.root() / "serve")
+        self.keys = Keys(config.key_file, config.key_hashes)
+        self.bundles = Bundles(self._loaded(predictor), channel, self._load, self.store, self.replica, self._storing)
+        self.limits = Limits(config.per_minute, lambda: self.bundles.replicas, self.store.count)
+        self.answers = Answers(self.store, config)
+        self.conversations = Conversations(self.store, config, self._storing)
+        self.feedback = FeedbackLog(self.store, self.replica, self._storing, config.keep_days)
+        self.handovers = Handovers(self.store, self.policy.handover.webhook, config.keep_days, self._storing)
+        self.tools: dict[str, Tool] = {}
+        self.knowledge: KnowledgeBase | None = None
+        self._servers: list[Server] = []
+        self._policy_file = policy_file
+        self._novelties: deque[float] = deque(maxlen=_DRIFT_OVER)
+        self._ready = False
+
+    # -- its life --------------------------------------------------------------------------------------------------
+
+    @property
+    def predictor(self) -> Predictor:
+        """The present bundle's."""
+        return self.bundles.current.predictor
 
     @property
     def names(self) -> list[str]:
         """What `model` may be."""
-        return [self.predictor.name] + ([self.channel] if self.channel not in (None, self.predictor.name) else [])
+        named = [*(each.name for each in self.bundles.all), *([self.channel] if self.channel else [])]
+        return list(dict.fromkeys(named))
+
+    @property
+    def is_warm(self) -> bool:
+        return self._ready and self.bundles.current.is_warm
+
+    @property
+    def is_ill(self) -> bool:
+        """Whether only a new process may help."""
+        return self.bundles.current.is_ill
 
     @property
     def trouble(self) -> str | None:
@@ -71,29 +127,75 @@ class Service:
         if not self.is_warm:
             return "the model is warming up"
         if self.is_ill:
-            return f"the last {self._batcher.failed_in_a_row} forward passes failed; the log says why"
+            failed = self.bundles.current.failed_in_a_row
+            return f"the last {failed} forward passes failed; the log says why"
         if self.waiting >= self.config.max_waiting:
             return f"{self.waiting} requests wait; the limit max_waiting is {self.config.max_waiting}"
         return None
 
-    @property
-    def is_ill(self) -> bool:
-        """Whether only a new process may help."""
-        return self._batcher.failed_in_a_row >= _FAILURES
-
     async def warm_up(self) -> None:
-        """The first passes of a process are slow: they are nobody's request. Raises what the bundle raises."""
-        samples = [self.predictor.prepare(_first_question(task)) for task in self.predictor.tasks]
-        for sample in samples:
-            await self._batcher.submit(sample)
-        full = [samples[index % len(samples)] for index in range(self.config.batch_size)]
-        await asyncio.gather(*map(self._batcher.submit, full))
-        self.is_warm = True
+        """Gets everything ready that a first request would wait for. Raises what the bundle raises.
+
+        Raises:
+            ToolError, PolicyError: an agent that does not fit the bundle, or whose tools are not there.
+        """
+        await self._find_tools()
+        predictor = self.predictor
+        labels = {name: task.labels for name, task in predictor.tasks.items()}
+        policies.check(self.policy, labels, predictor.task, set(self.tools))
+        if self.policy.knowledge is not None:
+            from mmagent.knowledge import KnowledgeBase
+
+            self.knowledge = await self.stored(KnowledgeBase.open, self.policy.knowledge.name)
+        await self.bundles.current.warm_up()
+        self.bundles.start()
+        self._ready = True
 
     async def close(self) -> None:
-        await self._batcher.close()
-        self._decoders.shutdown(wait=False)
-        self._fetchers.shutdown(wait=False)
+        await self.bundles.close()
+        await self.answers.close()
+        await self.handovers.close()
+        for server in self._servers:
+            await server.close()
+        for pool in (self._decoders, self._fetchers, self._storing):
+            pool.shutdown(wait=False)
+        self.store.close()
+
+    async def _find_tools(self) -> None:
+        for source in self.policy.tools:
+            limits: dict[str, Any] = {"timeout_s": source.timeout_s, "max_bytes": source.max_bytes}
+            if source.python is not None:
+                found = [agent_tools.of_path(source.python, **limits)]
+            elif source.openapi is not None:
+                assert source.base_url is not None
+                beside = self._policy_file.parent if self._policy_file is not None else Path()
+                found = of_file(
+                    beside / source.openapi,
+                    base_url=source.base_url,
+                    allow=source.allow,
+                    headers=source.headers,
+                    **limits,
+                )
+            else:
+                assert source.mcp is not None
+                server = Server(source.mcp.command, source.mcp.url, source.mcp.environment)
+                self._servers.append(server)
+                found = await server.tools(source.allow, **limits)
+            for tool in found:
+                if tool.name in self.tools:
+                    raise agent_tools.ToolError(f"two tools have the name {tool.name!r}")
+                self.tools[tool.name] = tool
+
+    def _loaded(self, predictor: Predictor) -> Loaded:
+        seal = seal_of(predictor.path) if predictor.path is not None else ""
+        return Loaded(
+            predictor, self.config, seal=seal, on_the_way=lambda: self.waiting, on_batch=self.metrics.batch.observe
+        )
+
+    def _load(self, folder: Path) -> Loaded:
+        return self._loaded(Predictor.load(folder, threads=self.config.threads))
+
+    # -- what a request may name -----------------------------------------------------------------------------------
 
     def check_model(self, name: str | None) -> None:
         """Raises:
@@ -104,91 +206,233 @@ class Service:
             message = f"the model {name!r:.100} is not here; these are: {here}"
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    def task_of(self, name: str | None) -> str:
+    def task_of(self, loaded: Loaded, name: str | None, key: Key) -> str:
         """The task that a request names, or the bundle's own.
 
         Raises:
-            ApiError: a task that the bundle has not.
+            ApiError: a task that the bundle has not, or that the key may not ask.
         """
-        if name is not None and name not in self.predictor.tasks:
-            here = ", ".join(repr(known) for known in self.predictor.tasks)
+        predictor = loaded.predictor
+        if name is not None and name not in predictor.tasks:
+            here = ", ".join(repr(known) for known in predictor.tasks)
             message = f"this bundle has no task {name!r:.100}; its tasks are: {here}"
             raise ApiError(422, message, code="task_not_found", param="task")
-        return name or self.predictor.task
+        task = name or predictor.task
+        allowed = key.profile.skills
+        if allowed is not None and task not in allowed:
+            message = f"this API key may not ask the task {task!r}; it may ask: {', '.join(allowed)}"
+            raise ApiError(403, message, code="skill_not_allowed", param="task")
+        return task
 
-    async def ask(self, question: ChatRequest | PredictRequest) -> Answered:
-        """Raises:
-        ApiError: what is wrong with the request, or the service is full.
+    def threshold(self, answer: Answer, task: str) -> float:
+        """The confidence below which an answer of a task counts as abstained."""
+        loaded = next((each for each in self.bundles.all if each.name == answer.bundle), self.bundles.current)
+        calibration = loaded.predictor.calibration[task]
+        if self.config.target_accuracy is not None:
+            found = calibration.threshold(self.config.target_accuracy)
+            return 1.0 if found is None else found
+        return calibration.abstain_below
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    async def ask(
+        self,
+        question: ChatRequest | PredictRequest,
+        key: Key = ANYONE,
+        request_id: str = "",
+        *,
+        only: Loaded | None = None,
+    ) -> Answered:
         """
-        task = self.task_of(question.task)
+        Args:
+            only: the bundle to ask: of the gate.
+
+        Raises:
+            ApiError: what is wrong with the request, or the service is full.
+        """
         if self.waiting >= self.config.max_waiting:
             message = f"{self.waiting} requests wait already; try again in a second"
             raise ApiError(503, message, code="overloaded", headers={"Retry-After": "1"})
-        started, id = time.perf_counter(), new_id()
-        draft = Draft(self.config, self.predictor.limits)
         self.waiting += 1
+        self.metrics.waiting.inc()
         try:
-            sample = await self._sample(draft, lambda: draft.build(question, task, id))
-            decoded = time.perf_counter()
-            answer, queued_s = await self._batcher.submit(sample)
+            return await TurnTaker(self, question, key, request_id).take(only)
         finally:
             self.waiting -= 1
-        answer = draft.as_written(answer)
-        words = answer.words or _NOTHING.get(kind(task), "")
-        timings = {
-            "decode": _ms(decoded - started),
-            "queue": _ms(queued_s),
-            **answer.timings_ms,
-            "total": _ms(time.perf_counter() - started),
-        }
-        extension = Extension(**{**answer.to_dict(), "timings_ms": timings, "channel": self.channel})
-        read = sample.tokens
-        return Answered(id, int(time.time()), extension, words, read, self.predictor.inputs.count(words))
+            self.metrics.waiting.dec()
 
-    async def _sample(self, draft: Draft, build: Callable[[], Record]) -> Sample:
-        if self.config.allow_media_hosts:  # slow hosts may hold their own threads, not the decoders
-            record = await self._in(self._fetchers, build)
-            return await self._in(self._decoders, lambda: self._decode(draft, record))
-        return await self._in(self._decoders, lambda: self._decode(draft, build()))
+    async def built(self, draft: Draft, build: Callable[[], Record]) -> Record:
+        """A record of a request; slow hosts may hold their own threads, not the decoders."""
+        pool = self._fetchers if self.config.allow_media_hosts else self._decoders
+        return await asyncio.get_running_loop().run_in_executor(pool, build)
 
-    def _decode(self, draft: Draft, record: Record) -> Sample:
+    async def decoded(self, decode: Callable[[], Sample]) -> Sample:
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
+
+    async def stored(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Something of the store's, or another that waits for a disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._storing, functools.partial(function, *arguments))
+
+    async def explain(self, loaded: Loaded, draft: Draft, sample: Sample, answer: Answer) -> dict[str, Any]:
+        """Raises:
+        ApiError: no evidence can be found for this model or task.
+        """
+
+        def find() -> dict[str, Any]:
+            found = explain.explain(loaded.predictor, sample, answer, self.config.explain)
+            limits = loaded.predictor.limits
+            seconds = [_seconds(audio.read(), limits) for audio in draft.audios]
+            pictures = [image.read() for image in draft.images]
+            return found.to_dict(seconds[: len(found.audios)], pictures[: len(found.images)], limits)
+
         try:
-            self.predictor.check(record)
-            sample = self.predictor.prepare(record)
-        except PartError as error:
-            place = draft.places.get(error.field, error.field)
-            reason = str(error).removeprefix(f"{error.field}: ")
-            status, code = (413, "media_too_large") if error.too_large else (422, _code(error.field))
-            raise ApiError(status, f"{place}: {reason}", code=code, param=place) from error
-        if not record.candidates and len(sample.views) > self.config.max_views:  # those are counted as they come
-            message = f"the text is read in {len(sample.views)} strides; the limit max_views is {self.config.max_views}"
-            raise ApiError(413, message, code="text_too_long")
-        return sample
+            return await loaded.aside(find)
+        except explain.ExplainError as error:
+            raise ApiError(422, f"explain: {error}", code="not_supported", param="explain") from error
 
-    @staticmethod
-    async def _in(pool: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
+    async def embed(self, request: EmbeddingsRequest, key: Key) -> tuple[np.ndarray, int]:
+        """(inputs, channels), each of length 1, and the tokens that were read.
+
+        Raises:
+            ApiError: an input that cannot be read, by its number.
+        """
+        inputs = request.input if isinstance(request.input, list) else [request.input]
+        if not inputs or len(inputs) > 2048:
+            raise ApiError(422, "input: 1 to 2,048 texts are wanted", code="invalid_value", param="input")
+        loaded = self.bundles.current
+        task = self.task_of(loaded, None, key)
+
+        def compute() -> tuple[np.ndarray, int]:
+            samples = [self._embedded(loaded, item, number, task) for number, item in enumerate(inputs)]
+            size = self.config.batch_size
+            parts = [loaded.predictor.embed(samples[at : at + size]) for at in range(0, len(samples), size)]
+            width = min(part.shape[1] for part in parts)
+            return np.concatenate([part[:, :width] for part in parts]), sum(sample.tokens for sample in samples)
+
+        with self.bundles.used(loaded):
+            return await loaded.aside(compute)
+
+    def _embedded(self, loaded: Loaded, item: Any, number: int, task: str) -> Sample:
+        place = f"input[{number}]"
+        row = {"text": item} if isinstance(item, str) else item
+        if not isinstance(row, Mapping) or not set(row) <= {"text", "image", "audio"} or not any(row.values()):
+            message = f"{place}: a text is wanted, or an object with text, image (base64) and audio (base64)"
+            raise ApiError(422, message, code="invalid_value", param=place)
+        draft = Draft(self.config, loaded.predictor.limits)
+        try:
+            record = draft.build(PredictRequest.model_validate(dict(row)), "classify", place)
+            reading = (
+                task
+                if loaded.predictor.tasks[task].reads_whole
+                else next((name for name, each in loaded.predictor.tasks.items() if each.reads_whole), task)
+            )
+            return loaded.predictor.prepare(parse({**record.to_row(), "task": reading, "meta": {}}))
+        except ApiError as error:
+            raise ApiError(error.status_code, f"{place}: {error.detail}", code=error.code, param=place) from error
+        except (PartError, ValueError) as error:
+            raise ApiError(422, f"{place}: {error}", code="invalid_value", param=place) from error
+
+    async def retrieve(self, question: str, count: int) -> tuple[Sequence[Passage], float]:
+        """What the knowledge says of a question, the best first, and how long that took in ms."""
+        started = time.perf_counter()
+        assert self.knowledge is not None
+        loaded, knowledge = self.bundles.current, self.knowledge
+
+        def find() -> Sequence[Passage]:
+            return knowledge.search(question, count)
+
+        found = await loaded.aside(find)
+        return found, round(1000 * (time.perf_counter() - started), 1)
+
+    # -- afterwards ------------------------------------------------------------------------------------------------
+
+    def observe(self, answered: Answered) -> None:
+        """Counts an answer."""
+        answer, metrics = answered.answer, self.metrics
+        metrics.confidence.labels(answer.task, answer.bundle).observe(answer.confidence)
+        if answer.confidence < self.threshold(answer, answer.task):
+            metrics.abstained.labels(answer.task, answer.bundle).inc()
+        metrics.outcomes.labels(answered.turn.outcome).inc()
+        for stage, ms in answered.timings_ms.items():
+            metrics.stage.labels(stage).observe(ms / 1000)
+        if answer.novelty is not None:
+            metrics.novelty.labels(answer.task, answer.bundle).observe(answer.novelty)
+            self._novelties.append(answer.novelty)
+            metrics.drift.labels(answer.bundle).set(sum(self._novelties) / len(self._novelties))
+        if self.config.log_content:
+            said = {
+                "answer": answered.id,
+                "said": answered.words,
+                "record": [m.content for m in answered.record.messages],
+            }
+            logger.info(json.dumps(said, ensure_ascii=False))
+
+    def hand_over(self, answered: Answered, key: Key) -> None:
+        """Puts a request into the queue of those that a person answers."""
+        words = [message.content for message in answered.record.messages if message.role == "user"]
+        self.handovers.put(
+            {
+                "answer": answered.id,
+                "conversation": answered.conversation,
+                "key": key.id,
+                "asked": words[-1] if words else "",
+                "understood": answered.answer.words,
+                "confidence": answered.answer.confidence,
+            }
+        )
+
+    # -- deploying -------------------------------------------------------------------------------------------------
+
+    async def deploy(self, bundle: str, share: float, by: str) -> tuple[Verdict, tuple[int, int] | None]:
+        """Loads a bundle beside what answers, asks its golden examples, and where they hold writes the channel. The
+        verdict, and of how many replicas how many follow (none: the verdict was no).
+
+        Raises:
+            BundleError, ChannelError: see `mmagent.bundle.load` and `mmagent.channels.read`.
+        """
+        from mmagent import bundle as bundle_folders
+
+        assert self.channel is not None
+        place = await self.stored(bundle_folders.find, bundle)
+        staged = await self.bundles.stage(place)
+        try:
+            golden = await self.stored(lambda: bundle_folders.load(place).golden())
+            verdict = await parity.judge(golden, lambda request: self._extension(request, staged))
+        except BaseException:
+            await self.bundles.drop(staged)
+            raise
+        if not verdict.passed:
+            await self.bundles.drop(staged)
+            return verdict, None
+        act = "promote" if share >= 1 else "canary"
+        write = functools.partial(
+            channels.append, self.channel, place, share=share, act=act, by=by, golden=verdict.asked, seal=staged.seal
+        )
+        await self.stored(write)
+        await self.bundles.follow()
+        return verdict, await self.bundles.everywhere(timeout_s=60)
+
+    async def rollback(self, by: str) -> tuple[str, tuple[int, int]]:
+        """Ends the canary where there is one, else goes back to the bundle before; which bundle answers now.
+
+        Raises:
+            ApiError: there is nothing to go back to.
+        """
+        assert self.channel is not None
+        state = await self.stored(channels.read, self.channel)
+        target = state.bundle if state.canary is not None else state.before()
+        if target is None:
+            raise ApiError(409, "there is no bundle before the present one", code="nothing_before")
+        await self.stored(functools.partial(channels.append, self.channel, target, share=1.0, act="rollback", by=by))
+        await self.bundles.follow()
+        return self.bundles.current.name, await self.bundles.everywhere(timeout_s=60)
+
+    async def _extension(self, request: PredictRequest, staged: Loaded) -> Mapping[str, Any]:
+        answered = await self.ask(request, only=staged)
+        return answered.answer.to_dict()
 
 
-def _first_question(task: str) -> Record:
-    """A small one that every model can answer."""
-    ends = ({"start": 0, "end": 2, "label": HEAD}, {"start": 3, "end": 5, "label": TAIL})
-    more: dict[str, dict[str, Any]] = {
-        "match": {"candidates": ({"content": "yes"}, {"content": "no"})},
-        "relate": {"target": Target(spans=ends)},
-    }
-    return Record("warm-up", (Message("user", "is it there?"),), task=task, **more.get(kind(task), {}))
+def _seconds(data: bytes, limits: Any) -> float:
+    from mmagent.media import check_audio
 
-
-def _code(field: str) -> str:
-    return "missing_field" if field in ("candidates", "spans") else "invalid_media"
-
-
-def new_id() -> str:
-    """``ans_`` and a ULID (github.com/ulid/spec): 48 bits of milliseconds, 80 random ones, in Crockford's base 32."""
-    number = int(time.time() * 1000) << 80 | secrets.randbits(80)
-    return "ans_" + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-def _ms(seconds: float) -> float:
-    return round(1000 * seconds, 3)
+    return float(check_audio(data, limits).duration_s)

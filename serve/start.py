@@ -23,13 +23,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 from pydantic import ValidationError
 
-from mmagent import storage
+from mmagent import channels, storage
+from mmagent.agent import policy as policies
 from mmagent.arguments import Parser
-from serve.channels import bundle_of
 from serve.config import ServeConfig, is_loopback, key_hashes
 from serve.switches import LOCAL_ONLY
 
@@ -50,12 +50,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             config = _config(args)
             folder = _bundle(args)
+            _check_agent(config, folder)
             connect()
             deploy(folder, args.channel, config, args.name)
-            print(f"serving {folder} at http://{config.host}:{config.port}  (/docs says what can be asked)")
+            url = f"http://{config.host}:{config.port}"
+            if args.channel:
+                _record(args.channel, url)
+            print(f"serving {folder} at {url}  (/docs says what can be asked)")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _record(channel: str, url: str) -> None:
+    """Where `jobs.promote` finds the service of a channel."""
+    file = storage.root() / "serve" / "services.json"
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    storage.publish_json(file, {**known, channel: {"url": url}})
 
 
 def connect() -> None:
@@ -192,8 +206,25 @@ def _bundle(args: argparse.Namespace) -> Path:
     """The bundle folder, checked as a replica will check it, so that what is wrong is said here."""
     from mmagent import bundle
 
-    asked = bundle_of(args.channel) if args.channel else args.bundle
+    asked = channels.read(args.channel).bundle if args.channel else args.bundle
     return bundle.load(asked).path
+
+
+def _check_agent(config: ServeConfig, folder: Path) -> None:
+    """An agent's file, checked as a replica will check it, but for its tools, which replicas load."""
+    if not config.agent:
+        return
+    from mmagent import bundle
+
+    policy = policies.read(Path(config.agent))
+    found = bundle.load(folder)
+    tools = {rule.tool for rule in policy.rules.values() if rule.tool}
+    policies.check(policy, {name: info.labels for name, info in found.tasks.items()}, found.task, tools)
+    if policy.knowledge is not None and not storage.folder("kb", policy.knowledge.name).is_dir():
+        raise StartError(
+            f"there is no knowledge {policy.knowledge.name!r}: python -m jobs.index --docs FOLDER --name "
+            f"{policy.knowledge.name} makes it"
+        )
 
 
 def _name_of(folder: Path) -> str:
@@ -242,15 +273,26 @@ def _parser() -> Parser:
     what.add_argument("--stop", action="store_true", help="end the application of this name")
     parser.add_argument("--name", default="mmagent", help="name of the Serve application (%(default)s)")
     for key, field in ServeConfig.model_fields.items():
-        if key == "key_hashes":
-            continue
-        if key == "allow_media_hosts":
-            parser.add_argument("--allow-media-host", dest=key, action="append", metavar="HOST", help=field.description)
-            continue
-        kind = type(field.default)
-        text = f"{field.description} ({field.default})".replace("%", "%%")
-        parser.add_argument(f"--{key.replace('_', '-')}", dest=key, type=kind, metavar=kind.__name__.upper(), help=text)
+        if key != "key_hashes":
+            _add_flag(parser, key, field)
     return parser
+
+
+def _add_flag(parser: Parser, key: str, field: Any) -> None:
+    many = {"allow_media_hosts": ("--allow-media-host", "HOST"), "allow_origins": ("--allow-origin", "URL")}
+    if key in many:
+        flag, shown = many[key]
+        parser.add_argument(flag, dest=key, action="append", metavar=shown, help=field.description)
+        return
+    flag = f"--{key.replace('_', '-')}"
+    text = f"{field.description} ({field.default})".replace("%", "%%")
+    if field.default is False:
+        parser.add_argument(flag, dest=key, action="store_true", default=None, help=field.description)
+    elif choices := getattr(field.annotation, "__args__", None) if get_origin(field.annotation) is Literal else None:
+        parser.add_argument(flag, dest=key, choices=choices, help=text)
+    else:
+        kind = float if field.default is None else type(field.default)
+        parser.add_argument(flag, dest=key, type=kind, metavar=kind.__name__.upper(), help=text)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def test_it_learns_to_write(
 
     bundle.save(
         tmp_path / "b", name="b", config=config, tasks=INFOS, task="generate",
-        state={k: v for k, v in predictor._model.state_dict().items() if not k.startswith("backbone.")},
-        backbone=predictor._model.backbone, tokenizer=predictor.inputs.tokenizer, calibration=predictor.calibration,
+        state={k: v for k, v in predictor.model.state_dict().items() if not k.startswith("backbone.")},
+        backbone=predictor.model.backbone, tokenizer=predictor.inputs.tokenizer, calibration=predictor.calibration,
         origin={},
     )  # fmt: skip
     after = Predictor.load(tmp_path / "b", device="cpu").predict(records)
@@ -117,7 +117,7 @@ def test_what_is_frozen_stays(
     before = {name: value.clone() for name, value in load_language(config.model, INFOS).state_dict().items()}
     losses, predictor = trained(config, rows("image", make_wav), INFOS, steps=20)
     assert losses[-1] < losses[0]
-    after = predictor._model.backbone.state_dict()
+    after = predictor.model.backbone.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
@@ -144,7 +144,7 @@ def test_the_right_answer_is_weighed_without_being_written(
     [raw] = predictor.raws([sample])
     prompt, reply = sample.views[0].ids.tolist(), sample.views[0].reply
     assert reply is not None
-    model = predictor._model.backbone.model
+    model = predictor.model.backbone.model
     chances = 0.0
     for index, token in enumerate(reply.tolist()):
         ids = torch.tensor([prompt + reply[:index].tolist()])

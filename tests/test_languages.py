@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from jobs import prepare, supervised
-from jobs.speech import Clip, render
+from jobs.speech import render
 from mmagent import freeze, text
 from mmagent.batch import Inputs
 from mmagent.config import resolve
@@ -20,6 +20,7 @@ from mmagent.frozen import FrozenStates
 from mmagent.predictor import Predictor
 from mmagent.record import Record
 from mmagent.shards import Dataset
+from mmagent.speech import Clip
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from starlette.testclient import TestClient
 from mmagent.predictor import Predictor
 from serve.app import build
 from serve.config import ServeConfig
-from serve.service import Service, new_id
+from serve.ids import new_id
+from serve.service import Service
 
 QUESTION = "what color is the shape?"
 
@@ -180,7 +181,9 @@ def test_models_health_and_documentation(client: TestClient) -> None:
     assert (health["task"], health["tasks"], listed["data"][0]["tasks"]) == ("classify", ["classify"], ["classify"])
     schema = client.get("/openapi.json").json()
     assert set(schema["paths"]) == {
-        "/v1/chat/completions", "/v1/predict", "/v1/models", "/v1/models/{name}", "/healthz",
+        "/v1/chat/completions", "/v1/predict", "/v1/embeddings", "/v1/models", "/v1/models/{name}", "/healthz",
+        "/v1/conversations/{id}", "/v1/answers/{id}", "/v1/feedback", "/v1/audio/speech", "/metrics",
+        "/admin/status", "/admin/bundles", "/admin/rollback", "/admin/handovers", "/admin/handovers/done", "/admin/audit",
     }  # fmt: skip
     assert schema["components"]["schemas"]["ChatRequest"]["examples"]
     example, *_ = schema["components"]["schemas"]["PredictRequest"]["examples"]
@@ -206,7 +209,7 @@ def test_health_says_why_it_is_not_ready(predictor: Predictor) -> None:
 
 
 def test_ids_are_ulids_in_order_of_time() -> None:
-    ids = [new_id() for _ in range(100)]
+    ids = [new_id("ans") for _ in range(100)]
     assert len(set(ids)) == 100
     assert all(len(id) == 30 and set(id[4:]) <= set("0123456789ABCDEFGHJKMNPQRSTVWXYZ") for id in ids)
     assert ids[0][4:14] <= ids[-1][4:14]
@@ -308,9 +311,15 @@ def test_video_is_not_supported_yet(client: TestClient) -> None:
         (b'{"messages": [{"role": "user", "content": ""}]}', 422, None, "no text, picture or sound"),
         (b'{"messages": [{"role": "user"}]}', 422, None, "no text, picture or sound"),
         (b'{"messages": [{"role": "system", "content": "x"}]}', 422, "messages", "no message of the user"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', 422, "n", "only be 1"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', 422, "tools", "not supported yet"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "logprobs": true}', 422, "logprobs", "probabilities"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": 9}', 422, "n", "4 answers to choose from"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": 0}', 422, "n", "greater than or equal to 1"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', 422, "tools[0].type", "missing"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "functions": [{}]}', 422, None, "send tools"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}', 422, None, "wants logprobs"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 9}', 422, "temperature", "less than"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "stop": ["a", "b", "c", "d", "e"]}', 422, None, "4 at most"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}', 422, None, "no tools"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "conversation": "a b"}', 422, "conversation", "letters"),
         (b'{"messages": [{"role": "user", "content": "x"}], "stream": "maybe"}', 422, "stream", "'maybe'"),
         (b'{"messages": [{"role": "user", "content": "x"}], "model": "gpt-9"}', 404, "model", "'tiny', 'production'"),
     ],

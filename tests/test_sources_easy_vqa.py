@@ -110,7 +110,7 @@ def test_an_unknown_question_stops() -> None:
 
 def test_voices_of_the_recipe() -> None:
     pytest.importorskip("espeakng_loader")
-    from jobs.speech import Synthesizer
+    from mmagent.speech import Synthesizer
 
     voices = Recipe.load().voices
     assert len(set(voices.training)) >= 10

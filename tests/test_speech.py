@@ -13,7 +13,8 @@ import soundfile
 
 pytest.importorskip("espeakng_loader", reason="speech is an optional extra")
 
-from jobs.speech import SAMPLE_RATE_HZ, Clip, SpeechError, Synthesizer, encode, render
+from jobs.speech import render
+from mmagent.speech import SAMPLE_RATE_HZ, Clip, SpeechError, Synthesizer, encode
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_without_the_synthesiser_the_command_to_install_it_is_named() -> None:
     code = """
 import sys
 sys.modules["espeakng_loader"] = None  # what Python keeps of a package that is not there
-from jobs import speech
+from mmagent import speech
 try:
     speech.Synthesizer()
 except speech.SpeechError as error:

@@ -1,8 +1,8 @@
 """easy-VQA as text, speech and paraphrases: the data set of the demo.
 
 Pictures of one coloured shape and questions on them come with the pip package ``easy-vqa``; speech is made by
-espeak-ng (`jobs.speech`). How, says the recipe ``jobs/recipes/easy_vqa_data.yaml``. Training holds each question once,
-written or spoken, some without the picture; the test split holds every question in each form.
+espeak-ng (`mmagent.speech`). How, says the recipe ``jobs/recipes/easy_vqa_data.yaml``. Training holds each question
+once, written or spoken, some without the picture; the test split holds every question in each form.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jobs import speech
 from jobs.pool import PoolError
 from jobs.progress import Progress
 from jobs.sources import BadRow, GoodRow, SourceError
 from jobs.sources.easy_vqa_recipe import Form, Question, Recipe, family_of, reword
+from jobs.speech import render
+from mmagent import speech
 from mmagent.record import Media, Message, Record, Target, escape
 
 
@@ -97,7 +98,7 @@ class EasyVqa:
         try:
             with Progress("speech", len(clips), "clips") as progress:
                 out = {}
-                for clip, sound in speech.render(clips, workers):
+                for clip, sound in render(clips, workers):
                     out[clip] = sound
                     progress.add()
                 return out

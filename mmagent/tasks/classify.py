@@ -15,7 +15,7 @@ from mmagent.calibration import Calibration
 from mmagent.metrics import Number, Outcomes
 from mmagent.reading import View
 from mmagent.record import Record
-from mmagent.tasks.task import IGNORED, AnswerHead, Decision, Outcome, Task, indexes
+from mmagent.tasks.task import IGNORED, Answered, AnswerHead, Decision, Outcome, Task, indexes
 
 
 class Classify(Task):
@@ -42,6 +42,9 @@ class Classify(Task):
         known = (label >= 0) & (batch["weight"] > 0)
         return ((output.argmax(1) == label) & known).sum(), known.sum()
 
+    def evidence(self, output: Tensor, answer: Answered) -> Tensor:
+        return output.float().log_softmax(1)[:, self.index[answer.label or ""]]
+
     def raw(self, outputs: np.ndarray, views: Sequence[View]) -> np.ndarray:
         return outputs[0]
 
@@ -52,6 +55,7 @@ class Classify(Task):
             label=self.labels[order[0]],
             probabilities={self.labels[index]: round(float(chances[index]), 6) for index in order},
             confidence=float(chances[order[0]]),
+            novelty=calibration.novelty(raw, modalities),
         )
 
     def gold(self, record: Record) -> Any:

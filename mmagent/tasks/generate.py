@@ -33,6 +33,8 @@ class Written:
     text: str | None  # None where a right answer was only weighed, as in validation
     chance: float  # logarithm of the probability that the model gives its likeliest tokens, all of them together
     likelihood: tuple[float, int] | None = None  # of the right answer: the logarithm of its probability, and its tokens
+    tokens: tuple[tuple[str, float], ...] = ()  # each, and the logarithm of its probability
+    stopped: bool = True  # the text came to an end by itself
     exact: bool = False  # each token of the right answer was the likeliest: greedy search would have written it
 
 
@@ -101,13 +103,15 @@ class Generate(Task):
         own, top, hit, real = (outputs[0, ..., column].astype(np.float64) for column in range(4))
         kept = real > 0
         exact = bool((hit[kept] > 0).all()) and bool(kept.any())
-        return Written(None, float(top[kept].sum()), (float(own[kept].sum()), int(kept.sum())), exact)
+        return Written(None, float(top[kept].sum()), (float(own[kept].sum()), int(kept.sum())), exact=exact)
 
     def decide(self, raw: Any, record: Record, calibration: Calibration, modalities: str) -> Decision:
         """The confidence is the calibrated probability that the text is right as a whole, word for word."""
         scale = calibration.by_modalities.get(modalities, calibration.temperature)
         confidence = 1 / (1 + math.exp(-_odds(raw.chance) / scale))
-        return Decision(text=raw.text, confidence=confidence, likelihood=raw.likelihood)
+        return Decision(
+            text=raw.text, confidence=confidence, likelihood=raw.likelihood, tokens=raw.tokens, stopped=raw.stopped
+        )
 
     def calibrate(self, raws: Sequence[Any], records: Sequence[Record], modalities: Sequence[str]) -> Calibration:
         """Greedy search writes the right answer exactly where each of its tokens is the likeliest: that needs no

@@ -16,7 +16,7 @@ from mmagent.calibration import Calibration
 from mmagent.metrics import Number
 from mmagent.reading import View
 from mmagent.record import Record
-from mmagent.tasks.task import AnswerHead, Decision, Outcome, Task
+from mmagent.tasks.task import Answered, AnswerHead, Decision, Outcome, Task
 
 _THRESHOLD = 0.5  # of a label that validation says nothing about
 
@@ -51,6 +51,10 @@ class Multilabel(Task):
         known = (batch[self.key("known")] > 0) & (batch["weight"] > 0)
         same = (output > 0) == (batch[self.key("labels")] > 0)
         return (same & known[:, None]).sum(), known.sum() * len(self.labels)
+
+    def evidence(self, output: Tensor, answer: Answered) -> Tensor:
+        said = [self.index[label] for label in answer.labels or ()]
+        return output.float()[:, said].sum(1) if said else super().evidence(output, answer)
 
     def raw(self, outputs: np.ndarray, views: Sequence[View]) -> np.ndarray:
         return outputs[0]

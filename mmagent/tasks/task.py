@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -48,6 +48,9 @@ class Decision:
     confidence: float = 0.0
     likelihood: tuple[float, int] | None = None  # of the right answer: its logarithm, and of how many tokens
     placed: Placed | None = None  # match, a lone candidate that was read apart
+    tokens: tuple[tuple[str, float], ...] = ()  # of a written text: each and the logarithm of its probability
+    stopped: bool = True  # a written text came to an end by itself
+    novelty: float | None = None  # share of validation answers that were less unusual; near 1: like nothing it knows
 
     @property
     def words(self) -> str:
@@ -70,6 +73,16 @@ class Outcome:
     gold: Any  # of `Task.gold`
     decision: Decision
     group: str = ""
+
+
+class Answered(Protocol):
+    """What of an answer says which one it is."""
+
+    @property
+    def label(self) -> str | None: ...
+
+    @property
+    def labels(self) -> tuple[str, ...] | None: ...
 
 
 class Task(ABC):
@@ -129,6 +142,10 @@ class Task(ABC):
     @abstractmethod
     def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """How many answers of a batch are right, and of how many."""
+
+    def evidence(self, output: Tensor, answer: Answered) -> Tensor:
+        """(rows,): how much an output says the answer that was given, for what speaks for it to be found."""
+        return output.float().flatten(1).amax(1)
 
     @abstractmethod
     def raw(self, outputs: np.ndarray, views: Sequence[View]) -> Any:

@@ -57,14 +57,19 @@ class EdgeStem(nn.Module):
         self.register_buffer("filters", torch.stack(parts)[:, None], persistent=False)
         self.channels = directions * len(scales) + 3
 
-    @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: (pictures, 3, height, width) -> (pictures, channels, height / 2, width / 2), colours first."""
+        # Who asks what a picture's pixels do to an answer wants gradients of them; training does not.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):
+            return self._filtered(pixels)
+
+    def _filtered(self, pixels: Tensor) -> Tensor:
         pictures, colours, height, width = pixels.shape
         flat = pixels.reshape(pictures * colours, 1, height, width)
         waves = F.conv2d(F.pad(flat, (self.RADIUS,) * 4, mode="replicate"), self.filters.to(pixels.dtype), stride=2)
         # (pictures, colours, real and imaginary part, filters, height, width)
-        waves = waves.square_().view(pictures, colours, 2, -1, *waves.shape[-2:])
+        squares = waves.square() if waves.requires_grad else waves.square_()
+        waves = squares.view(pictures, colours, 2, -1, *waves.shape[-2:])
         # Additions of whole planes: one reduction over both axes takes three times as long on a CPU.
         energy = sum((waves[:, colour, part] for colour in range(colours) for part in range(2)), waves.new_tensor(1e-6))
         return torch.cat([F.avg_pool2d(pixels, 2, ceil_mode=True), energy.sqrt()], dim=1)

@@ -29,10 +29,11 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC, SVR
 
 from jobs import evaluate, prepare, train
-from jobs.speech import Clip, render
+from jobs.speech import render
 from mmagent import storage
 from mmagent.arguments import Parser
 from mmagent.measurement import Row, publish, table
+from mmagent.speech import Clip
 from tests.bench import drawings, pair, rays, templates
 
 CHECKOUT = Path(__file__).parents[2]

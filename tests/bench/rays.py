@@ -25,10 +25,10 @@ def borrowed() -> Iterator[None]:
 
 def living() -> set[str]:
     """The actors and placement groups of the cluster."""
-    import ray
+    cluster.connect()
+    import ray  # after the environment is set: Ray reads it when it is imported
     from ray.util.state import list_actors, list_placement_groups
 
-    cluster.connect()
     address = ray.get_runtime_context().gcs_address
     actors = list_actors(address, filters=[("state", "=", "ALIVE")], limit=1000)
     groups = list_placement_groups(address, filters=[("state", "=", "CREATED")], limit=1000)

@@ -42,12 +42,11 @@ DATA = "easy_vqa"
 SPACE: dict[str, Any] = {
     "set": {
         "data.share": 0.02 if SMALL else 0.1,
-        "train.max_steps": 32 if SMALL else 320,
+        "train.max_steps": 32 if SMALL else 224,
         "train.epochs": 20,
         "train.eval_rows": 128 if SMALL else 1024,
-        "train.eval_every_steps": 16 if SMALL else 160,
+        "train.eval_every_steps": 16 if SMALL else 112,
         "train.patience": 0,
-        "model.audio": None,
     },
     "space": {
         "optim.lr": {"loguniform": [3.0e-4, 5.0e-3]},

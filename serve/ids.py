@@ -1,0 +1,14 @@
+"""Names of answers, requests and conversations: a prefix and a ULID, which sorts by time."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+
+def new_id(prefix: str) -> str:
+    """``ans_`` and a ULID (github.com/ulid/spec): 48 bits of milliseconds, 80 random ones, in Crockford's base 32."""
+    number = int(time.time() * 1000) << 80 | secrets.randbits(80)
+    return f"{prefix}_" + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
