@@ -98,12 +98,13 @@ def write(folder: Path, rows: pa.Table, info: dict[str, Any]) -> None:
         rows: id, text, source, title, answer, image, vector.
     """
     import lancedb
+    from lancedb.index import FTS
 
     before = _before(folder)
     place = f"lance-{int(before.partition('-')[2] or 0) + 1 if before else 1}"
     database = lancedb.connect(folder / place)
     table = database.create_table(TABLE, rows, mode="overwrite")
-    table.create_fts_index("text", replace=True)
+    table.create_index("text", config=FTS())
     storage.publish_json(folder / INFO_FILE, {**info, "format_version": _FORMAT, "lance": place, "passages": len(rows)})
     if before and before != place:
         import shutil

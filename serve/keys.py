@@ -46,7 +46,7 @@ class Profile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     language: str | None = Field(None, max_length=20, description="of what is spoken, where a voice names none: de")
-    voice: str | None = Field(None, max_length=60, description="of what is spoken: en-gb+f2")
+    voice: str | None = Field(None, max_length=60, description="of what is spoken: en-us+f2")
     skills: tuple[str, ...] | None = Field(None, description="tasks that may be asked; none: all")
 
 

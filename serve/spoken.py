@@ -22,9 +22,11 @@ from serve.errors import ApiError
 from serve.keys import Profile
 
 VARIABLE = "MMAGENT_SYNTHESISER"
-_OPENAI_VOICES = {"alloy": "en-us", "ash": "en-us+m3", "ballad": "en-gb+m7", "coral": "en-us+f2", "echo": "en-us+m1",
-                  "fable": "en-gb", "nova": "en-us+f3", "onyx": "en-us+m5", "sage": "en-gb+f2", "shimmer": "en-us+f4",
-                  "verse": "en-us+m7"}  # fmt: skip
+_OPENAI_VOICES = {
+    "alloy": "en-us", "ash": "en-us+m3", "ballad": "en-gb-x-rp+m7", "coral": "en-us+f2", "echo": "en-us+m1",
+    "fable": "en-gb-x-rp", "nova": "en-us+f3", "onyx": "en-us+m5", "sage": "en-gb-x-rp+f2", "shimmer": "en-us+f4",
+    "verse": "en-us+m7",
+}  # fmt: skip
 _FORMATS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "mp3": ("MP3", "MPEG_LAYER_III"),
             "opus": ("OGG", "OPUS")}  # fmt: skip
 MEDIA_TYPES = {

@@ -21,6 +21,7 @@ import base64
 import io
 import json
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,7 @@ class Ear:
     speaking: bool = False
     _left: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int16))
     _turn: list[np.ndarray] = field(default_factory=list)
+    _ended: deque[np.ndarray] = field(default_factory=deque)
     _noise_db: float = -50.0
     _loud: int = 0
     _quiet: int = 0
@@ -89,11 +91,14 @@ class Ear:
         self._left = samples[len(samples) - len(samples) % size :]
         return events
 
-    def take(self) -> np.ndarray:
-        """The turn's samples, and begins the next."""
-        found = np.concatenate(self._turn) if self._turn else np.zeros(0, np.int16)
+    def end(self) -> None:
+        """Ends the turn, and begins the next."""
+        self._ended.append(np.concatenate(self._turn) if self._turn else np.zeros(0, np.int16))
         self._turn, self.speaking, self._loud, self._quiet = [], False, 0, 0
-        return found
+
+    def take(self) -> np.ndarray:
+        """The samples of the oldest turn that ended."""
+        return self._ended.popleft()
 
     def _frame(self, frame: np.ndarray) -> str | None:
         level = np.sqrt(np.mean(np.square(frame.astype(np.float32) / 32768)) + 1e-10)
@@ -111,6 +116,7 @@ class Ear:
             del self._turn[:-keep]
             return None
         if self._quiet * _FRAME_S >= _PAUSE_S or len(self._turn) * _FRAME_S >= self.max_s:
+            self.end()
             return "ended"
         return None
 
@@ -164,6 +170,7 @@ async def _events(socket: WebSocket, ear: Ear, images: list[str], message: Mappi
         found = json.loads(message.get("text") or "")
         kind = found["type"]
         if kind == "commit":
+            ear.end()
             return ["ended"]
         if kind == "image" and isinstance(found["data"], str):
             images.append(found["data"])

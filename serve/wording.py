@@ -18,12 +18,14 @@ class Wording:
     content: str = ""  # as a record stores it
     words: str = ""  # the client's texts, with a space between them
     _places: list[int] = field(default_factory=list)  # of each character of `words`, in `content`
+    _marked: bool = False  # the last part was a picture or sound
 
     def add_words(self, text: str) -> None:
         """A text; words in it that look like a placeholder stay words."""
         if not text:
             return
         self._space()
+        self._marked = False
         if self.words:
             self.words += " "
             self._places.append(len(self.content) - 1)
@@ -35,9 +37,11 @@ class Wording:
         self.words += text
 
     def add_mark(self, kind: str) -> None:
-        """A picture or a sound: ``image`` or ``audio``."""
-        self._space()
+        """A picture or a sound: ``image`` or ``audio``. Several stand side by side, as in rows."""
+        if not self._marked:
+            self._space()
         self.content += f"<{kind}>"
+        self._marked = True
 
     def stored(self, place: int) -> int:
         """Where a place in the client's words (0 to their number) stands in the message."""

@@ -183,7 +183,8 @@ def test_models_health_and_documentation(client: TestClient) -> None:
     assert set(schema["paths"]) == {
         "/v1/chat/completions", "/v1/predict", "/v1/embeddings", "/v1/models", "/v1/models/{name}", "/healthz",
         "/v1/conversations/{id}", "/v1/answers/{id}", "/v1/feedback", "/v1/audio/speech", "/metrics",
-        "/admin/status", "/admin/bundles", "/admin/rollback", "/admin/handovers", "/admin/handovers/done", "/admin/audit",
+        "/admin/status", "/admin/bundles", "/admin/rollback", "/admin/handovers", "/admin/handovers/done",
+        "/admin/audit",
     }  # fmt: skip
     assert schema["components"]["schemas"]["ChatRequest"]["examples"]
     example, *_ = schema["components"]["schemas"]["PredictRequest"]["examples"]
@@ -317,7 +318,8 @@ def test_video_is_not_supported_yet(client: TestClient) -> None:
         (b'{"messages": [{"role": "user", "content": "x"}], "functions": [{}]}', 422, None, "send tools"),
         (b'{"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}', 422, None, "wants logprobs"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 9}', 422, "temperature", "less than"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "stop": ["a", "b", "c", "d", "e"]}', 422, None, "4 at most"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "stop": ["", "b", "c", "d", "e"]}', 422, None,
+         "4 at most"),
         (b'{"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}', 422, None, "no tools"),
         (b'{"messages": [{"role": "user", "content": "x"}], "conversation": "a b"}', 422, "conversation", "letters"),
         (b'{"messages": [{"role": "user", "content": "x"}], "stream": "maybe"}', 422, "stream", "'maybe'"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*")
 _ROOTS = ("label", "slots", "result", "first", "second", "text", "sources")
 _MISSING = object()
 
