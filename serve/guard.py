@@ -20,6 +20,7 @@ from serve.limits import Limits
 _OPEN_PATHS = ("/", "/healthz", "/favicon.ico")
 _OPEN_PREFIX = "/web/"  # the page's own files
 _SUBPROTOCOL = "mmagent-key."  # browsers cannot set headers of a WebSocket: its protocols carry the key
+_DRAIN_S = 2.0
 _DEADLINE_MS = "x-request-timeout-ms"
 _DEADLINE_S = "x-stainless-read-timeout"  # OpenAI's clients say so how long they will wait
 
@@ -136,10 +137,21 @@ class _Body:
                 return
             seen += len(message.get("body", b""))
             if seen > self._limit:
+                await self._drain(message)
                 self._queue.put_nowait(_too_large(self._limit))
                 await asyncio.Event().wait()
             whole = not message.get("more_body", False)
             self._queue.put_nowait(message)
+
+
+    async def _drain(self, message: Message) -> None:
+        """Takes a little of what else comes, and drops it: a client that is still sending does not read its answer."""
+        seen = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while message.get("more_body", False) and seen < self._limit:
+                    message = await self._receive()
+                    seen += len(message.get("body", b""))
 
 
 def _scope_of(path: str) -> KeyScope:

@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.deployment import Application
 
-from mmagent import channels
+from mmagent import channels, storage
 from mmagent.agent import policy as policies
 from mmagent.predictor import Predictor
 from serve.app import build
@@ -26,8 +26,9 @@ from serve.service import Service
 class Replica:
     """One process with one model. Ray calls the constructor, then asks for the ASGI app, then for its health."""
 
-    def __init__(self, bundle: str, channel: str | None, config: dict[str, Any]) -> None:
+    def __init__(self, bundle: str, channel: str | None, config: dict[str, Any], root: str) -> None:
         _narrow_replica_port()
+        storage.use(Path(root))  # of the command that started the service, not of the Ray that holds it
         self.config = ServeConfig.model_validate(config)
         self.channel = channel
         # A channel may have moved on since the application was deployed.
@@ -74,7 +75,7 @@ def application(bundle: str, channel: str | None, config: ServeConfig) -> Applic
         ),
         graceful_shutdown_timeout_s=20,
     )(Replica)
-    return deployment.bind(bundle, channel, config.model_dump())
+    return deployment.bind(bundle, channel, config.model_dump(), str(storage.root()))
 
 
 def _narrow_replica_port() -> None:

@@ -7,25 +7,22 @@ import base64
 import io
 import json
 import math
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
 import soundfile
-import uvicorn
 from PIL import Image
 
 from mmagent.predictor import Predictor
 from serve import feedback
-from serve.app import build
 from serve.config import ServeConfig
 from serve.service import Service
+from tests.serving import running
 
 QUESTION = "what color is the shape?"
 
@@ -37,29 +34,10 @@ def predictor(tiny_bundle: Path) -> Predictor:
 
 @pytest.fixture(scope="module")
 def address(predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server on the loopback."""
     patch = pytest.MonkeyPatch()
     patch.setenv("MMAGENT_STORAGE", str(tmp_path_factory.mktemp("storage")))
-    service = Service(predictor, ServeConfig(), "production")
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = held.getsockname()[1]
-    app = build(service)
-    app.router.on_startup.append(service.warm_up)
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="warning", ws="websockets-sansio"))
-
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    import httpx
-
-    for _ in range(200):
-        if httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200:
-            break
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with running(Service(predictor, ServeConfig(), "production")) as found:
+        yield found
     patch.undo()
 
 
@@ -159,8 +137,6 @@ def test_embeddings(client: openai.OpenAI) -> None:
 
 
 def test_embeddings_of_pictures(address: str, make_png: Any) -> None:
-    import httpx
-
     item = {"image": base64.b64encode(make_png("red")).decode(), "text": "it"}
     answer = httpx.post(f"{address}/v1/embeddings", json={"input": [item, item]}).json()
     one, two = (np.array(each["embedding"]) for each in answer["data"])
@@ -191,8 +167,6 @@ def test_a_spoken_answer(client: openai.OpenAI) -> None:
 
 
 def test_a_conversation_goes_on(client: openai.OpenAI, address: str, make_png: Any) -> None:
-    import httpx
-
     picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(make_png('red'))}"}}
     first = said(client, [picture, {"type": "text", "text": QUESTION}], conversation="talk-1")
     second = said(client, "and now?", conversation="talk-1")
@@ -228,8 +202,6 @@ def test_evidence_names_words_regions_and_moments(client: openai.OpenAI, make_pn
 
 
 def test_many_predictions_of_which_one_is_bad(address: str) -> None:
-    import httpx
-
     inputs = [{"text": QUESTION}, {"txt": "x"}, {"text": ""}, {"text": QUESTION, "model": "other"}, 3]
     found = httpx.post(f"{address}/v1/predict", json={"inputs": inputs}).json()["data"]
     assert [each["object"] for each in found] == ["prediction", "error", "error", "error", "error"]
@@ -239,8 +211,6 @@ def test_many_predictions_of_which_one_is_bad(address: str) -> None:
 
 
 def test_a_trace_and_feedback_on_it(client: openai.OpenAI, address: str) -> None:
-    import httpx
-
     reply = said(client)
     trace = httpx.get(f"{address}/v1/answers/{reply.id}").json()
     assert trace["understood"]["label"] == reply.choices[0].message.content
@@ -262,8 +232,6 @@ def test_a_trace_and_feedback_on_it(client: openai.OpenAI, address: str) -> None
 
 
 def test_request_ids_and_deadlines(address: str) -> None:
-    import httpx
-
     answer = httpx.post(f"{address}/v1/predict", json={"text": QUESTION}, headers={"x-request-id": "my-own.1"})
     assert answer.headers["x-request-id"] == "my-own.1"
     assert (
@@ -275,8 +243,6 @@ def test_request_ids_and_deadlines(address: str) -> None:
 
 
 def test_metrics_count(client: openai.OpenAI, address: str) -> None:
-    import httpx
-
     said(client)
     text = httpx.get(f"{address}/metrics").text
     assert 'mmagent_requests_total{route="/v1/chat/completions",status="200"}' in text
