@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmagent import storage
 from mmagent.bundle import BundleError
 from mmagent.channels import ChannelError
 from serve import feedback, logs
@@ -66,9 +67,9 @@ def add(app: FastAPI, service: Service) -> None:
         try:
             verdict, followed = await service.deploy(body.bundle, body.share, by=key.id)
         except BundleError as error:
-            raise ApiError(422, str(error), code="invalid_bundle", param="bundle") from error
+            raise ApiError(422, _public(error), code="invalid_bundle", param="bundle") from error
         except ChannelError as error:
-            raise ApiError(409, str(error), code="channel") from error
+            raise ApiError(409, _public(error), code="channel") from error
         if followed is None:
             message = f"the gate refuses {body.bundle}: {'; '.join(verdict.differences[:3])}"
             raise ApiError(409, message, code="parity_failed", param="bundle")
@@ -83,7 +84,7 @@ def add(app: FastAPI, service: Service) -> None:
         try:
             _, (done, all_of) = await service.rollback(key_of(request).id)
         except (BundleError, ChannelError) as error:
-            raise ApiError(409, str(error), code="channel") from error
+            raise ApiError(409, _public(error), code="channel") from error
         return {**_now(service), "replicas": {"follow": done, "alive": all_of}}
 
     @app.get("/admin/handovers", responses=ERRORS, tags=["admin"])
@@ -112,6 +113,12 @@ def _check_channel(service: Service, named: str | None) -> None:
     if named is not None and named != service.channel:
         message = f"this service follows the channel {service.channel!r}, not {named!r:.100}"
         raise ApiError(409, message, code="other_channel", param="channel")
+
+
+def _public(error: Exception) -> str:
+    """An error's words without where the storage root lies."""
+    root = str(storage.root())
+    return str(error).replace(f"{root}/", "").replace(root, "the storage root")
 
 
 def _now(service: Service) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from serve import logs
 from serve.answers import Trace, _plain
 from serve.errors import ApiError
 from serve.keys import Key
-from serve.questions import ChatMessage
+from serve.questions import ChatMessage, Written
 from serve.store import Store
 
 _KIND = "feedback"
@@ -38,7 +38,7 @@ class FeedbackSpan(BaseModel):
     label: str = Field(max_length=200)
 
 
-class Feedback(BaseModel):
+class Feedback(Written):
     """A verdict, the right answer, a score, a comment, or a whole demonstration; one of them at least."""
 
     model_config = ConfigDict(

@@ -21,6 +21,7 @@ _OPEN_PATHS = ("/", "/healthz", "/favicon.ico")
 _OPEN_PREFIX = "/web/"  # the page's own files
 _SUBPROTOCOL = "mmagent-key."  # browsers cannot set headers of a WebSocket: its protocols carry the key
 _DRAIN_S = 2.0
+_MAX_HEADER_BYTES = 32_768
 _DEADLINE_MS = "x-request-timeout-ms"
 _DEADLINE_S = "x-stainless-read-timeout"  # OpenAI's clients say so how long they will wait
 
@@ -36,6 +37,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers, path = Headers(scope=scope), scope["path"]
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADER_BYTES:
+            message = f"the headers are larger than the limit of {_MAX_HEADER_BYTES} bytes"
+            raise ApiError(431, message, code="headers_too_large", headers={"Connection": "close"})
         if path not in _OPEN_PATHS and not path.startswith(_OPEN_PREFIX):
             try:
                 self._admit(scope, headers)
@@ -142,7 +146,6 @@ class _Body:
                 await asyncio.Event().wait()
             whole = not message.get("more_body", False)
             self._queue.put_nowait(message)
-
 
     async def _drain(self, message: Message) -> None:
         """Takes a little of what else comes, and drops it: a client that is still sending does not read its answer."""

@@ -21,6 +21,25 @@ class _Asked(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
+class Written(BaseModel):
+    """A whole request: its words are text that can be stored and sent on."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if _halves(value):
+            raise ValueError("a text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+        return value
+
+
+def _halves(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value)
+    if isinstance(value, dict):
+        return any(_halves(item) for item in (*value, *value.values()))
+    return isinstance(value, list) and any(map(_halves, value))
+
+
 class TextPart(_Asked):
     type: Literal["text"]
     text: str
@@ -183,7 +202,7 @@ class _OfTasks(BaseModel):
     spans: list[End] | None = Field(None, description="the head and the tail that `relate` asks about")
 
 
-class ChatRequest(_OfTasks, _Asked):
+class ChatRequest(_OfTasks, _Asked, Written):
     """OpenAI's request. What shapes a written text (temperature, top_p, seed, max_tokens) is for tasks that write; what
     would change the answer and cannot be done is refused."""
 
@@ -261,7 +280,7 @@ class ChatRequest(_OfTasks, _Asked):
         return "audio" in (self.modalities or ())
 
 
-class PredictRequest(_OfTasks):
+class PredictRequest(_OfTasks, Written):
     """The long form has `messages`; the short one has one text, picture or sound, or several of them together."""
 
     model_config = ConfigDict(
@@ -324,7 +343,7 @@ OneOrMany = Annotated[
 ]
 
 
-class EmbeddingsRequest(_Asked):
+class EmbeddingsRequest(_Asked, Written):
     """OpenAI's request; an input may also be an object with a text, a picture, a sound, or several of them."""
 
     model: str | None = None
@@ -334,7 +353,7 @@ class EmbeddingsRequest(_Asked):
     user: str | None = None
 
 
-class SpeechRequest(_Asked):
+class SpeechRequest(_Asked, Written):
     """OpenAI's request for spoken text."""
 
     input: str = Field(min_length=1, max_length=4096)

@@ -41,7 +41,7 @@ from serve.questions import ChatRequest
 from serve.service import Service
 
 _FRAME_S = 0.02
-_PAUSE_S = 0.26  # of silence that ends a turn
+_PAUSE_S = 0.22  # of silence that ends a turn
 _SPEECH_S = 0.08  # of sound that begins one
 _LEAD_S = 0.2  # kept from before it
 _MARGIN_DB = 9.0  # above the noise
