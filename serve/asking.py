@@ -51,9 +51,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     403: {"model": ErrorBody, "description": "the API key may not do that"},
     404: {"model": ErrorBody, "description": "the model, conversation or answer is not here"},
     408: {"model": ErrorBody, "description": "the body came too slowly"},
+    409: {"model": ErrorBody, "description": "it cannot be done as things stand: no channel, or the gate refuses"},
     413: {"model": ErrorBody, "description": "a picture, a sound or the body is over a limit, which is named"},
     422: {"model": ErrorBody, "description": "a field or part cannot be used, which is named in `param`"},
     429: {"model": ErrorBody, "description": "the key's limit is reached; see Retry-After"},
+    431: {"model": ErrorBody, "description": "the headers are too large"},
+    501: {"model": ErrorBody, "description": "no synthesiser is installed"},
     503: {"model": ErrorBody, "description": "too many requests wait; see Retry-After"},
     504: {"model": ErrorBody, "description": "the deadline passed"},
 }

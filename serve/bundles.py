@@ -173,7 +173,11 @@ class Bundles:
         return await self._heard()
 
     def history(self) -> Channel | None:
-        return channels.read(self.channel) if self.channel is not None else None
+        """The channel as its file has it; none: there is none, or it cannot be read."""
+        try:
+            return channels.read(self.channel) if self.channel is not None else None
+        except (ChannelError, OSError):
+            return None
 
     async def _watch(self) -> None:
         while True:

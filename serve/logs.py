@@ -18,8 +18,19 @@ from mmagent import storage
 _requests = logging.getLogger("mmagent.requests")
 
 
+def to_stderr() -> None:
+    """Has this process write its lines to its standard error, which Ray keeps in a file for each replica."""
+    logger = logging.getLogger("mmagent")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
 def request(**facts: Any) -> None:
-    """One request that was answered. Ray Serve's own handlers take it to the replica's log file."""
+    """One request that was answered."""
     _requests.info(json.dumps({"time_ms": int(time.time() * 1000), **facts}, ensure_ascii=False))
 
 

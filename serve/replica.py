@@ -16,6 +16,7 @@ from ray.serve.deployment import Application
 from mmagent import channels, storage
 from mmagent.agent import policy as policies
 from mmagent.predictor import Predictor
+from serve import logs
 from serve.app import build
 from serve.config import ServeConfig
 from serve.metrics import Metrics
@@ -28,6 +29,7 @@ class Replica:
 
     def __init__(self, bundle: str, channel: str | None, config: dict[str, Any], root: str) -> None:
         _narrow_replica_port()
+        logs.to_stderr()
         storage.use(Path(root))  # of the command that started the service, not of the Ray that holds it
         self.config = ServeConfig.model_validate(config)
         self.channel = channel

@@ -130,6 +130,7 @@ def deploy(folder: Path, channel: str | None, config: ServeConfig, name: str) ->
     from serve.replica import application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the command says itself what it does
+    _check_store(config)
     _check_running_proxy(config)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly if config.is_loopback else ProxyLocation.EveryNode,
@@ -157,6 +158,18 @@ def stop(name: str) -> None:
     if set(running) == {name}:
         serve.shutdown()
     print(f"stopped {name}")
+
+
+def _check_store(config: ServeConfig) -> None:
+    """SQLite is one file of one node: replicas of several would each have conversations of their own."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1 and not config.store:
+        raise StartError(
+            f"this Ray has {len(nodes)} nodes, and conversations would lie in SQLite on one of them: give a store that "
+            "all reach, --store redis://HOST:PORT/0"
+        )
 
 
 def _check_running_proxy(config: ServeConfig) -> None:

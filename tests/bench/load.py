@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def run(address: str, bodies: list[dict[str, Any]], clients: int, seconds: float
     return begin(address, bodies, clients, seconds, **more).end()
 
 
-async def _client(host: str, port: int, turns: asyncio.Queue[bytes] | Any, seen: _Seen, end: float) -> None:
+async def _client(host: str, port: int, turns: Callable[[], Awaitable[bytes | None]], seen: _Seen, end: float) -> None:
     reader = writer = None
     while time.perf_counter() < end:
         request = await turns()

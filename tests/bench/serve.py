@@ -427,10 +427,12 @@ def _replica_pid(address: str) -> int:
 
 def _proxy_pid(address: str) -> int:
     port = int(address.rpartition(":")[2])
-    return next(
-        each.pid for each in psutil.process_iter()
-        if "haproxy" in each.name() and any(c.laddr.port == port for c in each.net_connections() if c.status == "LISTEN")
-    )  # fmt: skip
+    for each in psutil.process_iter():
+        if "haproxy" in each.name():
+            ports = [c.laddr.port for c in each.net_connections() if c.status == "LISTEN"]
+            if port in ports:
+                return int(each.pid)
+    raise SystemExit(f"no proxy listens on port {port}")
 
 
 def _controller_pid(_: str) -> int:
