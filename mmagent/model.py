@@ -122,7 +122,7 @@ class MultimodalModel(nn.Module):
         ]
         if self.audio_tower is not None:
             assert self.speech is not None
-            speech = self.speech(self.audio_tower(batch["audios"], batch["audio_frames"]))
+            speech = self.speech(heard_by(self.audio_tower, batch))
             out["speech"] = speech
             said = speech.mean(1)  # (sounds, text width)
             heard = (said * batch["audio_real"][:, None]).to(asked.dtype)  # autocast computes speech in bf16
@@ -132,7 +132,7 @@ class MultimodalModel(nn.Module):
         if self.image_tower is not None:
             assert join.image is not None
             assert join.film is not None
-            seen = self.image_tower(batch["images"])
+            seen = seen_by(self.image_tower, batch)
             for name in self.tasks:
                 if module_name(name) in self.image_heads:
                     alone = Fused(seen.mean(1), None)
@@ -168,6 +168,16 @@ class MultimodalModel(nn.Module):
         kept = kept.index_put((row * slots + slot,), real, accumulate=False)
         keep = kept.view(size, slots, 1).expand(-1, -1, count).reshape(size, slots * count)
         return placed.view(size, slots * count, width), keep
+
+
+def seen_by(tower: nn.Module, batch: Batch) -> Tensor:
+    """(pictures, tokens, width): as they come with the batch (see `mmagent.encoded`), or computed."""
+    return batch["image_tokens"] if "image_tokens" in batch else tower(batch["images"])
+
+
+def heard_by(tower: nn.Module, batch: Batch) -> Tensor:
+    """(sounds, tokens, width), likewise."""
+    return batch["audio_tokens"] if "audio_tokens" in batch else tower(batch["audios"], batch["audio_frames"])
 
 
 def align_loss(speech: Tensor, states: Tensor, ids: Tensor, mask: Tensor, real: Tensor, size: int) -> Tensor:

@@ -25,6 +25,7 @@ from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.calibration import Calibration
 from mmagent.config import Config
+from mmagent.encoded import EncodedMedia
 from mmagent.frozen import FrozenStates
 from mmagent.media import Limits
 from mmagent.record import Record
@@ -39,6 +40,7 @@ from mmagent.writer import Writing
 
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
 
+_MEDIA_BYTES = 64 << 20  # of towers' tokens that are kept
 _PASS_VIEWS = 32  # of one forward pass; a record that is read in several views has as many rows
 
 
@@ -110,6 +112,7 @@ class Predictor:
         self.device = torch.device(place)
         self.inputs = Inputs(config.model, config.data, tokenizer, self.tasks, encoder)
         self.model = model.eval().requires_grad_(False).to(self.device)
+        self._media = EncodedMedia(_MEDIA_BYTES)
         outside = model.backbone is None
         self._states = FrozenStates(encoder, device=self.device, max_mb=256) if outside else None
 
@@ -225,7 +228,7 @@ class Predictor:
         written = [index for index, sample in enumerate(samples) if self.tasks[sample.task].generates]
         found = dict(zip(written, self._written([samples[index] for index in written]), strict=True))
         if others := [index for index in range(len(samples)) if index not in found]:
-            batch = self.tensors([samples[index] for index in others])
+            batch = self._encoded([samples[index] for index in others])
             out = self.model(batch)
             rows = batch["sample_row"].cpu().numpy()
             for place, index in enumerate(others):
@@ -248,7 +251,7 @@ class Predictor:
 
     def _written_alike(self, samples: Sequence[Sample], how: Writing) -> list[Written]:
         assert isinstance(self.model, SoftModel)
-        batch, tokenizer = self.tensors(samples), self.inputs.tokenizer
+        batch, tokenizer = self._encoded(samples), self.inputs.tokenizer
         stops = text.stop_ids(tokenizer, self.model.backbone.model)
         said = self.model.write(batch, stops=stops, pad=tokenizer.pad_token_id, how=how)
         known: dict[int, Written] = {}
@@ -276,6 +279,23 @@ class Predictor:
         linear probe sees of a model."""
         out: np.ndarray = torch.cat(self.model.features(self.tensors(samples)), dim=1).float().cpu().numpy()
         return out
+
+    def _encoded(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """`tensors`, with what the towers make of pictures and sounds: each different one is computed once."""
+        batch = self.tensors(samples)
+        media = [sample.media(view) for sample in samples for view in range(len(sample.views))]
+        for side, kind in enumerate(("image", "audio")):
+            tower = getattr(self.model, f"{kind}_tower", None)
+            if tower is None:
+                continue
+            given = [batch["images"]] if kind == "image" else [batch["audios"], batch["audio_frames"]]
+            shown = [each for pair in media for each in pair[side]]
+
+            def encode(numbers: torch.Tensor, tower: Any = tower, given: Any = given) -> torch.Tensor:
+                return tower(*(each[numbers.to(each.device)] for each in given))
+
+            batch[f"{kind}_tokens"] = self._media.tokens(kind, shown, encode)
+        return batch
 
     def tensors(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """What the model reads of samples: see `mmagent.batch.Inputs.batch`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmagent.config import ModelConfig
-from mmagent.model import Batch, module_name
+from mmagent.model import Batch, heard_by, module_name, seen_by
 from mmagent.reading import PLACES
 from mmagent.tasks import Fused, Task
 from mmagent.text import TextEncoder
@@ -103,10 +103,10 @@ class SoftModel(nn.Module):
         for kind in self.join:
             if kind == "image":
                 assert self.image_tower is not None
-                seen = self.image_tower(batch["images"])
+                seen = seen_by(self.image_tower, batch)
             else:
                 assert self.audio_tower is not None
-                seen = self.audio_tower(batch["audios"], batch["audio_frames"])
+                seen = heard_by(self.audio_tower, batch)
             tokens = self.join[kind](seen).to(embeds.dtype)  # (media, n, width)
             embeds = embeds.masked_scatter((ids == PLACES[kind])[..., None], tokens[batch[f"{kind}_real"]])
             embeds = embeds + 0 * tokens.sum()
