@@ -2,7 +2,8 @@
 
     make bench-search           (python -m tests.bench.search [--only ours|textbook] [--trials 16])
 
-SCALE=small for a short one.
+SCALE=small for a short one. What an earlier start of it has finished is taken as it is: remove ``search/bench_*`` below
+the storage root to measure anew.
 
 A fixed part of easy-VQA, on which a full run takes a minute or more of steps: learning rate, dropout and freezing.
 
@@ -127,11 +128,14 @@ def _stages() -> Any:
 
 
 def _search(name: str, trials: int, **changed: Any) -> list[dict[str, Any]]:
+    folder = storage.folder("search", name)
+    if (folder / "winner.json").is_file():  # of an earlier start of this measurement
+        earlier: list[dict[str, Any]] = json.loads((folder / "trials.json").read_text())
+        return earlier
     file = storage.root() / "bench" / f"{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     space = {**SPACE, "trials": trials, "concurrent": 1, **changed}
     file.write_text(yaml.safe_dump(space))
-    folder = storage.folder("search", name)
     began = time.monotonic()
     if searches.main(["--config", str(RECIPE), "--space", str(file), "--name", name, f"data.name={DATA}"]):
         raise SystemExit(2)
