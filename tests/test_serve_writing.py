@@ -65,7 +65,7 @@ def predictor(
     records = [parse({"task": "generate", **row}, default_id=str(n)) for n, row in enumerate(rows)]
     _, found = trained(made, records, {"generate": TaskInfo("generate", ())}, steps=250)
     assert [answer.text for answer in found.predict(records)] == [CALL, "it is red", "the blue image"]
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @pytest.fixture
