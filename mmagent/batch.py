@@ -73,6 +73,7 @@ class Sample:
     more: tuple[tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]], ...] = ()  # a view's own pictures and sounds
     processed: tuple[Processed, ...] = ()  # of a native model, for each view
     known: Mapping[bytes, np.ndarray] = field(default_factory=dict)  # states of frozen parts (see `mmagent.features`)
+    hear: Callable[[str], None] | None = field(default=None, compare=False)  # is told a text as it is written
     writing: Writing | None = None  # how a text is to be written; none: the likeliest, as long as the config allows
 
     @property

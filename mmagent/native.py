@@ -19,7 +19,7 @@ from mmagent.model import Batch
 from mmagent.pretrained import ARGUMENTS, BackboneError
 from mmagent.soft import SoftModel
 from mmagent.text import TextEncoder, blocks
-from mmagent.writer import IGNORED, Line, Scored, Writing, aligned_at_the_end, written
+from mmagent.writer import IGNORED, Hear, Line, Scored, Writing, aligned_at_the_end, written
 
 KEY = "model.backbone"
 PARTS = ("backbone", "image_tower", "audio_tower", "join")
@@ -151,14 +151,16 @@ class Native(TextEncoder):
         return Scored(logits.gather(1, back[..., None].expand_as(logits)), states)
 
     @torch.no_grad()
-    def write_batch(self, batch: Batch, *, stops: Sequence[int], pad: int, how: Writing) -> list[Line]:
+    def write_batch(
+        self, batch: Batch, *, stops: Sequence[int], pad: int, how: Writing, hear: Hear = None
+    ) -> list[Line]:
         """As `Writer.write`."""
         if self._pair:
             given = {"input_ids": batch["ids"], "attention_mask": batch["mask"], **self._given(batch)}
         else:
             ids, keep, order = aligned_at_the_end(batch["ids"], batch["mask"].bool())
             given = {"input_ids": ids, "attention_mask": keep.long(), **self._given(batch, 0, order)}
-        return written(self.model, given, stops=stops, pad=pad, how=how)
+        return written(self.model, given, stops=stops, pad=pad, how=how, hear=hear)
 
     def _given(self, batch: Batch, more: int = 0, order: Tensor | None = None) -> dict[str, Tensor]:
         """What the model takes besides ids; of what speaks of each token, `more` are put behind, and all in order."""
@@ -186,8 +188,8 @@ class NativeModel(SoftModel):
     def _score(self, batch: Batch, replies: Tensor) -> Scored:
         return self._native.score_batch(batch, replies, states=bool(self.heads))
 
-    def write(self, batch: Batch, *, stops: Sequence[int], pad: int, how: Writing) -> list[Line]:
-        return self._native.write_batch(batch, stops=stops, pad=pad, how=how)
+    def write(self, batch: Batch, *, stops: Sequence[int], pad: int, how: Writing, hear: Hear = None) -> list[Line]:
+        return self._native.write_batch(batch, stops=stops, pad=pad, how=how, hear=hear)
 
     @property
     def _native(self) -> Native:

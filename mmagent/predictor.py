@@ -36,7 +36,7 @@ from mmagent.tasks import Task, make_all
 from mmagent.tasks.generate import Written
 from mmagent.tasks.task import Placed
 from mmagent.text import TextEncoder
-from mmagent.writer import Writing
+from mmagent.writer import Hear, Writing
 
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
 
@@ -253,7 +253,8 @@ class Predictor:
         assert isinstance(self.model, SoftModel)
         batch, tokenizer = self._encoded(samples), self.inputs.tokenizer
         stops = text.stop_ids(tokenizer, self.model.backbone.model)
-        said = self.model.write(batch, stops=stops, pad=tokenizer.pad_token_id, how=how)
+        telling = _Telling(tokenizer, stops, samples)
+        said = self.model.write(batch, stops=stops, pad=tokenizer.pad_token_id, how=how, hear=telling.hear)
         known: dict[int, Written] = {}
         if any(sample.views[0].reply is not None for sample in samples):
             out = self.model(batch)
@@ -351,6 +352,33 @@ class Predictor:
             novelty=said.novelty,
             timings_ms=timings_ms,
         )
+
+
+class _Telling:
+    """Tells those who listen what is written for them, piece by piece: the pieces of a text make it whole."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[int], samples: Sequence[Sample]) -> None:
+        self._tokenizer, self._stops = tokenizer, set(stops)
+        self._rows = {row: sample.hear for row, sample in enumerate(samples) if sample.hear is not None}
+        self._ids: dict[int, list[int]] = {row: [] for row in self._rows}
+        self._told = dict.fromkeys(self._rows, 0)  # characters
+
+    @property
+    def hear(self) -> Hear:
+        return self._hear if self._rows else None
+
+    def _hear(self, tokens: list[int]) -> None:
+        for row, tell in [*self._rows.items()]:
+            if tokens[row] in self._stops:
+                del self._rows[row]
+                continue
+            self._ids[row].append(tokens[row])
+            words = self._tokenizer.decode(self._ids[row], skip_special_tokens=True).lstrip()
+            # What may still change waits: half a character, and space that the end of a text would lose.
+            sure = words.rstrip().rstrip("\ufffd")
+            if len(sure) > self._told[row]:
+                tell(sure[self._told[row] :])
+                self._told[row] = len(sure)
 
 
 def _passes(tried: Iterable[Sample | PartError]) -> Iterator[list[Sample]]:

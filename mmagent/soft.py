@@ -18,7 +18,7 @@ from mmagent.reading import PLACES
 from mmagent.tasks import Fused, Task
 from mmagent.text import TextEncoder
 from mmagent.towers import audio_tower, image_tower
-from mmagent.writer import Line, Scored, Writer, Writing
+from mmagent.writer import Hear, Line, Scored, Writer, Writing
 
 _WORD_SIZE = 0.02  # deviation of an embedding's entries where the checkpoint's are not at hand
 
@@ -76,10 +76,10 @@ class SoftModel(nn.Module):
         return out
 
     @torch.no_grad()
-    def write(self, batch: Batch, *, stops: Sequence[int], pad: int, how: Writing) -> list[Line]:
+    def write(self, batch: Batch, *, stops: Sequence[int], pad: int, how: Writing, hear: Hear = None) -> list[Line]:
         """What the language model writes after each row: see `Writer.write`."""
         assert isinstance(self.backbone, Writer)
-        return self.backbone.write(self._embed(batch), batch["mask"], stops=stops, pad=pad, how=how)
+        return self.backbone.write(self._embed(batch), batch["mask"], stops=stops, pad=pad, how=how, hear=hear)
 
     def features(self, batch: Batch) -> list[Tensor]:
         """The mean state of each row, (rows, width): what a linear probe sees."""

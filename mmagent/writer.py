@@ -6,7 +6,7 @@ own last token, and its places are counted from the row's first: the rows of a b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,9 @@ class Writing(NamedTuple):
     temperature: float = 0.0  # 0: the likeliest token each time
     top_p: float = 1.0  # drawn from the likeliest tokens that have this much of the probability (arXiv:1904.09751)
     seed: int = 0
+
+
+Hear = Callable[[list[int]], None] | None
 
 
 class Line(NamedTuple):
@@ -140,12 +143,15 @@ class Writer(TextEncoder):
         return Scored(out.logits.gather(1, back[..., None].expand_as(out.logits)), states)
 
     @torch.no_grad()
-    def write(self, embeds: Tensor, mask: Tensor, *, stops: Sequence[int], pad: int, how: Writing) -> list[Line]:
+    def write(
+        self, embeds: Tensor, mask: Tensor, *, stops: Sequence[int], pad: int, how: Writing, hear: Hear = None
+    ) -> list[Line]:
         """What comes next in each row, token after token.
 
         Args:
             stops: ids that end a text.
             pad: id that fills shorter rows.
+            hear: is given each step's token of every row as soon as it is there.
         """
         from transformers.modeling_outputs import BaseModelOutput
 
@@ -156,7 +162,7 @@ class Writer(TextEncoder):
             given = {
                 "encoder_outputs": BaseModelOutput(last_hidden_state=self.read(embeds, mask)), "attention_mask": mask,
             }  # fmt: skip
-        return written(self.model, given, stops=stops, pad=pad, how=how)
+        return written(self.model, given, stops=stops, pad=pad, how=how, hear=hear)
 
     def _places(self, keep: Tensor) -> dict[str, Tensor]:
         """Places counted from each row's first token; without them a model counts the padding too."""
@@ -165,11 +171,13 @@ class Writer(TextEncoder):
         return {"position_ids": (keep.long().cumsum(1) - 1).clamp(min=0)}
 
 
-def written(model: Any, given: Mapping[str, Any], *, stops: Sequence[int], pad: int, how: Writing) -> list[Line]:
+def written(
+    model: Any, given: Mapping[str, Any], *, stops: Sequence[int], pad: int, how: Writing, hear: Hear = None
+) -> list[Line]:
     """What a Transformers model writes after what it is given: see `Writer.write`."""
     from transformers import LogitsProcessorList
 
-    recorder = _Recorder()
+    recorder = _Recorder(hear)
     drawn: dict[str, Any] = {"do_sample": False}
     if how.temperature > 0:
         drawn = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
@@ -188,7 +196,8 @@ def written(model: Any, given: Mapping[str, Any], *, stops: Sequence[int], pad: 
 class _Recorder:
     """Notes how probable each token was that was taken: that of a step is known at the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, hear: Hear) -> None:
+        self._hear = hear
         self._chances: list[Tensor] = []
         self._last: Tensor | None = None  # (rows, vocabulary): of the step before
 
@@ -205,6 +214,8 @@ class _Recorder:
     def _note(self, ids: Tensor) -> None:
         if self._last is not None:
             self._chances.append(self._last.gather(1, ids[:, -1:]))
+            if self._hear is not None:
+                self._hear(ids[:, -1].tolist())
 
 
 def _until(row: list[int], chances: list[float], stops: Sequence[int]) -> Line:

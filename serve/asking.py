@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import jsonschema
@@ -75,13 +76,13 @@ def add(app: FastAPI, service: Service) -> None:
         """Text, pictures and sound in, the answer as text (and sound) out; `stream: true` sends it as server-sent
         events."""
         service.check_model(body.model)
-        answered = await service.ask(body, key_of(request), request.state.request_id)
-        request.state.answer = answered.id
-        reply = await _completion(service, body, answered, key_of(request))
         if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            return StreamingResponse(_events(reply, usage), media_type="text/event-stream", headers=_UNBUFFERED)
-        return reply
+            id = new_id("ans")
+            pieces = await _begun(service, body, request, id)
+            model = service.bundles.pick(body.conversation or id, body.model).name
+            frame = {"id": id, "created": int(time.time()), "model": model}
+            return StreamingResponse(_events(body, frame, pieces), media_type="text/event-stream", headers=_UNBUFFERED)
+        return await _completed(service, body, request)
 
     @app.post("/v1/predict", response_model=Prediction | Predictions, responses=ERRORS, tags=["ask"])
     async def predict(body: OneOrMany, request: Request) -> Any:
@@ -125,7 +126,6 @@ def add(app: FastAPI, service: Service) -> None:
 
 async def _many(service: Service, body: ManyRequest, request: Request) -> Predictions:
     """Each input's prediction, or why there is none; they share forward passes."""
-    import asyncio
 
     async def one(item: Any) -> Prediction | FailedPrediction:
         try:
@@ -161,6 +161,46 @@ def extension_of(service: Service, answered: Answered) -> Extension:
             "evidence": answered.evidence,
         }
     )
+
+
+async def _completed(
+    service: Service,
+    body: ChatRequest,
+    request: Request,
+    hear: Callable[[str], None] | None = None,
+    id: str = "",
+) -> ChatCompletion:
+    answered = await service.ask(body, key_of(request), request.state.request_id, hear=hear, id=id)
+    request.state.answer = answered.id
+    return await _completion(service, body, answered, key_of(request))
+
+
+async def _begun(service: Service, body: ChatRequest, request: Request, id: str) -> AsyncIterator[str | ChatCompletion]:
+    """A text's pieces as they are written, and the whole answer at the end. Returns when there is something to say, so
+    that what is wrong with a request is still told by its status."""
+    pieces: asyncio.Queue[str | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def hear(words: str) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, words)
+
+    work = asyncio.ensure_future(_completed(service, body, request, hear, id))
+    work.add_done_callback(lambda _: pieces.put_nowait(None))
+    first = await pieces.get()
+    if first is None:
+        await work  # raises what went wrong
+
+    async def all_of() -> AsyncIterator[str | ChatCompletion]:
+        piece = first
+        try:
+            while piece is not None:
+                yield piece
+                piece = await pieces.get()
+            yield await work
+        finally:
+            work.cancel()  # the client is gone
+
+    return all_of()
 
 
 async def _completion(service: Service, body: ChatRequest, answered: Answered, key: Key) -> ChatCompletion:
@@ -258,28 +298,37 @@ def _coded(vector: np.ndarray, how: str) -> list[float] | str:
     return [round(float(value), 7) for value in vector]
 
 
-async def _events(reply: ChatCompletion, with_usage: bool) -> AsyncIterator[str]:
+async def _events(
+    body: ChatRequest, frame: Mapping[str, Any], pieces: AsyncIterator[str | ChatCompletion]
+) -> AsyncIterator[str]:
     """OpenAI's chunks: the role first, the words, the end (with our extension), the usage where asked for."""
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
-        body = {
-            "id": reply.id,
-            "object": "chat.completion.chunk",
-            "created": reply.created,
-            "model": reply.model,
-            "choices": choices,
-            **({"usage": None} if with_usage else {}),
-            **more,
-        }
-        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+        usage = {"usage": None} if with_usage else {}
+        whole = {**frame, "object": "chat.completion.chunk", "choices": choices, **usage, **more}
+        return f"data: {json.dumps(whole, ensure_ascii=False)}\n\n"
 
     def part(index: int, delta: Mapping[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
         return {"index": index, "delta": dict(delta), "logprobs": logprobs, "finish_reason": finish}
 
+    told = ""
+    reply: ChatCompletion | None = None
+    async for piece in pieces:
+        if isinstance(piece, ChatCompletion):
+            reply = piece
+            break
+        if not told:
+            yield chunk([part(0, {"role": "assistant", "content": ""})])
+        told += piece
+        yield chunk([part(0, {"content": piece})])
+    assert reply is not None
     for choice in reply.choices:
         said = choice.message
-        yield chunk([part(choice.index, {"role": "assistant", "content": ""})])
-        for word in _pieces(said.content or ""):
+        words = said.content or ""
+        if choice.index or not told:
+            yield chunk([part(choice.index, {"role": "assistant", "content": ""})])
+        for word in _pieces(words.removeprefix(told) if not choice.index else words):
             yield chunk([part(choice.index, {"content": word})])
         if said.tool_calls:
             calls = [{"index": n, **call.model_dump()} for n, call in enumerate(said.tool_calls)]

@@ -162,6 +162,7 @@ class Service:
         self.store.close()
 
     async def _find_tools(self) -> None:
+        self.tools.clear()  # of an attempt that failed
         for source in self.policy.tools:
             limits: dict[str, Any] = {"timeout_s": source.timeout_s, "max_bytes": source.max_bytes}
             if source.python is not None:
@@ -242,10 +243,14 @@ class Service:
         request_id: str = "",
         *,
         only: Loaded | None = None,
+        hear: Callable[[str], None] | None = None,
+        id: str = "",
     ) -> Answered:
         """
         Args:
             only: the bundle to ask: of the gate.
+            hear: is told a text while it is written, in another thread.
+            id: of the answer; none: it gets one.
 
         Raises:
             ApiError: what is wrong with the request, or the service is full.
@@ -256,7 +261,7 @@ class Service:
         self.waiting += 1
         self.metrics.waiting.inc()
         try:
-            return await TurnTaker(self, question, key, request_id).take(only)
+            return await TurnTaker(self, question, key, request_id, id).take(only, hear)
         finally:
             self.waiting -= 1
             self.metrics.waiting.dec()

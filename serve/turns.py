@@ -6,7 +6,7 @@ import asyncio
 import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,23 +63,31 @@ class Answered:
 class TurnTaker:
     """Takes one request through the service; made for it alone."""
 
-    def __init__(self, service: Service, question: ChatRequest | PredictRequest, key: Key, request_id: str) -> None:
+    def __init__(
+        self, service: Service, question: ChatRequest | PredictRequest, key: Key, request_id: str, id: str = ""
+    ) -> None:
         self._service, self._question, self._key, self._request_id = service, question, key, request_id
         self._chat = question if isinstance(question, ChatRequest) else None
-        self._id = new_id("ans")
+        self._id = id or new_id("ans")
         self._started = time.perf_counter()
         self._steps: list[Step] = []
         self._queued_s = self._decode_s = self._forward_ms = 0.0
+        self._hear: Callable[[str], None] | None = None
 
-    async def take(self, only: Loaded | None = None) -> Answered:
+    async def take(self, only: Loaded | None = None, hear: Callable[[str], None] | None = None) -> Answered:
         """
         Args:
             only: the bundle to ask, whatever the share: of a gate, whose questions leave no trace.
+            hear: is told a text while it is written, in another thread; not where a tool, a stop or several answers may
+                yet change what is said.
 
         Raises:
             ApiError: what is wrong with the request.
         """
         service, question = self._service, self._question
+        chat = self._chat
+        if chat is not None and not (chat.offered or service.tools or chat.stops or (chat.n or 1) > 1):
+            self._hear = hear
         conversation = self._chat.conversation if self._chat else None
         history: list[ChatMessage] = []
         if conversation is not None:
@@ -163,7 +171,9 @@ class TurnTaker:
         if not record.candidates and len(sample.views) > config.max_views:  # those are counted as they come
             message = f"the text is read in {len(sample.views)} strides; the limit max_views is {config.max_views}"
             raise ApiError(413, message, code="text_too_long")
-        return replace(sample, writing=self._writing(loaded)) if predictor.tasks[record.task].generates else sample
+        if not predictor.tasks[record.task].generates:
+            return sample
+        return replace(sample, writing=self._writing(loaded), hear=self._hear)
 
     def _writing(self, loaded: Loaded) -> Writing | None:
         if self._chat is None:

@@ -137,3 +137,29 @@ def test_how_it_is_written(client: TestClient) -> None:
     assert [each["index"] for each in several["choices"]] == [0, 1, 2]
     assert len({each["message"]["content"] for each in several["choices"]}) > 1
     assert said(client, "hi")["choices"][0]["message"]["content"] == "the blue image"
+
+
+def test_who_listens_hears_a_text_grow(predictor: Predictor) -> None:
+    from dataclasses import replace
+
+    heard: list[str] = []
+    sample = replace(predictor.prepare(parse({"task": "generate", "text": "hi"})), hear=heard.append)
+    other = predictor.prepare(parse({"task": "generate", "text": "red"}))
+    [answer, _] = predictor.answer([sample, other])
+    assert "".join(heard) == answer.text
+    assert len(heard) > 1
+
+
+def test_words_are_streamed_as_they_are_written(client: TestClient) -> None:
+    events = client.post(
+        "/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], "stream": True}
+    ).text.split("\n\n")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
+    pieces = [c["choices"][0]["delta"]["content"] for c in chunks if c["choices"][0]["delta"].get("content")]
+    assert "".join(pieces) == "the blue image"
+    assert len(pieces) == 3
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert client.get(f"/v1/answers/{chunks[0]['id']}").status_code == 200
+    wrong = client.post("/v1/chat/completions", json={"messages": [{"role": "system", "content": "x"}], "stream": True})
+    assert wrong.status_code == 422  # before the first word a mistake has its own status
