@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from mmagent import channels, explain, storage
 from mmagent.agent import policy as policies
 from mmagent.agent import tools as agent_tools
@@ -24,9 +22,8 @@ from mmagent.agent.policy import Policy
 from mmagent.agent.tools import Tool
 from mmagent.agent.turn import Passage
 from mmagent.batch import Sample
-from mmagent.predictor import Answer, PartError, Predictor
+from mmagent.predictor import Answer, Predictor
 from mmagent.record import Record
-from mmagent.rows import parse
 from serve import parity
 from serve.answers import Answers
 from serve.bundles import Bundles
@@ -41,7 +38,7 @@ from serve.loaded import Loaded, seal_of
 from serve.metrics import Metrics
 from serve.parity import Verdict
 from serve.parts import Draft
-from serve.questions import ChatRequest, EmbeddingsRequest, PredictRequest
+from serve.questions import ChatRequest, PredictRequest
 from serve.store import Store, open_store
 from serve.turns import Answered, TurnTaker
 
@@ -294,48 +291,6 @@ class Service:
             return await loaded.aside(find)
         except explain.ExplainError as error:
             raise ApiError(422, f"explain: {error}", code="not_supported", param="explain") from error
-
-    async def embed(self, request: EmbeddingsRequest, key: Key) -> tuple[np.ndarray, int]:
-        """(inputs, channels), each of length 1, and the tokens that were read.
-
-        Raises:
-            ApiError: an input that cannot be read, by its number.
-        """
-        inputs = request.input if isinstance(request.input, list) else [request.input]
-        if not inputs or len(inputs) > 2048:
-            raise ApiError(422, "input: 1 to 2,048 texts are wanted", code="invalid_value", param="input")
-        loaded = self.bundles.current
-        task = self.task_of(loaded, None, key)
-
-        def compute() -> tuple[np.ndarray, int]:
-            samples = [self._embedded(loaded, item, number, task) for number, item in enumerate(inputs)]
-            size = self.config.batch_size
-            parts = [loaded.predictor.embed(samples[at : at + size]) for at in range(0, len(samples), size)]
-            width = min(part.shape[1] for part in parts)
-            return np.concatenate([part[:, :width] for part in parts]), sum(sample.tokens for sample in samples)
-
-        with self.bundles.used(loaded):
-            return await loaded.aside(compute)
-
-    def _embedded(self, loaded: Loaded, item: Any, number: int, task: str) -> Sample:
-        place = f"input[{number}]"
-        row = {"text": item} if isinstance(item, str) else item
-        if not isinstance(row, Mapping) or not set(row) <= {"text", "image", "audio"} or not any(row.values()):
-            message = f"{place}: a text is wanted, or an object with text, image (base64) and audio (base64)"
-            raise ApiError(422, message, code="invalid_value", param=place)
-        draft = Draft(self.config, loaded.predictor.limits)
-        try:
-            record = draft.build(PredictRequest.model_validate(dict(row)), "classify", place)
-            reading = (
-                task
-                if loaded.predictor.tasks[task].reads_whole
-                else next((name for name, each in loaded.predictor.tasks.items() if each.reads_whole), task)
-            )
-            return loaded.predictor.prepare(parse({**record.to_row(), "task": reading, "meta": {}}))
-        except ApiError as error:
-            raise ApiError(error.status_code, f"{place}: {error.detail}", code=error.code, param=place) from error
-        except (PartError, ValueError) as error:
-            raise ApiError(422, f"{place}: {error}", code="invalid_value", param=place) from error
 
     async def retrieve(self, question: str, count: int) -> tuple[Sequence[Passage], float]:
         """What the knowledge says of a question, the best first, and how long that took in ms."""

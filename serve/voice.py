@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
 from serve import spoken
-from serve.asking import extension_of
+from serve.completions import extension_of
 from serve.errors import ApiError, detail_of
 from serve.ids import new_id
 from serve.keys import Key
