@@ -34,10 +34,12 @@ async def embed(service: Service, request: EmbeddingsRequest, key: Key) -> tuple
 
     def compute() -> tuple[np.ndarray, int]:
         samples = [_sample(service, loaded, item, f"input[{number}]", task) for number, item in enumerate(inputs)]
+        if len({bool(sample.images or sample.audios) for sample in samples}) > 1:
+            message = "input: vectors of words alone are shorter than those with pictures or sounds: send them apart"
+            raise ApiError(422, message, code="invalid_value", param="input")
         size = service.config.batch_size
         parts = [loaded.predictor.embed(samples[at : at + size]) for at in range(0, len(samples), size)]
-        width = min(part.shape[1] for part in parts)
-        return np.concatenate([part[:, :width] for part in parts]), sum(sample.tokens for sample in samples)
+        return np.concatenate(parts), sum(sample.tokens for sample in samples)
 
     with service.bundles.used(loaded):
         found: tuple[np.ndarray, int] = await loaded.aside(compute)

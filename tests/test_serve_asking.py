@@ -141,6 +141,8 @@ def test_embeddings_of_pictures(address: str, make_png: Any) -> None:
     answer = httpx.post(f"{address}/v1/embeddings", json={"input": [item, item]}).json()
     one, two = (np.array(each["embedding"]) for each in answer["data"])
     assert one == pytest.approx(two, abs=1e-6)
+    mixed = httpx.post(f"{address}/v1/embeddings", json={"input": [item, "words"]})
+    assert (mixed.status_code, "send them apart" in mixed.text) == (422, True)
 
 
 @pytest.mark.parametrize("format", ["mp3", "wav", "flac", "opus", "pcm"])
