@@ -8,10 +8,10 @@ import time
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from serve import completions, embedding, errors
 from serve.errors import ApiError, ErrorBody
@@ -68,18 +68,18 @@ def add(app: FastAPI, service: Service) -> None:
             frame = {"id": id, "created": int(time.time()), "model": model}
             chunks = completions.events(body, frame, pieces)
             return StreamingResponse(chunks, media_type="text/event-stream", headers=_UNBUFFERED)
-        return await completions.completed(service, body, key, request.state.request_id, id)
+        return _as_it_is(await completions.completed(service, body, key, request.state.request_id, id))
 
     @app.post("/v1/predict", response_model=Prediction | Predictions, responses=ERRORS, tags=["ask"])
     async def predict(body: OneOrMany, request: Request) -> Any:
         """The typed answer to a conversation, or to a text, a picture and a sound, with what its task wants besides;
         or to several of them, as `inputs`."""
         if isinstance(body, ManyRequest):
-            return await _many(service, body, request)
+            return _as_it_is(await _many(service, body, request))
         service.check_model(body.model)
         answered = await service.ask(body, key_of(request), request.state.request_id)
         request.state.answer = answered.id
-        return _prediction(service, answered)
+        return _as_it_is(_prediction(service, answered))
 
     @app.post("/v1/embeddings", response_model=Embeddings, responses=ERRORS, tags=["ask"])
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Any:
@@ -108,6 +108,11 @@ def add(app: FastAPI, service: Service) -> None:
         """Deletes it."""
         await service.conversations.delete(id, key_of(request))
         return Deleted(id=id)
+
+
+def _as_it_is(answer: BaseModel) -> Response:
+    """An answer that is valid already: FastAPI would validate it once more, and make JSON of it in two steps."""
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 async def _many(service: Service, body: ManyRequest, request: Request) -> Predictions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,8 @@ class Loaded:
         self.created_s = int(predictor.manifest.get("created_ms", 0)) // 1000
         self.is_warm = False
         self.work = ThreadPoolExecutor(1, thread_name_prefix="explain")  # what is asked for one answer alone
+
+        self.count = functools.lru_cache(4096)(predictor.inputs.count)  # tokens of an answer's words
 
         def forward(samples: Sequence[Sample]) -> list[Answer]:
             on_batch(len(samples))

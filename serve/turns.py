@@ -135,13 +135,12 @@ class TurnTaker:
             started = time.perf_counter()
             evidence = await service.explain(loaded, draft, sample, answer)
             self._steps.append(Step("explain", _ms(time.perf_counter() - started)))
-        count = loaded.predictor.inputs.count
         made = tuple(
             (f"call_{self._id[4:]}_{n}", name, json.dumps(given)) for n, (name, given) in enumerate(told.calls)
         )
         return Answered(
             self._id, int(time.time()), answer, replace(told, steps=(*self._steps, *told.steps)), words,
-            self._timings(told), sample.tokens, count(words), loaded, record, slots=slots, others=others, calls=made,
+            self._timings(told), sample.tokens, loaded.count(words), loaded, record, slots=slots, others=others, calls=made,
             finish_reason=finish, evidence=evidence,
         )  # fmt: skip
 

