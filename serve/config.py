@@ -47,6 +47,10 @@ class ServeConfig(BaseModel):
     max_seconds: float = Field(120.0, gt=0, description="for an answer; clients may ask for less")
     per_minute: int = Field(0, ge=0, description="requests a minute of a key that says nothing itself; 0: any number")
     allow_origins: tuple[str, ...] = Field((), description="web pages of other hosts that may ask (CORS): https://HOST")
+    tls_cert: str = Field(
+        "", description="PEM file of the certificate, the chain behind it: the service speaks TLS then"
+    )
+    tls_key: str = Field("", description="PEM file of its key")
     keys: str = Field("", description="the key file; none: serve/keys.json below the storage root")
     key_hashes: tuple[str, ...] = Field((), repr=False, description=f"SHA-256 of the keys in {KEYS_VARIABLE}")
     # -- what it keeps
@@ -88,7 +92,15 @@ class ServeConfig(BaseModel):
                 "(python -m serve.keys add --name NAME), or put them into the environment, "
                 f"{KEYS_VARIABLE}=KEY[,KEY...], or serve on 127.0.0.1"
             )
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key are wanted together")
         return self
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it."""
+        host = self.host if self.host not in ("0.0.0.0", "::") else "127.0.0.1"
+        return f"{'https' if self.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def key_file(self) -> Path:

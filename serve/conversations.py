@@ -22,6 +22,7 @@ from serve.questions import ChatMessage
 from serve.store import NotYoursError, Store
 
 _KIND = "conversation"
+_MOST = 2000  # messages
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MEDIA = ("image_url", "input_audio")
 _GONE = {"image_url": "[an earlier picture]", "input_audio": "[an earlier recording]"}
@@ -44,6 +45,9 @@ class Conversations:
         held = await self._run(self._store.read, _KIND, id)
         if held is not None and held.owner != key.id:
             raise _absent(id)
+        if held is not None and len(held.items) >= _MOST:
+            message = f"the conversation has {len(held.items)} messages, which is all it can have: begin another"
+            raise ApiError(409, message, code="conversation_full", param="conversation")
         return [json.loads(item) for item in held.items] if held else []
 
     async def add(self, id: str, key: Key, turn: Sequence[dict[str, Any]]) -> None:

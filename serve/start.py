@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import socket
+import ssl
 import sys
 import time
 import urllib.error
@@ -30,6 +31,7 @@ from pydantic import ValidationError
 from mmagent import channels, storage
 from mmagent.agent import policy as policies
 from mmagent.arguments import Parser
+from serve import tls
 from serve.config import ServeConfig, is_loopback, key_hashes
 from serve.switches import LOCAL_ONLY
 
@@ -49,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             stop(args.name)
         else:
             config = _config(args)
+            tls.check(config)
             folder = _bundle(args)
             _check_agent(config, folder)
             connect()
             deploy(folder, args.channel, config, args.name)
-            url = f"http://{config.host}:{config.port}"
             if args.channel:
-                _record(args.channel, url)
-            print(f"serving {folder} at {url}  (/docs says what can be asked)")
+                _record(args.channel, config.url)
+            print(f"serving {folder} at {config.url}  (/ is the page, /docs says what can be asked)")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -132,9 +134,11 @@ def deploy(folder: Path, channel: str | None, config: ServeConfig, name: str) ->
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the command says itself what it does
     _check_store(config)
     _check_running_proxy(config)
+    options: dict[str, Any] = {"host": config.host, "port": config.port}
+    if not tls.place(config) and config.tls_cert:
+        options |= {"ssl_certfile": config.tls_cert, "ssl_keyfile": config.tls_key}
     serve.start(
-        proxy_location=ProxyLocation.HeadOnly if config.is_loopback else ProxyLocation.EveryNode,
-        http_options={"host": config.host, "port": config.port},
+        proxy_location=ProxyLocation.HeadOnly if config.is_loopback else ProxyLocation.EveryNode, http_options=options
     )
     try:
         serve.run(application(str(folder), channel, config), name=name, route_prefix="/")
@@ -189,12 +193,14 @@ def _check_running_proxy(config: ServeConfig) -> None:
 
 def _wait_ready(config: ServeConfig, bundle: str) -> None:
     """Asks /healthz through the proxy: what serve.run calls ready, the proxy may not have heard of yet."""
-    host = config.host if config.host not in ("0.0.0.0", "::") else "127.0.0.1"
-    url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}/healthz"
+    url = f"{config.url}/healthz"
+    unverified = (
+        ssl._create_unverified_context()
+    )  # the certificate names the service's host, this is the machine itself
     end, last = time.monotonic() + READY_TIMEOUT_S, "nothing answered"
     while time.monotonic() < end:
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            with urllib.request.urlopen(url, timeout=5, context=unverified) as answer:
                 health = json.load(answer)
             if health.get("status") == "ready" and health.get("bundle") == bundle:
                 return

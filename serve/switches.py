@@ -26,14 +26,19 @@ from pathlib import Path
 
 LOCAL_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": addresses of this Ray are loopback addresses
 MAX_FOLDER = 28  # characters: a node id of 56 and file names follow, and the path of a socket ends at 107
+TLS_FILE = "tls.pem"  # certificate and key, beside HAProxy's files: where it lies there, the service speaks TLS
 REPLICA_PORTS = 200  # one for each replica of a node that lives or drains
 
 WRAPPER = """#!/bin/sh
-# HAProxy as Ray Serve starts it, but: pages for operators are on loopback only, and it ends when its parent ends.
+# HAProxy as Ray Serve starts it, but: pages for operators are on loopback only, it speaks TLS where there is a
+# certificate, and it ends when its parent ends.
 set -eu
 previous=
 for argument in "$@"; do
     if [ "$previous" = -f ]; then
+        if [ -f {tls} ]; then
+            sed -i -E 's|^( *bind [^ *:][^ ]*:[0-9]+)$|\\1 ssl crt {tls} ssl-min-ver TLSv1.2|' "$argument"
+        fi
         sed -i -E 's/^( *bind )[*]?:([0-9]+)$/\\1127.0.0.1:\\2/' "$argument"
     fi
     previous=$argument
@@ -66,7 +71,7 @@ def environment(folder: Path, *, plain: bool = False) -> dict[str, str]:
     if plain:
         return switches | {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     wrapper = folder / "haproxy"
-    wrapper.write_text(WRAPPER.replace("{binary}", f"'{_haproxy()}'"))
+    wrapper.write_text(WRAPPER.replace("{binary}", f"'{_haproxy()}'").replace("{tls}", str(folder / TLS_FILE)))
     wrapper.chmod(0o755)
     return switches | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -140,8 +140,8 @@ class TurnTaker:
         )
         return Answered(
             self._id, int(time.time()), answer, replace(told, steps=(*self._steps, *told.steps)), words,
-            self._timings(told), sample.tokens, loaded.count(words), loaded, record, slots=slots, others=others, calls=made,
-            finish_reason=finish, evidence=evidence,
+            self._timings(told), sample.tokens, loaded.count(words), loaded, record, slots=slots, others=others,
+            calls=made, finish_reason=finish, evidence=evidence,
         )  # fmt: skip
 
     async def _understood(self, loaded: Loaded, draft: Draft, record: Record) -> tuple[Sample, Answer]:

@@ -7,6 +7,7 @@ import http.client
 import ipaddress
 import json
 import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,6 +189,79 @@ def test_the_same_command_replaces_the_bundle_or_says_why_not(served: Served, tm
     done = start("--channel", "production", "--port", str(served.port), MMAGENT_STORAGE=str(root))
     assert done.returncode == 0, done.stderr
     assert [model.id for model in served.client.models.list()] == ["tiny", "production"]
+
+
+def test_a_voice_and_operators_pass_the_proxy(served: Served) -> None:
+    from websockets.sync.client import connect
+
+    with connect(f"ws://127.0.0.1:{served.port}/v1/voice", open_timeout=20) as socket:
+        socket.send(json.dumps({"type": "start", "speak": False, "sample_rate_hz": 8000}))
+        assert json.loads(socket.recv(20)) == {"type": "listening"}
+        socket.send(b"\x00\x10" * 4000)
+        socket.send(json.dumps({"type": "commit"}))
+        kinds = [json.loads(socket.recv(20))["type"] for _ in range(3)]
+        assert kinds in (["speech_started", "speech_ended", "answer"], ["speech_ended", "answer", "listening"])
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    connection.request("GET", "/metrics")
+    assert b"mmagent_requests_total" in connection.getresponse().read()
+    connection.close()
+    status, answer = served.raw(
+        "POST", "/v1/predict", json.dumps({"text": QUESTION}), **{"Content-Type": "application/json"}
+    )
+    assert status == 200
+    status, trace = served.raw("GET", f"/v1/answers/{answer['id']}")
+    assert (status, trace["understood"]["label"]) == (200, answer["mmagent"]["label"])
+    _, state = served.raw("GET", "/admin/status")
+    assert len(state["replicas"]) == 1
+
+
+@pytest.mark.slow
+def test_tls(tiny_bundle: Path, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    [port] = free_ports(1)
+    own = cluster.start(num_cpus=2, object_store_bytes=100_000_000)
+    arguments = ["--bundle", str(tiny_bundle), "--port", str(port), "--tls-cert", cert, "--tls-key"]
+    try:
+        wrong = start(*arguments, cert, **own.environment)
+        assert (wrong.returncode, "belong together" in wrong.stderr) == (2, True)
+        done = start(*arguments, key, **own.environment)
+        assert done.returncode == 0, done.stderr
+        assert f"https://127.0.0.1:{port}" in done.stdout
+        trusted = ssl.create_default_context(cafile=cert)
+        connection = http.client.HTTPSConnection("localhost", port, timeout=20, context=trusted)
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().status == 200
+        connection.close()
+        with pytest.raises((http.client.HTTPException, OSError)):
+            Served(port, tiny_bundle).raw("GET", "/healthz")
+    finally:
+        cluster.stop(own)
+
+
+def certificate(folder: Path) -> tuple[str, str]:
+    """PEM files of a certificate for localhost that signs itself, and of its key."""
+    import datetime
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "key.pem").write_bytes(private)
+    return str(folder / "cert.pem"), str(folder / "key.pem")
 
 
 @pytest.mark.slow
