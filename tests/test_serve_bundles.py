@@ -211,3 +211,28 @@ def test_questions_of_golden_examples_are_the_records(predictor: Predictor, make
 @pytest.fixture(scope="module")
 def predictor(tiny_bundle: Path) -> Predictor:
     return Predictor.load(tiny_bundle)
+
+
+def test_the_command_moves_a_running_service(
+    first: Path, second: Path, tiny_bundle: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from serve.start import _record
+    from tests.serving import running
+
+    with running(Service(Predictor.load(first), ServeConfig(), "production")) as address:
+        _record("production", address)
+        assert promote.service_of("production") == address
+        assert promote.main(["--bundle", "second", "--canary", "0.5"]) == 0
+        assert "a canary of 50% is second" in capsys.readouterr().out
+        assert promote.main(["--bundle", "second"]) == 0
+        assert "second answers; 2 golden examples within" in capsys.readouterr().out
+        copied(tiny_bundle, storage / "runs" / "changed" / "bundle", "changed", label="blue")
+        assert promote.main(["--bundle", "changed"]) == promote.EXIT_REFUSED
+        assert "the gate refuses" in capsys.readouterr().err
+        assert promote.main(["--rollback"]) == 0
+        assert "first answers again" in capsys.readouterr().out
+        assert promote.main(["--bundle", "second", "--channel", "other", "--url", address]) == 2
+        assert "follows the channel 'production'" in capsys.readouterr().err
+    assert promote.service_of("production") is None
+    assert promote.main(["--bundle", "second", "--url", address]) == 2
+    assert "does not answer" in capsys.readouterr().err
