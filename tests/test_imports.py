@@ -27,7 +27,17 @@ HOMES = {
     "fastapi": ["serve/"],
 }
 # What a file of the library imports only where it is asked for: it loads, and so does a bundle, without.
-OPTIONAL = {"mmagent/lora.py": {"peft"}, "mmagent/tasks/generate.py": {"jiwer", "rouge-score", "sacrebleu"}}
+OPTIONAL = {
+    "mmagent/lora.py": {"peft"},
+    "mmagent/tasks/generate.py": {"jiwer", "rouge-score", "sacrebleu"},
+    "mmagent/agent/mcp.py": {"mcp"},
+    "mmagent/agent/openapi.py": {"httpx"},
+    "mmagent/agent/tools.py": {"jsonschema"},
+    "mmagent/documents.py": {"pypdf"},
+    "mmagent/explain.py": {"captum"},
+    "mmagent/knowledge.py": {"lancedb"},
+    "mmagent/speech.py": {"espeakng-loader"},
+}
 BANNED_NAMES = {"utils", "common", "helpers", "base", "manager", "registry", "trainer"}
 # How a distribution's module is called where the two differ.
 DISTRIBUTIONS = {
