@@ -93,7 +93,8 @@ def _questions(dataset: Dataset) -> list[dict[str, Any]]:
             if record.audios or not record.images:
                 continue
             words = " ".join(text for kind, text in record.segments() if kind == "text").strip()
-            found.append({"text": words, "image": base64.b64encode(record.images[0].read()).decode()})
+            picture = base64.b64encode(record.images[0].read()).decode()
+            found.append({"text": words, "image": f"data:image/png;base64,{picture}"})
             if len(found) == ROWS:
                 return found
     return found
