@@ -6,10 +6,11 @@ has it, each calling the same `Predictor`.
 `textbook` is deployed into the connected Ray: FastAPI in an ingress, the model behind it with `@serve.batch`.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
+
+import litserve as ls
+import litserve.server as server_module
 
 BATCH = 16
 
@@ -33,35 +34,39 @@ def fastapi(bundle: str, port: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
+class Api(ls.LitAPI):
+    """At the top of its module: LitServe sends it to a process of its own."""
+
+    def __init__(self, bundle: str) -> None:
+        super().__init__(max_batch_size=BATCH, batch_timeout=0.005, api_path="/v1/predict")
+        self.bundle = bundle
+
+    def setup(self, device: str) -> None:
+        from mmagent.predictor import Predictor
+
+        self.predictor = Predictor.load(self.bundle, threads=1)
+
+    def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
+        return request
+
+    def batch(self, inputs: list[Any]) -> list[Any]:
+        return inputs
+
+    def predict(self, rows: list[Any]) -> list[Any]:
+        return self.predictor.predict(rows)
+
+    def unbatch(self, output: list[Any]) -> list[Any]:
+        return output
+
+    def encode_response(self, answer: Any) -> dict[str, Any]:
+        return dict(answer.to_dict())
+
+
 def litserve(bundle: str, port: int) -> None:
     """Batches of 16 in one worker."""
-    import litserve as ls
-
-    from mmagent.predictor import Predictor
-
-    class Api(ls.LitAPI):
-        def setup(self, device: str) -> None:
-            self.predictor = Predictor.load(bundle, threads=1)
-
-        def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
-            return request
-
-        def batch(self, inputs: list[Any]) -> list[Any]:
-            return inputs
-
-        def predict(self, rows: list[Any]) -> list[Any]:
-            return self.predictor.predict(rows)
-
-        def unbatch(self, output: list[Any]) -> list[Any]:
-            return output
-
-        def encode_response(self, answer: Any) -> dict[str, Any]:
-            return dict(answer.to_dict())
-
-    api = Api(max_batch_size=BATCH, batch_timeout=0.005, api_path="/v1/predict")
-    ls.LitServer(api, accelerator="cpu", workers_per_device=1).run(
-        host="127.0.0.1", port=port, num_api_servers=1, generate_client_file=False, log_level="warning"
-    )
+    server_module._MCP_AVAILABLE = False  # 0.2.19 takes the mcp of another version for one that it knows
+    server = ls.LitServer(Api(bundle), accelerator="cpu", workers_per_device=1)
+    server.run(host="127.0.0.1", port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
 
 
 def textbook(bundle: str) -> Any:
