@@ -41,6 +41,7 @@ from mmagent.writer import Hear, Writing
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
 
 _MEDIA_BYTES = 64 << 20  # of towers' tokens that are kept
+_STATES_MB = 256  # of texts' states that are kept
 _PASS_VIEWS = 32  # of one forward pass; a record that is read in several views has as many rows
 
 
@@ -102,6 +103,7 @@ class Predictor:
         manifest: Mapping[str, Any] | None = None,
         path: Path | None = None,
         device: str = "auto",
+        cache_mb: int | None = None,
     ) -> None:
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.name, self.config = name, config
@@ -110,19 +112,24 @@ class Predictor:
         self.path = path  # of the bundle's folder
         self.calibration = {name: (calibration or {}).get(name) or Calibration() for name in tasks}
         self.device = torch.device(place)
-        self.inputs = Inputs(config.model, config.data, tokenizer, self.tasks, encoder)
+        data = config.data if cache_mb is None else config.data.model_copy(update={"cache_mb": cache_mb})
+        self.inputs = Inputs(config.model, data, tokenizer, self.tasks, encoder)
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self._media = EncodedMedia(_MEDIA_BYTES)
+        self._media = EncodedMedia(_MEDIA_BYTES if cache_mb is None else cache_mb << 20)
         outside = model.backbone is None
-        self._states = FrozenStates(encoder, device=self.device, max_mb=256) if outside else None
+        kept_mb = _STATES_MB if cache_mb is None else cache_mb
+        self._states = FrozenStates(encoder, device=self.device, max_mb=kept_mb) if outside else None
 
     @classmethod
-    def load(cls, bundle: str | Path, *, device: str = "auto", threads: int | None = None) -> Predictor:
+    def load(
+        cls, bundle: str | Path, *, device: str = "auto", threads: int | None = None, cache_mb: int | None = None
+    ) -> Predictor:
         """Loads a bundle folder, or the bundle of a run or search by its name.
 
         Args:
             device: ``cpu``, ``cuda``, or ``auto`` for the GPU where there is one.
             threads: CPU threads of this whole process, where given.
+            cache_mb: of decoded media, of what towers made of them, and of texts' states, each; 0: nothing is kept.
 
         Raises:
             BundleError: there is none, or it is damaged.
@@ -143,6 +150,7 @@ class Predictor:
             manifest=found.manifest,
             path=found.path,
             device=device,
+            cache_mb=cache_mb,
         )
 
     @classmethod

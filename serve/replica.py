@@ -35,7 +35,7 @@ class Replica:
         self.channel = channel
         # A channel may have moved on since the application was deployed.
         place = channels.read(channel).bundle if channel is not None else bundle
-        self.predictor = Predictor.load(place, threads=self.config.threads)
+        self.predictor = Predictor.load(place, threads=self.config.threads, cache_mb=self.config.cache_mb)
         self.service: Service | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -191,7 +191,7 @@ class Service:
         )
 
     def _load(self, folder: Path) -> Loaded:
-        return self._loaded(Predictor.load(folder, threads=self.config.threads))
+        return self._loaded(Predictor.load(folder, threads=self.config.threads, cache_mb=self.config.cache_mb))
 
     # -- what a request may name -----------------------------------------------------------------------------------
 

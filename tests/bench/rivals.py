@@ -24,7 +24,7 @@ def fastapi(bundle: str, port: int) -> None:
 
     from mmagent.predictor import Predictor
 
-    predictor, lock, app = Predictor.load(bundle, threads=1), threading.Lock(), FastAPI()
+    predictor, lock, app = Predictor.load(bundle, threads=1, cache_mb=0), threading.Lock(), FastAPI()
 
     @app.post("/v1/predict")
     def predict(row: dict[str, Any] = Body()) -> dict[str, Any]:  # noqa: B008
@@ -44,7 +44,7 @@ class Api(ls.LitAPI):
     def setup(self, device: str) -> None:
         from mmagent.predictor import Predictor
 
-        self.predictor = Predictor.load(self.bundle, threads=1)
+        self.predictor = Predictor.load(self.bundle, threads=1, cache_mb=0)
 
     def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
         return request
@@ -80,7 +80,7 @@ def textbook(bundle: str) -> Any:
         def __init__(self, place: str) -> None:
             from mmagent.predictor import Predictor
 
-            self.predictor = Predictor.load(place, threads=1)
+            self.predictor = Predictor.load(place, threads=1, cache_mb=0)
 
         @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.005)
         async def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

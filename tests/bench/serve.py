@@ -7,7 +7,7 @@ tokens, is made here. SCALE=small for a short one.
 
 - throughput: 64 clients in a process of their own against ours, FastAPI without batches, LitServe and Ray Serve's
   textbook, all calling the same `Predictor` on one thread; *bare* is `Predictor.predict` on the same rows in batches of
-  16. Two rounds, in turn; medians.
+  16. Two rounds, in turn; medians. Nothing is kept on any side: no decoded media, no towers' tokens, no texts' states.
 - latency: one client, over one bare forward pass; and the tail at half of the load that is the most.
 - swap: a bundle is deployed and taken back under load. scale: a load takes replicas from one to two, its end to one.
 - recover: a replica, the proxy and Serve's controller are killed under load.
@@ -154,7 +154,7 @@ def _plain() -> Path:
 
 # -- speed -------------------------------------------------------------------------------------------------------------
 def _speed(folder: Path, rows: list[dict[str, Any]], suffix: str, parts: Sequence[str]) -> list[Row]:
-    predictor = Predictor.load(folder, threads=1)
+    predictor = Predictor.load(folder, threads=1, cache_mb=0)
     predictor.predict(rows[:BATCH], batch_size=BATCH)
     bare, ours, one, half = [], [], [], []
     others: dict[str, list[float]] = {"fastapi": [], "litserve": [], "textbook": []}
@@ -229,7 +229,19 @@ def _served(folder: Path, *flags: str) -> Iterator[str]:
     channels.append(CHANNEL, folder, share=1.0, act="promote", by="bench")
     [port] = free_ports(1)
     command = [sys.executable, "-m", "serve.start", "--name", "bench"]
-    arguments = ["--channel", CHANNEL, "--port", str(port), "--max-replicas", "1", "--keep", "none", *flags]
+    arguments = [
+        "--channel",
+        CHANNEL,
+        "--port",
+        str(port),
+        "--max-replicas",
+        "1",
+        "--keep",
+        "none",
+        "--cache-mb",
+        "0",
+        *flags,
+    ]
     subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
     try:
         yield f"http://127.0.0.1:{port}"
