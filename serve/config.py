@@ -38,7 +38,7 @@ class ServeConfig(BaseModel):
     cpus: float = Field(1.0, gt=0, description="CPUs that Ray sets aside for a replica")
     gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for a replica")
     threads: int = Field(1, gt=0, description="CPU threads of a replica's forward pass")
-    decode_threads: int = Field(2, gt=0, description="threads of a replica that decode media")
+    decode_threads: int = Field(1, gt=0, description="threads of a replica that decode media")
     cache_mb: int | None = Field(
         None, ge=0, description="of decoded media, of towers' tokens and of texts' states, each; 0: nothing is kept"
     )
