@@ -29,13 +29,13 @@ from mmagent import channels, storage
 from mmagent.arguments import Parser
 from mmagent.bundle import Bundle, BundleError
 from mmagent.channels import ChannelError
+from mmagent.golden import difference
 from mmagent.predictor import Predictor
 from mmagent.rows import parse
 
 KEY_VARIABLE = "MMAGENT_API_KEY"
 EXIT_REFUSED = 3  # the gate said no
 _TIMEOUT_S = 300.0
-_TOLERANCE = 1e-4
 
 
 class PromoteError(RuntimeError):
@@ -101,7 +101,7 @@ def _rollback(args: argparse.Namespace) -> None:
         print(f"channel {args.channel}: {told['bundle']} answers again, {told['replicas']['follow']} replicas follow")
         return
     state = channels.read(args.channel)
-    target = state.bundle if state.canary is not None else state.before()
+    target = state.back()
     if target is None:
         raise PromoteError(f"the channel {args.channel!r} has no bundle before {state.bundle}")
     channels.append(args.channel, target, share=1.0, act="rollback", by="jobs.promote")
@@ -140,13 +140,10 @@ def _ask_golden(found: Bundle) -> float:
     answers = Predictor.load(found.path, device="cpu").predict([parse(row["record"]) for row in golden])
     worst = 0.0
     for number, (row, answer) in enumerate(zip(golden, answers, strict=True)):
-        wanted, given = row["answer"], answer.to_dict()
-        off = max((abs(wanted["probabilities"].get(k, 0) - v) for k, v in given["probabilities"].items()), default=0.0)
+        words, off = difference(row["answer"], answer.to_dict())
         worst = max(worst, off)
-        if off > _TOLERANCE or any(wanted.get(key) != given.get(key) for key in ("label", "labels", "text")):
-            raise RefusedError(
-                f"{found.name}: golden example {number} gets another answer here than when it was exported"
-            )
+        if words:
+            raise RefusedError(f"{found.name}: golden example {number} gets another answer here: {words}")
     return worst
 
 

@@ -188,7 +188,8 @@ class Stream:
     def key(self, world: int) -> str:
         """Streams of one key bring the same rows at the same step, to the same end."""
         order, layout, _, steps = reads(self.plan, self.dataset, self.split, world)
-        return hashlib.sha256(pickle.dumps((order, layout, self.first() + steps))).hexdigest()
+        end = self.plan.total_steps if self.split == "train" else steps
+        return hashlib.sha256(pickle.dumps((order, layout, end))).hexdigest()
 
 
 def streams(plan: Plan, dataset: Dataset) -> dict[str, Stream]:

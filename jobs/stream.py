@@ -178,49 +178,57 @@ def apply(
         gpu: whether each actor computes on one.
         groups: (file, row group) of those that are wanted; none: all.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan, its log files, its missing progress bars
+    _quiet()
     # A row group is a task: small enough to spread, large enough to be worth it.
     pieces = [(file, group) for file, group, _ in row_groups(dataset, split)] if groups is None else groups
     tasks = ray.data.from_items([{"file": f, "group": g} for f, g in pieces], override_num_blocks=len(pieces))
     tasks.context.execution_options.preserve_order = True
-    tasks.context.custom_execution_callback_classes = [Pace]
     rows = tasks.map_batches(_read_group, batch_size=1, num_cpus=0.25)
-    answers = rows.map_batches(
-        worker,
-        fn_constructor_kwargs=kwargs,
-        batch_size=batch_rows,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=max(1, min(workers, len(pieces)))),
-        num_cpus=0.5,
-        num_gpus=1 if gpu else 0,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-    )
-    yield from answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    size = min(workers, len(pieces))
+    yield from _through(rows, worker, kwargs, actors=size, batch_rows=batch_rows, threads=threads, gpu=gpu)
 
 
 def over(
     table: pa.Table, worker: type, kwargs: dict[str, Any], *, workers: int, batch_rows: int, threads: int
 ) -> Iterator[pa.Table]:
-    """As `apply`, of the rows of a table in memory."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rows = ray.data.from_arrow([table.slice(at, batch_rows) for at in range(0, len(table), batch_rows)])
+    """As `apply`, of the rows of a table in memory, in any order."""
+    _quiet()
+    parts = [table.slice(at, batch_rows) for at in range(0, len(table), batch_rows)]
+    rows = ray.data.from_arrow(parts)
+    yield from _through(
+        rows, worker, kwargs, actors=min(workers, len(parts)), batch_rows=batch_rows, threads=threads, gpu=False
+    )
+
+
+def _quiet() -> None:
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan, its log files, its missing progress bars
+
+
+def _through(
+    rows: ray.data.Dataset,
+    worker: type,
+    kwargs: dict[str, Any],
+    *,
+    actors: int,
+    batch_rows: int,
+    threads: int,
+    gpu: bool,
+) -> Iterator[pa.Table]:
+    """What so many actors, each a `worker(**kwargs)`, make of tables of rows."""
     rows.context.custom_execution_callback_classes = [Pace]
-    found = rows.map_batches(
+    made = rows.map_batches(
         worker,
         fn_constructor_kwargs=kwargs,
         batch_size=batch_rows,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=max(1, min(workers, -(-len(table) // batch_rows)))),
+        compute=ray.data.ActorPoolStrategy(size=max(1, actors)),
         num_cpus=0.5,
+        num_gpus=1 if gpu else 0,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )
-    yield from found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    yield from made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 
 def cut(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:

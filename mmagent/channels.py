@@ -38,6 +38,10 @@ class Channel:
     share: float  # of conversations that the canary answers
     lines: tuple[Mapping[str, Any], ...]
 
+    def back(self) -> str | None:
+        """What a rollback makes answer: the present bundle where there is a canary, else the one before."""
+        return self.bundle if self.canary is not None else self.before()
+
     def before(self) -> str | None:
         """The bundle that answered before the present one; none: there was none."""
         past = [str(line["bundle"]) for line in self.lines if float(line.get("share", 1.0)) >= 1]

@@ -59,10 +59,6 @@ class KnowledgeBase:
             raise KnowledgeError(f"the knowledge {name!r} is of another version of mmagent: index it again")
         return cls(folder, info, lancedb.connect(folder / info["lance"]).open_table(TABLE))
 
-    @property
-    def passages(self) -> int:
-        return int(self.info["passages"])
-
     def search(self, question: str, count: int) -> list[Passage]:
         """The passages that fit best, the best first."""
         with self._lock:

@@ -110,7 +110,7 @@ class Answers:
         for id, trace in taken:
             items = [json.dumps(trace.told, ensure_ascii=False).encode()]
             if trace.question is not None:
-                items.append(json.dumps(_plain(trace.question.to_row()), ensure_ascii=False).encode())
+                items.append(json.dumps(plain(trace.question.to_row()), ensure_ascii=False).encode())
             try:
                 self._store.append(_KIND, id, trace.owner, items, self._keep_s)
             except Exception:
@@ -128,13 +128,13 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Bytes as base64, so that JSON can hold a record's row."""
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode()}
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _record(row: Any) -> Record:

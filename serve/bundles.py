@@ -161,16 +161,12 @@ class Bundles:
         """Waits until all replicas follow the channel's file as it is; how many do, and how many live."""
         end = time.monotonic() + timeout_s
         while True:
-            beats = await self._heard()
+            beats = await self.heard()
             wanted = list(_stamp(self.channel or "") or ())
             done = sum(beat["stamp"] == wanted for beat in beats)
             if done == len(beats) or time.monotonic() > end:
                 return done, len(beats)
             await asyncio.sleep(0.2)
-
-    async def heard(self) -> list[dict[str, Any]]:
-        """What living replicas say of themselves."""
-        return await self._heard()
 
     def history(self) -> Channel | None:
         """The channel as its file has it; none: there is none, or it cannot be read."""
@@ -221,7 +217,7 @@ class Bundles:
         while True:
             try:
                 await self._tell()
-                self._alive = max(1, len(await self._heard()))
+                self._alive = max(1, len(await self.heard()))
             except Exception:
                 logger.exception("the store cannot be reached")
             await asyncio.sleep(_BEAT_S)
@@ -238,7 +234,9 @@ class Bundles:
         }
         await self._run(self._store.put, _BEATS, self.replica, "service", json.dumps(beat).encode(), _DEAD_S)
 
-    async def _heard(self) -> list[dict[str, Any]]:
+    async def heard(self) -> list[dict[str, Any]]:
+        """What living replicas say of themselves."""
+
         def read() -> list[dict[str, Any]]:
             held = [self._store.read(_BEATS, id) for id in self._store.ids(_BEATS, 1000)]
             return [json.loads(each.items[0]) for each in held if each is not None]

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mmagent import storage
 from serve import logs
-from serve.answers import Trace, _plain
+from serve.answers import Trace, now_ms, plain
 from serve.errors import ApiError
 from serve.keys import Key
 from serve.questions import ChatMessage, Written
@@ -101,7 +101,7 @@ class FeedbackLog:
         content = feedback.model_dump(mode="json", exclude_none=True)
         named = json.dumps([key.id, content], sort_keys=True, ensure_ascii=False)
         id = "fb_" + hashlib.blake2b(named.encode(), digest_size=8).hexdigest()
-        created_ms = int(time.time() * 1000)
+        created_ms = now_ms()
         line = {
             "id": id,
             "created_ms": created_ms,
@@ -109,7 +109,7 @@ class FeedbackLog:
             "says": feedback.says,
             "feedback": content,
             "answered": trace.told,
-            "record": None if trace.question is None else _plain(trace.question.to_row()),
+            "record": None if trace.question is None else plain(trace.question.to_row()),
         }
         try:
             repeated = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, id, key.id, line)

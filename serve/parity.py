@@ -8,14 +8,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmagent import golden as golden_answers
 from mmagent.record import Message, Record, segments
 from mmagent.rows import parse
 from mmagent.targets import kind
 from serve.questions import PredictRequest
 from serve.wording import Wording
-
-TOLERANCE = 1e-4  # of probabilities and values
-_SAME = ("label", "labels", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ async def judge(
         except Exception as error:  # noqa: BLE001  whatever it raises, the example has no answer
             differences.append(f"example {number}: no answer: {str(error)[:200]}")
             continue
-        found, off = _difference(row["answer"], answer)
+        found, off = golden_answers.difference(row["answer"], answer)
         worst = max(worst, off)
         if found:
             differences.append(f"example {number} ({record.modalities}): {found}")
@@ -128,25 +126,6 @@ def _candidate(each: Mapping[str, Any]) -> dict[str, Any]:
         if found := each.get(side):
             made[side] = _base64(found["bytes"])
     return made
-
-
-def _difference(wanted: Mapping[str, Any], answer: Mapping[str, Any]) -> tuple[str, float]:
-    for key in _SAME:
-        if wanted.get(key) != answer.get(key):
-            return f"{key} is {answer.get(key)!r:.80}, was {wanted.get(key)!r:.80}", 0.0
-    if _bare(wanted.get("spans")) != _bare(answer.get("spans")):
-        return "its spans are others", 0.0
-    before, now = wanted.get("probabilities") or {}, answer.get("probabilities") or {}
-    off = max((abs(before.get(key, 0.0) - now.get(key, 0.0)) for key in {*before, *now}), default=0.0)
-    off = max(off, abs(float(wanted["confidence"]) - float(answer["confidence"])))
-    value, was = answer.get("value"), wanted.get("value")
-    if value is not None and was is not None and abs(value - was) > TOLERANCE * max(1.0, abs(was)):
-        return f"value is {value:g}, was {was:g}", off
-    return (f"a probability is off by {off:.2g}" if off > TOLERANCE else ""), off
-
-
-def _bare(spans: Any) -> list[tuple[str, str]]:
-    return [(each["text"], each["label"]) for each in spans or ()]
 
 
 def _base64(data: bytes) -> str:

@@ -154,8 +154,10 @@ class Service:
         await self.handovers.close()
         for server in self._servers:
             await server.close()
-        for pool in (self._decoders, self._fetchers, self._storing):
+        for pool in (self._decoders, self._fetchers):
             pool.shutdown(wait=False)
+        # SQLite does not bear that a connection is closed while a thread still reads from it.
+        await asyncio.get_running_loop().run_in_executor(None, self._storing.shutdown)
         self.store.close()
 
     async def _find_tools(self) -> None:
@@ -263,7 +265,7 @@ class Service:
             self.waiting -= 1
             self.metrics.waiting.dec()
 
-    async def built(self, draft: Draft, build: Callable[[], Record]) -> Record:
+    async def built(self, build: Callable[[], Record]) -> Record:
         """A record of a request; slow hosts may hold their own threads, not the decoders."""
         pool = self._fetchers if self.config.allow_media_hosts else self._decoders
         return await asyncio.get_running_loop().run_in_executor(pool, build)
@@ -296,12 +298,7 @@ class Service:
         """What the knowledge says of a question, the best first, and how long that took in ms."""
         started = time.perf_counter()
         assert self.knowledge is not None
-        loaded, knowledge = self.bundles.current, self.knowledge
-
-        def find() -> Sequence[Passage]:
-            return knowledge.search(question, count)
-
-        found = await loaded.aside(find)
+        found: Sequence[Passage] = await self.bundles.current.aside(self.knowledge.search, question, count)
         return found, round(1000 * (time.perf_counter() - started), 1)
 
     # -- afterwards ------------------------------------------------------------------------------------------------
@@ -380,7 +377,7 @@ class Service:
         """
         assert self.channel is not None
         state = await self.stored(channels.read, self.channel)
-        target = state.bundle if state.canary is not None else state.before()
+        target = state.back()
         if target is None:
             raise ApiError(409, "there is no bundle before the present one", code="nothing_before")
         await self.stored(functools.partial(channels.append, self.channel, target, share=1.0, act="rollback", by=by))

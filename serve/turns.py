@@ -15,7 +15,7 @@ from mmagent.agent.policy import Policy
 from mmagent.agent.tools import Tool, ToolError, run
 from mmagent.agent.turn import Passage, Step, Turn, Understood
 from mmagent.predictor import Answer, PartError, Sample
-from mmagent.record import Message, Record
+from mmagent.record import Message, Record, escape
 from mmagent.targets import kind
 from mmagent.writer import Writing
 from serve import conversations
@@ -114,7 +114,7 @@ class TurnTaker:
         draft = Draft(service.config, loaded.predictor.limits)
         theirs = {tool.function.name: _client_tool(tool) for tool in self._chat.offered} if self._chat else {}
         writes = loaded.predictor.tasks[task].generates
-        record = await service.built(draft, lambda: draft.build(asked, task, self._id))
+        record = await service.built(lambda: draft.build(asked, task, self._id))
         if writes:
             record = self._instructed(loaded, record, {**service.tools, **theirs})
         sample, answer = await self._understood(loaded, draft, record)
@@ -123,7 +123,7 @@ class TurnTaker:
         if writes:
             answer, record, told = await self._tool_calls(loaded, draft, record, answer, theirs)
         else:
-            slots = await self._slots(loaded, draft, asked, policy)
+            slots = await self._slots(loaded, asked, policy)
             told = await self._decided(answer, task, slots, record, theirs)
         words = told.words
         if not words and told.outcome == "answer":
@@ -186,14 +186,12 @@ class TurnTaker:
             seed=(self._chat.seed or 0) % 2**63,
         )
 
-    async def _slots(
-        self, loaded: Loaded, draft: Draft, asked: ChatRequest | PredictRequest, policy: Policy
-    ) -> dict[str, str]:
+    async def _slots(self, loaded: Loaded, asked: ChatRequest | PredictRequest, policy: Policy) -> dict[str, str]:
         """What the tasks that fill slots find: the first span of each label."""
         found: dict[str, str] = {}
         for task in policy.slots:
             own = Draft(self._service.config, loaded.predictor.limits)
-            record = await self._service.built(own, functools.partial(own.build, asked, task, self._id))
+            record = await self._service.built(functools.partial(own.build, asked, task, self._id))
             _, answer = await self._understood(loaded, own, record)
             for span in own.as_written(answer).spans or ():
                 found.setdefault(span["label"], span["text"])
@@ -279,7 +277,7 @@ class TurnTaker:
                 {"id": f"call_{n}", "name": call.name, "arguments": json.dumps(dict(call.arguments))}
                 for n, call in enumerate(wanted)
             )
-            told = tuple(Message("tool", _escaped(r.words), (), f"call_{n}") for n, r in enumerate(results))
+            told = tuple(Message("tool", escape(r.words), (), f"call_{n}") for n, r in enumerate(results))
             record = replace(record, messages=(*record.messages, Message("assistant", said, asked), *told))
             _, answer = await self._understood(loaded, draft, record)
         said, left = calls.parse(answer.text or "", {*own, *theirs})
@@ -393,12 +391,6 @@ def _asked(record: Record) -> str:
     """The words of the last user message."""
     last = next((message for message in reversed(record.messages) if message.role == "user"), None)
     return " ".join(text for what, text in Record("", (last,)).segments() if what == "text").strip() if last else ""
-
-
-def _escaped(words: str) -> str:
-    from mmagent.record import escape
-
-    return escape(words)
 
 
 def _code(field: str) -> str:
