@@ -167,7 +167,7 @@ def find(path: str | Path) -> Path:
     Raises:
         BundleError: there is none; says where was looked.
     """
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     if given.is_absolute():
         places = [given, given / "bundle"]
     else:
@@ -175,7 +175,7 @@ def find(path: str | Path) -> Path:
         kinds = ("runs", "search")
         places = [root / given, root / given / "bundle", *(root / kind / given / "bundle" for kind in kinds)]
     for place in places:
-        if (place / MANIFEST).is_file():
+        if os.path.isfile(place / MANIFEST):  # Path's own raises for a name that is too long
             return place
     tried = ", ".join(str(place) for place in places)
     raise BundleError(f"there is no bundle {str(path)!r}: no manifest.json in {tried}")

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import importlib.util
 import inspect
+import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator
@@ -81,7 +82,7 @@ def locate(name: str) -> str:
                 f"`pip install {package.replace('_', '-')}` brings it"
             )
         return _checked(Path(spec.submodule_search_locations[0]) / inner, name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_absolute() or name.startswith((".", "~")):
         return _checked(path, name)
     below = storage.root() / name

@@ -35,7 +35,7 @@ def root() -> Path:
         raise StorageError(
             f"{ROOT_VARIABLE} is {value!r}; only folders are supported, e.g. {ROOT_VARIABLE}=/data/mmagent"
         )
-    path = Path(value.removeprefix("file://")).expanduser()
+    path = Path(os.path.expanduser(value.removeprefix("file://")))
     if not path.is_absolute():
         raise StorageError(f"{ROOT_VARIABLE} is {value!r}, but an absolute path is wanted")
     try:
@@ -63,7 +63,7 @@ def folder(kind: str, name: str) -> Path:
 
 def resolve(path: str | Path) -> Path:
     """An absolute path as it is; a relative one below the root."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     return path if path.is_absolute() else root() / path
 
 

@@ -46,6 +46,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "too many requests wait; see Retry-After"},
     504: {"model": ErrorBody, "description": "the deadline passed"},
 }
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the answer; with `stream: true` as server-sent events, each a piece of it, and `[DONE]`",
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+            }
+        },
+    }
+}
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -55,7 +65,7 @@ def key_of(request: Request) -> Key:
 
 
 def add(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS, tags=["ask"])
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | _STREAMED, tags=["ask"])
     async def chat(body: ChatRequest, request: Request) -> Any:
         """Text, pictures and sound in, the answer as text (and sound) out; `stream: true` sends it as server-sent
         events."""

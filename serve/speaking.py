@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, Request, Response, WebSocket
 
 from serve import spoken, voice
@@ -10,9 +12,16 @@ from serve.keys import ANYONE
 from serve.questions import SpeechRequest
 from serve.service import Service
 
+_SOUND: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the sound, in the format that was asked for",
+        "content": {each: {"schema": {"type": "string", "format": "binary"}} for each in spoken.MEDIA_TYPES.values()},
+    }
+}
+
 
 def add(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/audio/speech", responses=ERRORS, response_class=Response, tags=["speech"])
+    @app.post("/v1/audio/speech", responses=ERRORS | _SOUND, response_class=Response, tags=["speech"])
     async def speech(body: SpeechRequest, request: Request) -> Response:
         """A text as sound."""
         chosen = spoken.voice_of(body.voice, key_of(request).profile, service.config.voice)

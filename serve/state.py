@@ -17,6 +17,13 @@ from serve.keys import Key
 from serve.replies import AnswerTrace, Deleted, Health, Model, Models
 from serve.service import Service
 
+_MEASURED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "every metric, as Prometheus reads it",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    }
+}
+
 
 def add(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", response_model=Models, tags=["state"])
@@ -68,7 +75,7 @@ def add(app: FastAPI, service: Service) -> None:
             service.metrics.feedback.labels(body.says, str(trace.told["bundle"])).inc()
         return taken
 
-    @app.get("/metrics", tags=["state"], response_class=Response)
+    @app.get("/metrics", tags=["state"], response_class=Response, responses=_MEASURED)
     async def prometheus() -> Response:
         """What operators watch, for Prometheus; wants a key of the scope admin where keys are wanted."""
         return Response(await service.stored(service.metrics.text), media_type=metrics.CONTENT_TYPE)

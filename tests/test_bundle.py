@@ -124,6 +124,12 @@ def test_an_unfinished_folder_is_no_bundle(own: Path, storage: Path) -> None:
     assert str(storage / "runs" / "nowhere" / "bundle") in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["~nobody\n", "n" * 5_000, "nul\0", "half \ud98d"])
+def test_a_name_that_no_file_can_have_is_no_bundle(storage: Path, name: str) -> None:
+    with pytest.raises(BundleError, match="there is no bundle"):
+        bundle.find(name)
+
+
 @pytest.mark.parametrize("place", ["runs/demo/bundle", "search/demo/bundle", "demo"])
 def test_a_bundle_is_found_by_its_runs_name(storage: Path, tiny_bundle: Path, place: str) -> None:
     shutil.copytree(tiny_bundle, storage / place)

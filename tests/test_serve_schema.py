@@ -53,3 +53,17 @@ def test_every_operation_keeps_to_its_schema(schema: Any) -> None:
             broken.append(f"{operation.label}: {error}")
             print(broken[-1])
     assert broken == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "is it red?"}], "stream": True}),
+        ("/v1/audio/speech", {"input": "it is red", "response_format": "flac"}),
+    ],
+    ids=["streamed", "spoken"],
+)
+def test_answers_that_are_no_json_are_in_the_schema_too(schema: Any, path: str, body: dict[str, Any]) -> None:
+    answer = schema[path]["POST"].Case(body=body, media_type="application/json").call_and_validate(checks=_CHECKS)
+    assert answer.status_code == 200
+    assert "json" not in answer.headers["content-type"][0]
