@@ -229,7 +229,7 @@ class Lanes:
     """So many worker groups and their desk, for as long as the block lasts.
 
     with Lanes(config, folder, count) as groups:
-        groups.run(jobs, print)
+        groups.run(jobs, lambda name, report: print(name, report))
     """
 
     def __init__(self, config: Config, folder: Path, count: int) -> None:
@@ -254,23 +254,23 @@ class Lanes:
             thread.join(max(0.1, deadline - time.monotonic()))
         ray.kill(self.desk)
 
-    def run(self, jobs: Sequence[Job], tell: Callable[[str], None]) -> None:
+    def run(self, jobs: Sequence[Job], hear: Callable[[str, Mapping[str, float]], None]) -> None:
         """Has lanes do jobs to their ends.
 
         Args:
-            tell: is given a line for each validation.
+            hear: is given a run's name and its report for each validation.
 
         Raises:
             LaneError: one failed.
         """
         with ThreadPoolExecutor(len(jobs)) as threads:
-            for _ in threads.map(functools.partial(self._follow, tell=tell), jobs):
+            for _ in threads.map(functools.partial(self._follow, hear=hear), jobs):
                 pass
 
-    def _follow(self, job: Job, tell: Callable[[str], None]) -> None:
+    def _follow(self, job: Job, hear: Callable[[str, Mapping[str, float]], None]) -> None:
         submit(self.desk, job)
         while (outcome := ray.get(self.desk.outcome.remote(job.name))).report is not None:
-            tell(f"{job.name.partition(_OF)[0]}  step {outcome.report['step']:.0f}  {outcome.report['score']:.4g}")
+            hear(job.name.partition(_OF)[0], outcome.report)
         if outcome.failed or outcome.put_off:
             raise LaneError(outcome.failed or f"{job.name} was stopped")
 
@@ -333,7 +333,8 @@ def _do(desk: Any, job: Job, group: Group, streams: _Streams) -> str:
         return group.asked()
 
     def report(metrics: dict[str, float]) -> bool:
-        times = {"seconds": time.monotonic() - began, "startup_s": first[0] if first else 0.0}
+        startup_s = first[0] if first else 0.0
+        times = {"seconds": time.monotonic() - began - startup_s, "startup_s": startup_s}
         told = metrics | {key: round(value, 2) for key, value in times.items()}
         return bool(ray.get(desk.report.remote(job.name, told))) if group.rank == 0 else True
 

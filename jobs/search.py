@@ -127,6 +127,7 @@ def _search(base: Config, space: Space, dims: Sequence[Dimension], folder: Path)
         if not scored:
             raise ConfigError(f"no trial came to its first validation; their errors are in {folder / 'trials.json'}")
         verdict = _verdict(base, space, stages, first, done, folder, groups, tell)
+        done = [trials.carried_on(folder, done[0], stages, _metric(space)), *done[1:]]
         if space.cost == "latency_ms":
             _time(base, done, folder, groups, tell)
         tell(f"exporting {verdict['trial']}")
@@ -213,7 +214,8 @@ def _checked(base: Config, space: Space, dims: Sequence[Dimension], place: Path)
         except (run.RunError, ConfigError, ValueError) as error:
             raise ConfigError(f"the space cannot run, {spaces.short(sample)}: {error}") from error
     most = space.most if space.most and space.unit == "seconds" else float(made.plan.total_steps)
-    grace = space.grace or max(1.0, most / (16 if space.method == "population" else space.reduction**2))
+    halving = 3 * space.reduction if space.scheduler == "halving" else space.reduction**2
+    grace = space.grace or max(1.0, most / (16 if space.method == "population" else halving))
     if grace > most:
         raise ConfigError(f"grace={grace:g} {space.unit}, but a trial has {most:g}")
     if space.method != "population" and space.scheduler == "hyperband" and grace * space.reduction > most:
@@ -299,7 +301,7 @@ def _verdict(
     tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Who wins: the best trial, where it beats the recipe's own values by more than these deviate over seeds."""
-    from jobs.trials import quality
+    from jobs import trials
 
     reached = {each.id: each.quality for each in done if each.quality is not None}
     best = max((each for each in done if each.id in reached), key=lambda each: (reached[each.id], -each.step))
@@ -321,12 +323,19 @@ def _verdict(
         begun = first if index == 0 else None
         place = folder / (f"seeds/s{index}" if begun is None else f"trials/{begun.id}")
         places.append(place)
-        if not _ended(place, begun):
+        if not _ended(place):
             sample = {**own, "seed": base.seed + index}
-            jobs.append(job(storage.root(), base, stages, space.method, sample, place, f"seed{index}#0"))
+            name = f"seed{index}" if begun is None else begun.id
+            jobs.append(job(storage.root(), base, stages, space.method, sample, place, f"{name}#seed"))
+
+    def hear(name: str, report: Mapping[str, float]) -> None:
+        tell(f"{name}  step {report['step']:.0f}  {report['score']:.4g}")
+        if first is not None and name == first.id:  # it was stopped, and goes on
+            trials.note(folder, first, report)
+
     if jobs:
-        groups.run(jobs, tell)
-    scores = [max(quality(row, _metric(space)) for row in _validations(place)) for place in places]
+        groups.run(jobs, hear)
+    scores = [max(trials.quality(row, _metric(space)) for row in _validations(place)) for place in places]
     mean, deviation = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
     alone = {"scores": scores, "mean": mean, "deviation": deviation if len(scores) > 1 else None}
     margin = reached[best.id] - mean
@@ -346,10 +355,8 @@ def _validations(place: Path) -> list[dict[str, Any]]:
     return [row for row in watch.whole_lines(place / "metrics.jsonl") if row["kind"] == "validation"]
 
 
-def _ended(place: Path, trial: Trial | None) -> bool:
+def _ended(place: Path) -> bool:
     """Whether a run of the recipe's own values came to its last step."""
-    if trial is not None:
-        return trial.state == "done"
     file = place / "metrics.jsonl"
     if not file.exists():
         return False
@@ -364,7 +371,7 @@ def _export(config: Config, place: Path, name: str, bundle: Path, groups: Lanes)
     made = run.prepare(config, place, bundle=bundle, name=name)
     made = made.at_its_end()
     if not made.exported:
-        groups.run([_job_of(made, f"{place.name}#export")], lambda _: None)
+        groups.run([_job_of(made, f"{place.name}#export")], lambda *_: None)
     return made
 
 

@@ -1,4 +1,5 @@
-"""The only home of `ray.tune`: the trials of a search, each a run that takes its turn in a lane (`jobs.lanes`).
+"""The home of `ray.tune` (a scheduler of our own is in `jobs.halving`): the trials of a search, each a run that takes
+its turn in a lane (`jobs.lanes`).
 
 What a trial reports is written down in its folder (``reports.jsonl``). A search that was killed is started anew with
 the same seed: trials repeat what they reported, at once and without training, until those that ran go on from their
@@ -20,7 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 
 from jobs import lanes, proposing, watch
+from jobs.halving import Halving
 from jobs.lanes import Job, Outcome
 from jobs.loop import STOP_FILE
 from mmagent import space as spaces
@@ -87,11 +89,14 @@ class Stages:
         """At which a trial of so many steps is compared, or changed in a population; none where seconds decide."""
         if self.unit != "steps":
             return ()
+        return tuple(math.ceil(share * total / self.budget - _EDGE) for share in self.marks(method))
+
+    def marks(self, method: str) -> tuple[float, ...]:
+        """The budgets at which that is, the end left out."""
         if method == "population":
-            at = [float(index) for index in range(1, math.ceil(self.budget))]
-        else:
-            at = [self.reduction**index for index in range(math.ceil(math.log(self.budget, self.reduction) - _EDGE))]
-        return tuple(math.ceil(share * total / self.budget - _EDGE) for share in at)
+            return tuple(float(index) for index in range(1, math.ceil(self.budget)))
+        count = math.ceil(math.log(self.budget, self.reduction) - _EDGE)
+        return tuple(float(self.reduction**index) for index in range(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +159,7 @@ def run(
             mode="max",
             num_samples=1 if population else trials,
             search_alg=None if population else proposals,
-            scheduler=_scheduler(space, dims, stages),
+            scheduler=_scheduler(space, dims, stages, trials),
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -180,7 +185,7 @@ def _name(trial: Any) -> str:
     return known or f"t{int(trial.config[_TRIAL]['number']):03d}"
 
 
-def _scheduler(space: Space, dims: Sequence[Dimension], stages: Stages) -> TrialScheduler:
+def _scheduler(space: Space, dims: Sequence[Dimension], stages: Stages, trials: int) -> TrialScheduler:
     if space.method == "population":
         changed = {each.key: each for each in spaces.mutable(dims)}
 
@@ -202,6 +207,8 @@ def _scheduler(space: Space, dims: Sequence[Dimension], stages: Stages) -> Trial
             custom_explore_fn=within,
             log_config=False,
         )
+    if space.scheduler == "halving":
+        return Halving(stages.marks(space.method), stages.reduction, trials, budget=BUDGET, quality=QUALITY)
     if space.scheduler == "asha":
         most: Any = stages.budget  # declared as whole, and used as it is
         return ASHAScheduler(time_attr=BUDGET, max_t=most, grace_period=1, reduction_factor=stages.reduction)
@@ -219,7 +226,8 @@ def _distribution(dimension: Dimension) -> Any:
 class Proposals(Searcher):
     """Gives each trial its sample: what is given first, what trials of an earlier start had, then what the method says.
 
-    Optuna (``tpe``) learns from the trials that end. Of those that an earlier start began it learns as they end again.
+    Optuna (``tpe``) learns what each trial reached at the first stage, of which all have the same to tell, and of those
+    that end before it. Of trials that an earlier start began it learns as they come there again.
     """
 
     def __init__(
@@ -260,9 +268,13 @@ class Proposals(Searcher):
         return {_TRIAL: tune.grid_search([{"number": at, "sample": dict(s)} for at, s in enumerate(self._given)])}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        pass
+        if result[BUDGET] >= 1.0:
+            self._learn(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._learn(trial_id, result)
+
+    def _learn(self, trial_id: str, result: Mapping[str, Any] | None) -> None:
         asked = self._asked.pop(trial_id, None)
         if self._study is None or asked is None:
             return
@@ -325,8 +337,7 @@ class _Trainee(tune.Trainable):
                 metrics = dict(outcome.report)
                 metrics["seconds"] = round(metrics["seconds"] + self._before_s, 2)
                 metrics["startup_s"] = round(metrics["startup_s"] + self._prepared_s, 2)
-                with open(self._place / REPORTS, "a") as file:
-                    file.write(json.dumps({"sample": self._sample, "metrics": metrics, "time_s": time.time()}) + "\n")
+                _write(self._place, self._sample, metrics)
                 return self._result(metrics)
             self._job = None
             if outcome.failed:
@@ -461,6 +472,30 @@ def _found(folder: Path, trial: Any, errors: Mapping[str, BaseException | None],
         error=_reason(error) if error is not None else None,
         reports=reports,
     )
+
+
+def note(folder: Path, trial: Trial, report: Mapping[str, float]) -> None:
+    """Writes down what a stopped trial reports that goes on outside Tune."""
+    metrics = {**report, "seconds": round(report["seconds"] + trial.seconds, 2)}
+    _write(folder / "trials" / trial.id, trial.sample, metrics)
+
+
+def carried_on(folder: Path, trial: Trial, stages: Stages, metric: tuple[str, bool]) -> Trial:
+    """A trial that was stopped, with all that it has reported since."""
+    if trial.state != "stopped":
+        return trial
+    reports = _read(folder / "trials" / trial.id)
+    last = reports[-1]["metrics"]
+    reached = max(quality(each["metrics"], metric) for each in reports)
+    state = "done" if last.get("done") or stages.spent(last) >= stages.budget else trial.state
+    return replace(
+        trial, quality=reached, step=int(last["step"]), seconds=float(last["seconds"]), state=state, reports=reports
+    )
+
+
+def _write(place: Path, sample: Sample | Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    with open(place / REPORTS, "a") as file:
+        file.write(json.dumps({"sample": sample, "metrics": metrics, "time_s": time.time()}) + "\n")
 
 
 def _reason(error: BaseException) -> str:

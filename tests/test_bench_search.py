@@ -15,7 +15,7 @@ from tests.bench import search
 
 
 def trial(began: float, *reports: tuple[float, float]) -> dict[str, Any]:
-    """`reports`: seconds of the job, step."""
+    """`reports`: seconds of its steps, step."""
     return {
         "reports": [
             {"time_s": began + seconds, "metrics": {"seconds": seconds, "startup_s": 3.0, "step": step}}
@@ -24,11 +24,10 @@ def trial(began: float, *reports: tuple[float, float]) -> dict[str, Any]:
     }
 
 
-def test_time_is_counted_from_the_first_step_to_the_last_report() -> None:
+def test_time_is_counted_from_the_first_start_to_the_last_report() -> None:
     trials = [trial(100.0, (13.0, 10), (23.0, 20)), trial(130.0, (5.0, 10))]
-    assert search._spent_s(trials[:1]) == 20.0
-    assert search._spent_s(trials) == 32.0
-    assert search._whole_s(trials) == 35.0
+    assert search._wall_s(trials[:1]) == 26.0
+    assert search._wall_s(trials) == 38.0
 
 
 @pytest.mark.slow

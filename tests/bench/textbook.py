@@ -1,5 +1,5 @@
 """A search as the textbook has it: Ray Tune over Ray Train, a trainer of its own for each trial. The same training,
-samples and scheduler as ours; what differs is where trials run."""
+samples and steps as ours; what differs is where trials run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune import TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
 
 from jobs import loop, run, stream, workers
-from jobs.trials import Stages
 from jobs.workers import Group
 from mmagent import config as configs
 from mmagent import storage
@@ -29,25 +27,17 @@ from mmagent.config import Config
 from mmagent.space import Sample
 
 
-def search(base: Config, samples: Sequence[Sample], stages: Stages, folder: Path, concurrent: int) -> float:
-    """Runs a trial for each sample; the wall time in seconds."""
+def search(base: Config, samples: Sequence[tuple[Sample, int]], folder: Path, concurrent: int) -> float:
+    """Runs a trial for each sample, to the step that stands beside it; the wall time in seconds."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    most: Any = stages.budget
-    trainable: Any = functools.partial(_trial, base, stages, storage.root(), folder)
+    trainable: Any = functools.partial(_trial, base, storage.root(), folder)
     began = time.monotonic()
     grid = Tuner(
         tune.with_resources(trainable, {"cpu": 0.1}),
-        param_space={"sample": tune.grid_search([dict(sample) for sample in samples])},
-        tune_config=TuneConfig(
-            metric="score",
-            mode="max",
-            max_concurrent_trials=concurrent,
-            scheduler=ASHAScheduler(
-                time_attr="budget", max_t=most, grace_period=1, reduction_factor=stages.reduction
-            ),
-        ),
+        param_space={"sample": tune.grid_search([{"values": dict(s), "steps": steps} for s, steps in samples])},
+        tune_config=TuneConfig(metric="score", mode="max", max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
     ).fit()  # fmt: skip
     if grid.errors:
@@ -55,11 +45,12 @@ def search(base: Config, samples: Sequence[Sample], stages: Stages, folder: Path
     return time.monotonic() - began
 
 
-def _trial(base: Config, stages: Stages, root: Path, folder: Path, config: dict[str, Any]) -> None:
+def _trial(base: Config, root: Path, folder: Path, config: dict[str, Any]) -> None:
     storage.use(root)
     place = folder / tune.get_context().get_trial_id()
-    made = run.prepare(configs.override(base, config["sample"]), place, export=False)
-    plan = replace(made.plan, stages=stages.steps("random", made.plan.total_steps))
+    made = run.prepare(configs.override(base, config["sample"]["values"]), place, export=False)
+    until = config["sample"]["steps"]
+    plan = replace(made.plan, stages=(until,))
     workers_wanted = made.config.cluster.workers
     cpus = workers.cpus_of_a_worker(made.config, workers_wanted)
     datasets: Any = {
@@ -68,7 +59,7 @@ def _trial(base: Config, stages: Stages, root: Path, folder: Path, config: dict[
     callback: Any = TuneReportCallback()  # declared as of Ray's first Train
     trainer: Any = TorchTrainer(
         _work,
-        train_loop_config={"plan": plan, "stages": stages, "threads": made.config.cluster.threads},
+        train_loop_config={"plan": plan, "until": until, "threads": made.config.cluster.threads},
         scaling_config=ScalingConfig(num_workers=workers_wanted, resources_per_worker={"CPU": cpus}),
         torch_config=TorchConfig(backend="gloo"),
         datasets=datasets,
@@ -99,8 +90,8 @@ def _work(spec: dict[str, Any]) -> None:
     rank = context.get_world_rank()
 
     def report(metrics: dict[str, float]) -> bool:
-        ray.train.report({**metrics, "budget": spec["stages"].spent(metrics)})
-        return True
+        ray.train.report(metrics)
+        return bool(metrics["step"] < spec["until"])
 
     group = Group(
         rank=rank,
