@@ -17,15 +17,16 @@ import numpy as np
 import torch
 import yaml
 
-from jobs import draw, fitting, states, stream, workers
+from jobs import anchor, draw, fitting, states, stream, workers
 from jobs.checkpoint import Checkpoints
 from jobs.loop import STOP_FILE, Plan, train
 from jobs.stream import Layout
 from jobs.supervised import Supervised, build
 from mmagent import bundle as bundles
-from mmagent import defaults, freeze, storage, text, towers
+from mmagent import defaults, freeze, inheritance, storage, text, towers
 from mmagent.assembly import load_language, load_reading
 from mmagent.batch import Inputs
+from mmagent.bundle import Bundle
 from mmagent.config import Config, override, resolve, value
 from mmagent.order import Order, Position
 from mmagent.shards import Dataset
@@ -103,13 +104,18 @@ def prepare(
             holds another config.
     """
     dataset = Dataset.open(storage.folder("data", config.data.name))
-    _check_splits(dataset)
+    config = inheritance.settle(config)
+    begun = bundles.load(config.start.bundle) if config.start.bundle else None
+    _check_splits(dataset, begun)
     if config.data.labels_per_class is not None:
         dataset = _drawn(dataset, config, folder)
     config, notes = defaults.settle(keep_batch(config, folder), dataset)
     text.check(config.model.backbone, config.data.max_text_tokens)
     towers.check(config.model)
     tasks = defaults.described(config, dataset)
+    if begun is not None:
+        tasks = inheritance.described(tasks, begun)
+    anchor.check(config, tasks)
     parts, takes = _check_model(config, tasks)
     if config.model.join == "native":
         _check_media(config, dataset, takes)
@@ -124,7 +130,7 @@ def prepare(
         root=storage.root(),
         config=config,
         tasks=tasks,
-        task=dataset.task,
+        task=begun.task if begun else dataset.task,
         label_weights={name: _label_weights(info, config.train.class_balance) for name, info in dataset.tasks.items()},
         folder=folder,
         name=name or folder.name,
@@ -233,11 +239,12 @@ def _label_weights(info: TaskInfo, balance: float) -> dict[str, float]:
     return dict(zip(info.labels, (weights / (weights * shares).sum()).tolist(), strict=True))
 
 
-def _check_splits(dataset: Dataset) -> None:
+def _check_splits(dataset: Dataset, begun: Bundle | None) -> None:
     for split in ("train", "validation"):
         if not dataset.rows(split):
             raise RunError(f"the data set {dataset.path} has no rows in its split {split!r}: prepare it again")
-    known = {label for info in dataset.tasks.values() for label in info.labels}
+    infos = (*dataset.tasks.values(), *(begun.tasks.values() if begun else ()))
+    known = {label for info in infos for label in info.labels}
     unknown = sorted(set(dataset.info["splits"]["validation"].get("labels", {})) - known)
     if unknown:
         raise RunError(f"the validation split of {dataset.path} has labels that training never has: {unknown[:5]}")

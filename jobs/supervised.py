@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,12 +11,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from jobs import anchor
+from jobs.anchor import Anchor
 from jobs.engine import Engine, pinned
 from jobs.export import export
 from jobs.loop import Plan, Step
 from jobs.validation import answers, calibrations, validate
 from jobs.workers import Group
-from mmagent import features, freeze, lora, targets
+from mmagent import bundle as bundles
+from mmagent import features, freeze, inheritance, lora, targets
 from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.augment import Words, augment
 from mmagent.batch import Inputs, PartError, Sample
@@ -39,6 +43,7 @@ class Supervised:
         self._plan, self._config = plan, config
         self._tasks = make_all(plan.tasks)
         self._encoder = load_language(config.model, self._tasks, dropout=config.model.backbone_dropout)
+        self._anchor: Anchor | None = None
         self._tokenizer = load_reading(config.model)
         self._inputs = Inputs(config.model, config.data, self._tokenizer, self._tasks, self._encoder)
         self.model = build(config, self._tasks, self._encoder)
@@ -53,6 +58,9 @@ class Supervised:
             FrozenStates(self._encoder, device=device, exact=True, **options) if self.model.backbone is None else None
         )
         self._batches = Batches(self._inputs, frozen, self._config, self._plan.label_weights, device)
+        start = self._config.start
+        if start.hold != "none" or start.distil:
+            self._anchor = Anchor(self._config, self.model, device)
 
     @property
     def last_error(self) -> str:
@@ -64,13 +72,22 @@ class Supervised:
 
     def rows(self, tables: Iterator[pa.Table]) -> list[Sample]:
         found = (self._batches.sample(row, None)[0] for table in tables for row in table.to_pylist())
-        return [sample for sample in found if sample.weight > 0]
+        samples = [sample for sample in found if sample.weight > 0]
+        if self._anchor is not None and self._anchor.wants_rows:
+            config, batches = self._config, self._batches
+            encoder = load_language(config.model, self._tasks, dropout=config.model.backbone_dropout)
+            fresh = build(config, self._tasks, encoder)
+            towers_stored(fresh, self._stored)
+            given = functools.partial(loss_of, tasks=self._tasks, config=config)
+            self._anchor.weigh(fresh, samples, batches.make, given, batches.device)
+        return samples
 
     def steps(self, tables: Iterator[pa.Table]) -> Iterator[Step]:
         return self._batches.steps(tables)
 
     def loss(self, out: Batch, batch: Batch) -> torch.Tensor:
-        return loss_of(out, batch, self._tasks, self._config)
+        loss = loss_of(out, batch, self._tasks, self._config)
+        return loss if self._anchor is None else loss + self._anchor.loss(out, batch)
 
     def hits(self, out: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return hits_of(out, batch, self._tasks)
@@ -97,7 +114,10 @@ def build(config: Config, tasks: Mapping[str, Task], encoder: TextEncoder, *, we
     """
     torch.manual_seed(config.seed)
     trained = freeze.needs_backbone(config.freeze.strategy) or config.train.cache == "none"
-    model = assemble(config.model, tasks, encoder, trained=trained, weights=weights)
+    begun = bundles.load(config.start.bundle) if config.start.bundle and weights else None
+    model = assemble(config.model, tasks, encoder, trained=trained, weights=weights and begun is None)
+    if begun is not None:
+        inheritance.take(model, begun)
     freeze.apply(model, config.freeze)
     if config.train.gradient_checkpointing:
         freeze.compute_again(model)
@@ -204,6 +224,8 @@ class Batches:
         """The tensors of a micro-batch, with the states of a frozen language model where there is one; ready to go to
         the device."""
         batch = self.inputs.batch(samples)
+        if self.config.start.distil:
+            batch[anchor.REPLAYED] = anchor.replayed(samples, batch["sample_row"])
         if self.frozen is not None:
             known = {key: states for sample in samples for key, states in sample.known.items()}
             batch["text_states"] = self.frozen(batch["ids"], batch["mask"], known)

@@ -222,6 +222,25 @@ class ModelConfig(_Section):
         return self
 
 
+class StartConfig(_Section):
+    """An earlier bundle that a run goes on from, and what holds it near what that knew."""
+
+    bundle: str | None = Field(
+        None, description="bundle whose weights a run begins with (a folder, or the name of a run or search); the "
+        "section model is then the bundle's, and labels that it does not know are added to its heads",
+    )  # fmt: skip
+    hold: Literal["none", "l2_sp", "ewc"] = Field(
+        "none", description="a penalty on weights that leave where they began: each alike (l2_sp, arXiv:1802.01483), "
+        "or by how much answers to validation rows hang on it (ewc, arXiv:1612.00796; weighed to a mean of 1)",
+    )  # fmt: skip
+    strength: float = Field(0.01, ge=0, description="of that penalty")
+    distil: float = Field(
+        0.0, ge=0, description="weight of a loss that draws answers to replayed rows (meta source=replay) to those "
+        "that the bundle gave (arXiv:1606.09282); of classify, relate, multilabel, regress and tag",
+    )  # fmt: skip
+    temperature: float = Field(2.0, gt=0, description="of distil's probabilities")
+
+
 class PretrainConfig(_Section):
     """What `jobs.pretrain` teaches without labels."""
 
@@ -412,6 +431,7 @@ class Config(_Section):
     seed: int = Field(0, ge=0, description="of the order of samples, augmentation, initial weights and bootstrap")
     data: DataConfig
     model: ModelConfig
+    start: StartConfig = StartConfig()
     augment: AugmentConfig = AugmentConfig()
     pretrain: PretrainConfig = PretrainConfig()
     freeze: FreezeConfig = FreezeConfig()

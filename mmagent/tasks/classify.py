@@ -15,7 +15,7 @@ from mmagent.calibration import Calibration
 from mmagent.metrics import Number, Outcomes
 from mmagent.reading import View
 from mmagent.record import Record
-from mmagent.tasks.task import IGNORED, Answered, AnswerHead, Decision, Outcome, Task, indexes
+from mmagent.tasks.task import IGNORED, Answered, AnswerHead, Decision, Outcome, Task, divergence, indexes
 
 
 class Classify(Task):
@@ -36,6 +36,9 @@ class Classify(Task):
 
     def loss(self, output: Tensor, batch: Mapping[str, Tensor], size: int, smoothing: float) -> Tensor:
         return cross_entropy(output, batch[self.key("label")], batch["weight"], size, smoothing)
+
+    def distance(self, output: Tensor, taught: Tensor, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
+        return divergence(output, taught, temperature)
 
     def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         label = batch[self.key("label")]

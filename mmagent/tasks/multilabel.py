@@ -16,7 +16,7 @@ from mmagent.calibration import Calibration
 from mmagent.metrics import Number
 from mmagent.reading import View
 from mmagent.record import Record
-from mmagent.tasks.task import Answered, AnswerHead, Decision, Outcome, Task
+from mmagent.tasks.task import Answered, AnswerHead, Decision, Outcome, Task, divergence
 
 _THRESHOLD = 0.5  # of a label that validation says nothing about
 
@@ -46,6 +46,12 @@ class Multilabel(Task):
         wanted = batch[self.key("labels")] * (1 - smoothing) + smoothing / 2
         each = F.binary_cross_entropy_with_logits(output.float(), wanted, reduction="none").mean(1)
         return (each * batch[self.key("known")] * batch["weight"]).sum() / size
+
+    def distance(self, output: Tensor, taught: Tensor, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
+        """The mean over labels of each one's divergence."""
+        wanted = torch.stack([taught, torch.zeros_like(taught)], -1)
+        said = output[:, : taught.shape[1]]
+        return divergence(torch.stack([said, torch.zeros_like(said)], -1), wanted, temperature).mean(1)
 
     def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         known = (batch[self.key("known")] > 0) & (batch["weight"] > 0)

@@ -45,6 +45,9 @@ class Regress(Task):
         each = (output[:, 0].float() - batch[self.key("value")]).square()
         return (each * batch[self.key("known")] * batch["weight"]).sum() / size
 
+    def distance(self, output: Tensor, taught: Tensor, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
+        return (output[:, 0].float() - taught[:, 0].float()).square()
+
     def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Answers less than half a standard deviation away."""
         known = (batch[self.key("known")] > 0) & (batch["weight"] > 0)

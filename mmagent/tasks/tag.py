@@ -16,7 +16,7 @@ from mmagent.calibration import Calibration
 from mmagent.metrics import Number
 from mmagent.reading import Reader, View
 from mmagent.record import Record
-from mmagent.tasks.task import IGNORED, Decision, Outcome, Task, TokenHead, focus, padded
+from mmagent.tasks.task import IGNORED, Decision, Outcome, Task, TokenHead, divergence, focus, padded
 
 
 class Tag(Task):
@@ -62,6 +62,11 @@ class Tag(Task):
         )  # (rows, tokens)
         count = (tags >= 0).sum(1).clamp(min=1)
         return (each.sum(1) / count * batch["weight"]).sum() / size
+
+    def distance(self, output: Tensor, taught: Tensor, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
+        """The mean over a text's tokens."""
+        known = (batch[self.key("tags")] >= 0).float()
+        return (divergence(output, taught, temperature) * known).sum(1) / known.sum(1).clamp(min=1)
 
     def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         tags = batch[self.key("tags")]

@@ -135,6 +135,13 @@ class Task(ABC):
         """Summed over rows by weight and divided by `size`, the nominal number of samples of a micro-batch, so that
         any split of a batch over workers sums to the same gradient."""
 
+    def distance(
+        self, output: Tensor, taught: Tensor, batch: Mapping[str, Tensor], temperature: float
+    ) -> Tensor | None:
+        """(rows,): how far an output is from an earlier model's of the same rows, whose labels are the first of this
+        one's. None: that cannot be told of this task."""
+        return None
+
     def outputs(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """What of an output `raw` reads."""
         return output
@@ -219,6 +226,14 @@ def padded(
         if target is not None:
             out[row, : len(target[field])] = torch.from_numpy(target[field]).to(dtype)
     return out
+
+
+def divergence(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of the last axis's probabilities from those that were taught, both softened, times
+    the temperature's square (arXiv:1503.02531): (..., n), (..., m <= n) -> (...)."""
+    wanted = (taught.float() / temperature).log_softmax(-1)
+    said = (output[..., : taught.shape[-1]].float() / temperature).log_softmax(-1)
+    return (wanted.exp() * (wanted - said)).sum(-1) * temperature**2
 
 
 def focus(record: Record) -> str:
