@@ -64,7 +64,7 @@ class Answerer:
     def _rows(self, records: Sequence[Record], asked: Sequence[Record], taken: str) -> list[dict[str, Any]]:
         """A row for each record; `asked` is what the model gets of it, `taken` the modality it lacks."""
         faults = [self._fault(record) for record in records]
-        keys = [_digest(record) if _asks(record) else None for record in asked]
+        keys = [question(record) if _asks(record) else None for record in asked]
         fresh = {}
         for key, record, fault in zip(keys, asked, faults, strict=True):
             if key is not None and fault is None and key not in self._known:
@@ -154,8 +154,8 @@ def _slice(record: Record, name: str) -> str | None:
     return record.modalities if name == "modalities" else record.meta.get(name)
 
 
-def _digest(record: Record) -> bytes:
-    """Equal for records that a model cannot tell apart."""
+def question(record: Record) -> bytes:
+    """A digest, equal for records that a model cannot tell apart."""
     seen = hashlib.blake2b(digest_size=16)
     for part in _parts(record):
         seen.update(len(part).to_bytes(8, "little"))

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from mmagent import bundle
+from jobs import replay
+from mmagent import bundle, storage
 from mmagent.assembly import load_language
 from mmagent.calibration import Calibration
 from mmagent.predictor import PartError, Predictor
 from mmagent.record import Record
+from mmagent.shards import Dataset, DatasetError
 from mmagent.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -64,7 +66,19 @@ def export(
     )
     del weights, trained, encoder  # before the bundle is read again: nothing is held twice
     golden = _golden(Predictor.load(path, device="cpu"), plan.golden_source)
-    bundle.add(path, {"golden.jsonl": "".join(json.dumps(row) + "\n" for row in golden)})
+    files: dict[str, str | bytes] = {"golden.jsonl": "".join(json.dumps(row) + "\n" for row in golden)}
+    if plan.config.data.memory_rows and (learned := _learned(plan)) is not None:
+        files[replay.MEMORY] = replay.remembered([learned], plan.config.data.memory_rows, plan.config.seed)
+    bundle.add(path, files)
+
+
+def _learned(plan: Plan) -> Dataset | None:
+    """The data set of a run, with the labels that were drawn; none where it has none of ours."""
+    drawn = plan.folder / "drawn"
+    try:
+        return Dataset.open(drawn if drawn.is_dir() else storage.folder("data", plan.data))
+    except DatasetError:
+        return None
 
 
 def _golden(predictor: Predictor, shards: Sequence[Path]) -> list[dict[str, Any]]:

@@ -88,14 +88,8 @@ def _curve(task: Task, known: Sequence[Answered], fitted: Calibration) -> tuple[
     decided = [(item, task.decide(item.raw, item.record, fitted, item.modalities)) for item in known]
     sure = np.array([decision.confidence for _, decision in decided])
     right = np.array([task.right(Outcome(task.gold(item.record), decision)) for item, decision in decided])
-    points = metrics.coverage(_Judged(sure, right))
+    points = metrics.coverage(metrics.Marked(sure, right))
     return tuple((row["confidence"], row["coverage"], row["accuracy"]) for row in points)
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    confidence: np.ndarray
-    correct: np.ndarray
 
 
 def validate(engine: Engine, batches: Batches, samples: list[Sample], group: Group) -> tuple[float, dict[str, float]]:

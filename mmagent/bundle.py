@@ -6,6 +6,7 @@
     backbone/           the language model and its tokenizer, as Transformers saves them
     towers/             of pretrained towers: image/ and audio/, each with the configs of its model and its processor
     tasks.json · calibration.json · metrics.json · golden.jsonl · README.md (the model card)
+    memory.parquet      some rows that it learned from, for who refits it where the rest is gone (data.memory_rows)
 
 A folder without its manifest is no bundle: writing was interrupted.
 """
@@ -121,7 +122,7 @@ def save(
         raise
 
 
-def add(path: Path, files: Mapping[str, str]) -> None:
+def add(path: Path, files: Mapping[str, str | bytes]) -> None:
     """Adds or replaces files that are known only after the export: golden examples, the evaluation, the model card.
     The manifest is sealed anew."""
     for name, content in files.items():

@@ -53,6 +53,10 @@ class DataConfig(_Section):
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of rows that may be set aside before a stop")
     media: Limits = Field(default_factory=lambda: Limits(), description="limits of one picture or sound")
     cache_mb: int = Field(256, ge=0, description="decoded media kept in memory by each worker")
+    memory_rows: int = Field(
+        128, ge=0, description="rows of training that go into the bundle, 16 MB at most, for jobs.refine to show again "
+        "where the data is gone; 0: none, for data that may not travel with a model",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _drawn_once(self) -> DataConfig:
@@ -465,7 +469,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"the recipe {path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"the recipe {path} holds {type(raw).__name__}, but a map of sections is wanted")
-    return resolve(raw, dict(_split(item) for item in overrides))
+    return resolve(raw, dict(split(item) for item in overrides))
 
 
 def resolve(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
@@ -513,7 +517,12 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
     return out
 
 
-def _split(item: str) -> tuple[str, Any]:
+def split(item: str) -> tuple[str, Any]:
+    """A dotted key and its value, of ``key.path=value``.
+
+    Raises:
+        ConfigError: it is no such thing.
+    """
     key, equals, value = item.partition("=")
     if not equals:
         raise ConfigError(f"{item!r} is no override: key.path=value is wanted, e.g. optim.lr=0.0003")

@@ -34,6 +34,14 @@ class Judged(Protocol):
         """(n,) bool."""
 
 
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """`Judged`, of two arrays."""
+
+    confidence: np.ndarray  # (n,) float
+    correct: np.ndarray  # (n,) bool
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What a classifier said about n rows. Class k is ``labels[k]``."""

@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmagent import storage
+from mmagent import feedback, storage
 from mmagent.bundle import BundleError
 from mmagent.channels import ChannelError
-from serve import feedback, logs
+from serve import logs
 from serve.asking import ERRORS, key_of
 from serve.errors import ApiError
 from serve.service import Service

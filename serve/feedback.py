@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mmagent import storage
+from mmagent import feedback as segments
 from serve import logs
 from serve.answers import Trace, now_ms, plain
 from serve.errors import ApiError
@@ -118,6 +118,12 @@ class FeedbackLog:
             raise ApiError(503, message, code="not_stored", headers={"Retry-After": "30"}) from error
         return Taken(id=id, answer=feedback.answer, created=created_ms // 1000, repeated=repeated)
 
+    async def forget(self, answer: str, key: Key) -> None:
+        """Takes back what was said of an answer: whoever reads the segments leaves it out."""
+        line = {"says": segments.DELETED, "answer": answer, "created_ms": now_ms(), "key": key.id}
+        data = json.dumps(line).encode() + b"\n"
+        await asyncio.get_running_loop().run_in_executor(self._thread, logs.append, segment(self._replica), data)
+
     def _write(self, id: str, key: str, line: dict[str, Any]) -> bool:
         """Whether it was there already. The segment comes first: a crash between the two leaves a line twice, of one
         id, which whoever reads segments takes once."""
@@ -129,13 +135,9 @@ class FeedbackLog:
         return False
 
 
-def folder() -> Path:
-    return storage.root() / "feedback" / "segments"
-
-
 def segment(replica: str) -> Path:
     """Where a replica writes today."""
-    return folder() / f"{time.strftime('%Y-%m-%d', time.gmtime())}.{replica}.jsonl"
+    return segments.folder() / f"{time.strftime('%Y-%m-%d', time.gmtime())}.{replica}.jsonl"
 
 
 def replica_name() -> str:

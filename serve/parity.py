@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmagent import golden as golden_answers
-from mmagent.record import Message, Record, segments
+from mmagent import written
+from mmagent.record import Record, segments
 from mmagent.rows import parse
 from mmagent.targets import kind
+from mmagent.written import Wording
 from serve.questions import PredictRequest
-from serve.wording import Wording
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def as_request(record: Record) -> PredictRequest:
     for message in record.messages:
         content: list[dict[str, Any]] = []
         wording = Wording()
-        for what, words in _parts(message):
+        for what, words in written.parts(message):
             if what == "text":
                 content.append({"type": "text", "text": words})
                 wording.add_words(words)
@@ -103,20 +104,6 @@ def as_request(record: Record) -> PredictRequest:
             if s["label"] in ("head", "tail")
         ]
     return PredictRequest.model_validate({"task": record.task, "messages": messages, "context": context, **more})
-
-
-def _parts(message: Message) -> list[tuple[str, str]]:
-    """A message's parts without the space that stands between them when a request is made a record."""
-    found = list(segments(message.content))
-    out = []
-    for place, (what, words) in enumerate(found):
-        if what == "text":
-            words = words.removeprefix(" ") if place else words
-            words = words.removesuffix(" ") if place + 1 < len(found) else words
-            if not words:
-                continue
-        out.append((what, words))
-    return out
 
 
 def _candidate(each: Mapping[str, Any]) -> dict[str, Any]:

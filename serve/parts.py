@@ -13,6 +13,7 @@ from mmagent.record import Media, Message, Record, RecordError, Target
 from mmagent.targets import kind, spanned
 from mmagent.tasks import Decision
 from mmagent.truth import candidates_of
+from mmagent.written import Wording
 from serve import fetch
 from serve.config import ServeConfig
 from serve.errors import ApiError
@@ -29,7 +30,6 @@ from serve.questions import (
     PredictRequest,
     TextPart,
 )
-from serve.wording import Wording
 
 _ROLES = {"developer": "system"}
 

@@ -60,8 +60,9 @@ def add(app: FastAPI, service: Service) -> None:
 
     @app.delete("/v1/answers/{id}", response_model=Deleted, responses=ERRORS, tags=["answers"])
     async def forget(id: str, request: Request) -> Any:
-        """Deletes its trace, and the question that was kept with it."""
+        """Deletes its trace, the question that was kept with it, and what was said of it."""
         await _trace(service, id, key_of(request))
+        await service.feedback.forget(id, key_of(request))
         await service.answers.forget(id)
         return Deleted(id=id)
 

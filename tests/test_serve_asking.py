@@ -18,8 +18,8 @@ import pytest
 import soundfile
 from PIL import Image
 
+from mmagent import feedback
 from mmagent.predictor import Predictor
-from serve import feedback
 from serve.config import ServeConfig
 from serve.service import Service
 from tests.serving import running

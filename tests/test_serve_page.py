@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from mmagent import channels
+from mmagent import channels, feedback
 from mmagent.predictor import Predictor
-from serve import feedback, keys
+from serve import keys
 from serve.config import ServeConfig
 from serve.service import Service
 from tests.serving import running

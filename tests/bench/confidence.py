@@ -29,11 +29,6 @@ from mmagent.shards import Dataset
 SMALL = os.environ.get("SCALE") == "small"
 
 
-class _Judged:
-    def __init__(self, confidence: Sequence[float], correct: Sequence[bool]) -> None:
-        self.confidence, self.correct = np.array(confidence), np.array(correct)
-
-
 def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -> int:
     parser = Parser("tests.bench.confidence", __doc__)
     parser.add_argument("--bundle", default="demo", help="a bundle that classifies (%(default)s)")
@@ -73,7 +68,7 @@ def _records(dataset: Dataset, count: int) -> list[Record]:
 def _calibration(predictor: Predictor, records: list[Record]) -> list[Row]:
     answers = predictor.predict(records)
     right = [answer.label == record.target.label for answer, record in zip(answers, records, strict=True)]
-    found = metrics.calibration(_Judged([answer.confidence for answer in answers], right))
+    found = metrics.calibration(metrics.Marked(np.array([answer.confidence for answer in answers]), np.array(right)))
     what = f"expected calibration error over {len(records):,} test questions, {100 * np.mean(right):.1f} % right"
     return [Row("confidence.ece", found["ece"], "fraction", what, "<= 0.03")]
 

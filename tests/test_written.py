@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmagent.record import escapes, segments
 from mmagent.spans import moved
-from serve.wording import Wording
+from mmagent.written import Wording
 
 
 def test_every_place_is_found_in_both_directions() -> None:

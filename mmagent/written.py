@@ -6,9 +6,10 @@ Clients count the characters of their own words, a record those of its messages 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mmagent.record import escape, escapes
+from mmagent.record import Message, escape, escapes, segments
 
 
 @dataclass
@@ -57,3 +58,26 @@ class Wording:
         """Between parts: a backslash at the end of a text must not escape the placeholder after it."""
         if self.content:
             self.content += " "
+
+
+def of(message: Message) -> Wording:
+    """The wording of a message that was made in this way."""
+    wording = Wording()
+    for what, words in parts(message):
+        if what == "text":
+            wording.add_words(words)
+        else:
+            wording.add_mark(what)
+    return wording
+
+
+def parts(message: Message) -> Iterator[tuple[str, str]]:
+    """A message's parts without the space that stands between them when a request is made a record."""
+    found = list(segments(message.content))
+    for place, (what, words) in enumerate(found):
+        if what == "text":
+            words = words.removeprefix(" ") if place else words
+            words = words.removesuffix(" ") if place + 1 < len(found) else words
+            if not words:
+                continue
+        yield what, words

@@ -1,0 +1,208 @@
+"""A round of refitting, before its training: what feedback it learns from, what it replays, the data set of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs import cleaning, crossfit, replay
+from jobs.cleaning import Aside, Offer
+from jobs.sources import GoodRow
+from jobs.sources.tally import Tally
+from mmagent import config as configs
+from mmagent import feedback, inheritance, storage
+from mmagent.bundle import Bundle
+from mmagent.config import Config
+from mmagent.record import SCHEMA_VERSION, Record
+from mmagent.shards import FORMAT_VERSION, INFO_FILE, Dataset, ShardWriter
+from mmagent.targets import TaskInfo
+
+FILE = "round.json"
+_SHARES = {"test": 0.2, "validation": 0.1}  # of new questions, by their digest
+_FEWEST_CUT = 20  # new rows, below which all are learned from
+_VALIDATED = 512  # replayed rows at most
+_LEAST_REPLAYED = 64  # in training
+_CROSSFIT = 0.5  # of the epochs
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a round was asked for."""
+
+    channel: str
+    asked: tuple[str, ...]  # all of it, to tell one round from another
+    replay: float  # rows for each new one
+    grow: bool
+    trusted: tuple[str, ...]  # keys
+
+
+def prepared(
+    found: Bundle, config: Config, settings: Settings, place: Path, name: str
+) -> dict[str, Any] | None:  # fmt: skip
+    """Makes a round's data set unless it is there; what became of the feedback, or none where nothing is new.
+
+    Args:
+        found: the channel's bundle.
+        config: of the refit.
+        place, name: the round's folder, and its data set's name.
+    """
+    folder = storage.folder("data", name)
+    if (place / FILE).is_file() and (folder / INFO_FILE).is_file():
+        told: dict[str, Any] = json.loads((place / FILE).read_text())
+        return told
+    log = feedback.read(feedback.folder())
+    used = replay.feedback_used(found)
+    fresh = [each for each in log.said if each.id not in used and each.answered.get("channel") == settings.channel]
+    made, aside = cleaning.offers(fresh)
+    kept, more = cleaning.by_rule(made, found.tasks, grow=settings.grow, trusted=settings.trusted)
+    aside += more
+    bases, gone = replay.sources(found)
+    memory = replay.memory(found) if not any(each.rows("train") for each in bases) else []
+    if gone:
+        print(f"gone: the data of {', '.join(gone)}; replayed is {'the bundle memory' if memory else 'what is left'}")
+    parts = _parted(kept)
+    replayed = _replayed(bases, memory, max(_LEAST_REPLAYED, round(settings.replay * len(parts["train"]))), config.seed)
+    began = time.monotonic()
+    parts, suspicious = _unsuspected(settings, found, config, parts, replayed["train"])
+    aside += suspicious
+    crossfit_s = round(time.monotonic() - began, 1)
+    if not parts["train"]:
+        print(f"nothing new for {settings.channel}: {_told_aside(len(fresh), aside, log.torn)}")
+        return None
+    told = {
+        "state": "begun", "bundle": str(found.path), "channel": settings.channel, "asked": list(settings.asked),
+        "created_ms": int(time.time() * 1000), "crossfit_s": crossfit_s, "said": len(fresh), "torn": log.torn,
+        **{split: len(each) for split, each in parts.items()},
+        "replayed": len(replayed["train"]), "aside": dict(Counter(each.reason for each in aside)),
+    }  # fmt: skip
+    place.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(each.to_dict(), ensure_ascii=False) + "\n" for each in aside)
+    storage.publish(place / "aside.jsonl", "".join(lines))
+    whole = {split: [*cleaning.records(parts[split]), *replayed[split]] for split in ("train", "validation", "test")}
+    ids = [each.said.id for part in parts.values() for each in part] + [each.id for each in aside if each.final]
+    _write(folder, whole, found, {"bases": [each.name for each in bases] + gone, "feedback": ids}, config.seed)
+    storage.publish_json(place / FILE, told)
+    print(
+        f"round {place.name} of {settings.channel}: {told['train']} rows to learn from, {told['validation']} to "
+        f"validate with, {told['test']} to test with, {told['replayed']} replayed; "
+        f"{_told_aside(len(fresh), aside, log.torn)}"
+    )
+    return told
+
+
+def _told_aside(count: int, aside: Sequence[Aside], torn: int) -> str:
+    reasons = Counter(each.reason for each in aside)
+    words = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+    lines = f", {torn} lines that cannot be read" if torn else ""
+    return f"{count} pieces of feedback, {len(aside)} set aside{f' ({words})' if words else ''}{lines}"
+
+
+def _parted(kept: Sequence[Offer]) -> dict[str, list[Offer]]:
+    """New rows by split; a question's digest decides, so that it stays where it is."""
+    out: dict[str, list[Offer]] = {"train": [], "validation": [], "test": []}
+    for each in kept:
+        place = int.from_bytes(hashlib.blake2b(each.question, digest_size=8).digest()) / 2**64
+        split = "train"
+        for name, share in _SHARES.items():
+            if len(kept) >= _FEWEST_CUT and place < share:
+                split = name
+                break
+            place -= share
+        out[split].append(each)
+    return out
+
+
+def _replayed(
+    bases: Sequence[Dataset], memory: Sequence[Record], count: int, seed: int
+) -> dict[str, list[Record]]:  # fmt: skip
+    """What was learned before, by split: of the shards, or of the bundle's memory, a part of it validates."""
+    if memory:
+        held = set(np.random.default_rng(seed).permutation(len(memory))[: len(memory) // 4].tolist())
+        parts = {
+            "train": [each for index, each in enumerate(memory) if index not in held][:count],
+            "validation": [each for index, each in enumerate(memory) if index in held],
+            "test": [],
+        }
+    else:
+        parts = {
+            "train": replay.draw(bases, "train", count, seed),
+            "validation": replay.draw(bases, "validation", _VALIDATED, seed),
+            "test": replay.draw(bases, "test", 10**9, seed),
+        }
+    return {split: replay.again(records, split) for split, records in parts.items()}
+
+
+def _unsuspected(
+    settings: Settings, found: Bundle, config: Config, parts: dict[str, list[Offer]], replayed: Sequence[Record]
+) -> tuple[dict[str, list[Offer]], list[Aside]]:
+    """The rows of keys that are not suspicious; and those of keys that are."""
+    given = [each for part in parts.values() for each in part if each.said.key not in settings.trusted]
+    keys = Counter(each.said.key for each in given)
+    if sum(count >= cleaning.JUDGED for count in keys.values()) < 2:
+        return parts, []
+    print(f"asking of {len(given)} corrections by {len(keys)} keys whether the others' contradict them", flush=True)
+    infos = inheritance.described(_infos(cleaning.records(given), found), found)
+    assert config.train.epochs != "auto"
+    short = configs.override(config, {"train.epochs": config.train.epochs * _CROSSFIT, "start.distil": 0.0})
+    wrong = crossfit.contradicted(inheritance.settle(short), infos, given, replayed)
+    suspects = cleaning.suspects(crossfit.by_key(given, wrong))
+    for key, words in suspects.items():
+        print(f"suspicious: {key}: {words}", flush=True)
+    out: dict[str, list[Offer]] = {}
+    aside: list[Aside] = []
+    for split, part in parts.items():
+        out[split], more = cleaning.without(part, wrong, suspects)
+        aside += more
+    return out, aside
+
+
+def _infos(records: Sequence[Record], found: Bundle) -> dict[str, TaskInfo]:
+    tally = Tally()
+    for number, record in enumerate(records, 1):
+        tally.add(GoodRow("feedback", number, record))
+    made = {name: each.info(name, {"train": each.rows}) for name, each in tally.tasks.items()}
+    return made or dict(found.tasks)
+
+
+def _write(
+    folder: Path, rows: Mapping[str, Sequence[Record]], found: Bundle, recipe: Mapping[str, Any], seed: int
+) -> None:
+    """The data set of a round; appears whole or not at all."""
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    splits: dict[str, Any] = {}
+    tallies: dict[str, Tally] = {}
+    for split, records in rows.items():
+        order = np.random.default_rng([seed, len(records)]).permutation(len(records))
+        tallies[split] = Tally()
+        with ShardWriter(draft, split) as writer:
+            for number, index in enumerate(order, 1):
+                record = replace(records[index], split=split)
+                tallies[split].add(GoodRow("feedback", number, record))
+                writer.add(record)
+            splits[split] = tallies[split].to_dict() | {"shards": writer.close()}
+    counted = {split: tally.tasks for split, tally in tallies.items()}
+    infos = {
+        name: each.info(name, {split: found[name].rows if name in found else 0 for split, found in counted.items()})
+        for name, each in tallies["train"].tasks.items()
+    }
+    tasks = inheritance.described(infos, found)
+    info = {
+        "format_version": FORMAT_VERSION, "schema_version": SCHEMA_VERSION, "name": folder.name, "source": "feedback",
+        "created_ms": int(time.time() * 1000), "seed": seed, "task": found.task,
+        "tasks": {name: tasks[name].to_dict() for name in infos}, "splits": splits, "quarantine": {"rows": 0},
+        "recipe": dict(recipe),
+    }  # fmt: skip
+    storage.publish_json(draft / INFO_FILE, info)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft.rename(folder)
