@@ -85,7 +85,7 @@ def _promote(args: argparse.Namespace) -> None:
         )
         return
     body = {"bundle": str(found.path), "channel": args.channel, "share": share}
-    told = _call(url, "POST", "/admin/bundles", body)
+    told = call(url, "POST", "/admin/bundles", body)
     what = f"a canary of {share:.0%} is {told['canary']}" if told.get("canary") else f"{told['bundle']} answers"
     replicas = told["replicas"]
     print(
@@ -97,7 +97,7 @@ def _promote(args: argparse.Namespace) -> None:
 def _rollback(args: argparse.Namespace) -> None:
     url = args.url or service_of(args.channel)
     if url is not None:
-        told = _call(url, "POST", "/admin/rollback", {"channel": args.channel})
+        told = call(url, "POST", "/admin/rollback", {"channel": args.channel})
         print(f"channel {args.channel}: {told['bundle']} answers again, {told['replicas']['follow']} replicas follow")
         return
     state = channels.read(args.channel)
@@ -147,11 +147,18 @@ def _ask_golden(found: Bundle) -> float:
     return worst
 
 
-def _call(url: str, method: str, path: str, body: Mapping[str, Any]) -> Any:
+def call(url: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    """What a service's admin address answers, as JSON.
+
+    Raises:
+        RefusedError: the gate refuses a bundle.
+        PromoteError: it answers otherwise, or not at all.
+    """
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(KEY_VARIABLE):
         headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url.rstrip("/") + path, json.dumps(body).encode(), headers, method=method)
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url.rstrip("/") + path, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=_trust(url)) as answer:
             return json.load(answer)

@@ -68,11 +68,12 @@ def refine(args: argparse.Namespace) -> int:
     found = bundles.load(channels.read(args.channel).bundle)
     config = _config(found, args, f"{args.channel}-r000")  # a mistake in it is told before Ray is looked for
     cluster.connect()
-    from jobs import rounds
+    from jobs import forget, rounds
     from jobs.lock import locked
     from jobs.rounds import Settings
 
     with locked(storage.folder("refine", args.channel)):
+        forget.forget()
         place = _round(args, found)
         name = f"{args.channel}-{place.name}"
         config = configs.override(config, {"data.name": name})

@@ -9,6 +9,7 @@ once. A line that says ``deleted`` takes back all that was said of an answer.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -70,17 +71,32 @@ def read(place: Path) -> Log:
 
 
 def _said(row: Mapping[str, Any]) -> Said:
-    question = None if row["record"] is None else Record.from_row(_bytes(row["record"]))
+    question = None if row["record"] is None else Record.from_row(restored(row["record"]))
     return Said(row["id"], int(row["created_ms"]), row["key"], row["says"], row["feedback"], row["answered"], question)
 
 
-def _bytes(value: Any) -> Any:
-    """JSON with media as base64, as the service writes a record's row."""
+def id_of(key: str, content: Mapping[str, Any]) -> str:
+    """The same for the same words of the same key: what is sent twice is one piece of feedback."""
+    named = json.dumps([key, content], sort_keys=True, ensure_ascii=False)
+    return "fb_" + hashlib.blake2b(named.encode(), digest_size=8).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Bytes as base64, so that JSON can hold a record's row."""
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def restored(value: Any) -> Any:
+    """What `plain` made, as it was."""
     if isinstance(value, dict):
         if set(value) == {"base64"}:
             return base64.b64decode(value["base64"])
-        return {key: _bytes(item) for key, item in value.items()}
-    return [_bytes(item) for item in value] if isinstance(value, list) else value
+        return {key: restored(item) for key, item in value.items()}
+    return [restored(item) for item in value] if isinstance(value, list) else value
 
 
 def record(said: Said) -> Record:

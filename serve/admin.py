@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmagent import feedback, storage
@@ -99,6 +99,20 @@ def add(app: FastAPI, service: Service) -> None:
         if not await service.handovers.done(body.id):
             raise ApiError(404, f"no request {body.id!r:.80} waits", code="handover_not_found", param="id")
         return {"id": body.id, "done": True}
+
+    @app.get("/admin/questions", responses=ERRORS, tags=["admin"])
+    async def questions(
+        limit: Annotated[int, Query(gt=0, le=200)] = 50, before: Annotated[str, Query(max_length=64)] = ""
+    ) -> dict[str, Any]:
+        """Questions that were kept, with the traces of their answers, the newest first; `next` is the `before` of the
+        next page."""
+        found, cursor = await service.answers.kept(limit, before)
+        rows = [
+            {"answer": id, "trace": dict(trace.told), "record": feedback.plain(trace.question.to_row())}
+            for id, trace in found
+            if trace.question is not None
+        ]
+        return {"object": "list", "data": rows, "next": cursor}
 
     @app.get("/admin/audit", responses=ERRORS, tags=["admin"])
     async def audit() -> dict[str, Any]:

@@ -8,7 +8,6 @@ written, a trace comes from memory.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import logging
 import random
@@ -20,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from mmagent import feedback
 from mmagent.record import Record
 from serve.config import ServeConfig
 from serve.store import Store
@@ -80,11 +80,23 @@ class Answers:
             with self._lock:
                 if (waiting := self._waiting.get(id)) is not None:
                     return waiting
-            held = await self._in_thread(self._store.read, _KIND, id)
-            if held is not None:
-                question = _record(json.loads(held.items[1])) if len(held.items) > 1 else None
-                return Trace(held.owner, json.loads(held.items[0]), question)
+            if (held := await self._stored(id)) is not None:
+                return held
         return None
+
+    async def kept(self, limit: int, before: str) -> tuple[list[tuple[str, Trace]], str | None]:
+        """The newest traces older than `before` (an id; empty: than none), and the last id where there are more."""
+        ids = await self._in_thread(self._store.ids, _KIND, limit + 1, before)
+        found = [(id, await self._stored(id)) for id in ids[:limit]]
+        cursor = ids[limit - 1] if len(ids) > limit else None
+        return [(id, trace) for id, trace in found if trace is not None], cursor
+
+    async def _stored(self, id: str) -> Trace | None:
+        held = await self._in_thread(self._store.read, _KIND, id)
+        if held is None:
+            return None
+        question = _record(json.loads(held.items[1])) if len(held.items) > 1 else None
+        return Trace(held.owner, json.loads(held.items[0]), question)
 
     async def forget(self, id: str) -> bool:
         """Deletes a trace and its question; whether there was one."""
@@ -110,7 +122,7 @@ class Answers:
         for id, trace in taken:
             items = [json.dumps(trace.told, ensure_ascii=False).encode()]
             if trace.question is not None:
-                items.append(json.dumps(plain(trace.question.to_row()), ensure_ascii=False).encode())
+                items.append(json.dumps(feedback.plain(trace.question.to_row()), ensure_ascii=False).encode())
             try:
                 self._store.append(_KIND, id, trace.owner, items, self._keep_s)
             except Exception:
@@ -128,21 +140,5 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def plain(value: Any) -> Any:
-    """Bytes as base64, so that JSON can hold a record's row."""
-    if isinstance(value, bytes):
-        return {"base64": base64.b64encode(value).decode()}
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def _record(row: Any) -> Record:
-    def back(value: Any) -> Any:
-        if isinstance(value, dict):
-            if set(value) == {"base64"}:
-                return base64.b64decode(value["base64"])
-            return {key: back(item) for key, item in value.items()}
-        return [back(item) for item in value] if isinstance(value, list) else value
-
-    return Record.from_row(back(row))
+    return Record.from_row(feedback.restored(row))

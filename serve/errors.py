@@ -14,6 +14,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.store import StoreError
+
 logger = logging.getLogger("mmagent.serve")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -99,6 +101,13 @@ class Shield:
             if started:
                 raise
             await error.response()(scope, receive, send)
+        except StoreError as error:
+            if started:
+                raise
+            logger.error("the store does not answer at %s %s: %s", scope["method"], scope["path"], error)
+            message = "what the service keeps cannot be reached now; try again later"
+            answer = respond(503, message, code="store_unreachable", headers={"Retry-After": "10"})
+            await answer(scope, receive, send)
         except Exception:
             if started:
                 raise

@@ -8,7 +8,6 @@ A line holds all that a training row needs. Lines are added at the end and flush
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import time
@@ -20,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mmagent import feedback as segments
 from serve import logs
-from serve.answers import Trace, now_ms, plain
+from serve.answers import Trace, now_ms
 from serve.errors import ApiError
 from serve.keys import Key
 from serve.questions import ChatMessage, Written
-from serve.store import Store
+from serve.store import Store, StoreError
 
 _KIND = "feedback"
 _RIGHT_ANSWERS = ("label", "labels", "text", "spans", "value")
@@ -99,8 +98,7 @@ class FeedbackLog:
             ApiError: it cannot be written.
         """
         content = feedback.model_dump(mode="json", exclude_none=True)
-        named = json.dumps([key.id, content], sort_keys=True, ensure_ascii=False)
-        id = "fb_" + hashlib.blake2b(named.encode(), digest_size=8).hexdigest()
+        id = segments.id_of(key.id, content)
         created_ms = now_ms()
         line = {
             "id": id,
@@ -109,11 +107,11 @@ class FeedbackLog:
             "says": feedback.says,
             "feedback": content,
             "answered": trace.told,
-            "record": None if trace.question is None else plain(trace.question.to_row()),
+            "record": None if trace.question is None else segments.plain(trace.question.to_row()),
         }
         try:
             repeated = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, id, key.id, line)
-        except OSError as error:
+        except (OSError, StoreError) as error:
             message = "feedback cannot be stored now: the disk of the service refuses it; send it again later"
             raise ApiError(503, message, code="not_stored", headers={"Retry-After": "30"}) from error
         return Taken(id=id, answer=feedback.answer, created=created_ms // 1000, repeated=repeated)

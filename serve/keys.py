@@ -64,6 +64,7 @@ class Key(BaseModel):
     per_minute: int | None = Field(None, gt=0, description="requests a minute; none: the service's own limit")
     per_day: int | None = Field(None, gt=0, description="requests a day (UTC)")
     profile: Profile = Profile()
+    keep: bool = Field(True, description="its questions may be kept, as far as the service's --keep says")
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             profile = Profile(language=args.language, voice=args.voice, skills=tuple(args.skill) or None)
             key = Key(
                 id=f"key_{secrets.token_hex(4)}", name=args.name, hashes={}, scopes=tuple(args.scope or ["ask"]),
-                per_minute=args.per_minute, per_day=args.per_day, profile=profile,
+                per_minute=args.per_minute, per_day=args.per_day, profile=profile, keep=not args.no_keep,
             )  # fmt: skip
             secret = add(file, key, days=args.days)
             print(f"{key.id}  {secret}\n(the secret is shown this once)")
@@ -260,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--language", help="of what is spoken to it")
     new.add_argument("--voice", help="of what is spoken to it")
     new.add_argument("--skill", action="append", default=[], help="a task that it may ask; more than once for more")
+    new.add_argument("--no-keep", action="store_true", help="never keep its questions, whatever --keep of the service")
     turn = commands.add_parser("rotate", help="a new secret for a key")
     turn.add_argument(
         "--overlap-hours", type=float, default=24.0, help="how long the old secret lives on (%(default)s)"

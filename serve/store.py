@@ -6,15 +6,21 @@ root, which all replicas of the node open; on several it is Redis, by its addres
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 _SWEEP_EVERY_S = 60.0
+_PART = 500  # ids that are read at once
+
+
+class StoreError(RuntimeError):
+    """The store cannot be reached, or refuses; what it holds is as it was."""
 
 
 class NotYoursError(ValueError):
@@ -30,6 +36,8 @@ class Held:
 
 
 class Store(Protocol):
+    """Every method but `close` raises StoreError where the store cannot be reached."""
+
     def append(self, kind: str, id: str, owner: str, items: Sequence[bytes], keep_s: float) -> None:
         """Adds items; the whole list ends `keep_s` from now.
 
@@ -46,8 +54,8 @@ class Store(Protocol):
     def delete(self, kind: str, id: str) -> bool:
         """Whether there was something."""
 
-    def ids(self, kind: str, limit: int) -> list[str]:
-        """The newest ids of a kind."""
+    def ids(self, kind: str, limit: int, before: str = "") -> list[str]:
+        """The newest ids of a kind; of those that sort before one, where it is given."""
 
     def count(self, kind: str, id: str, keep_s: float) -> int:
         """Adds one to a counter, and says how many there are."""
@@ -60,8 +68,23 @@ def open_store(address: str, folder: Path) -> Store:
     return RedisStore(address) if address else SqliteStore(folder / "store.sqlite")
 
 
+def _told(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method whose store's own errors become StoreError."""
+
+    @functools.wraps(method)
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return method(self, *arguments, **options)
+        except self.errors as error:
+            raise StoreError(f"{type(error).__name__}: {error}") from error
+
+    return run
+
+
 class SqliteStore:
     """One connection for each thread; readers never wait for writers (write-ahead log)."""
+
+    errors = (sqlite3.Error, OSError)
 
     _SCHEMA = """
         create table if not exists items (
@@ -83,6 +106,7 @@ class SqliteStore:
         self._swept_s = time.time()
         self._connection().executescript(self._SCHEMA)
 
+    @_told
     def append(self, kind: str, id: str, owner: str, items: Sequence[bytes], keep_s: float) -> None:
         now = time.time()
         with _Transaction(self._connection()) as database:
@@ -101,23 +125,31 @@ class SqliteStore:
                 database.execute("delete from items where ends_s < ?", (now,))
                 database.execute("delete from counts where ends_s < ?", (now,))
 
+    @_told
     def put(self, kind: str, id: str, owner: str, item: bytes, keep_s: float) -> None:
         self.delete(kind, id)
         self.append(kind, id, owner, [item], keep_s)
 
+    @_told
     def read(self, kind: str, id: str) -> Held | None:
         query = "select owner, item from items where kind = ? and id = ? and ends_s > ? order by number"
         rows = self._connection().execute(query, (kind, id, time.time())).fetchall()
         return Held(rows[0][0], tuple(row[1] for row in rows)) if rows else None
 
+    @_told
     def delete(self, kind: str, id: str) -> bool:
         with _Transaction(self._connection()) as database:
             return database.execute("delete from items where kind = ? and id = ?", (kind, id)).rowcount > 0
 
-    def ids(self, kind: str, limit: int) -> list[str]:
-        query = "select id from items where kind = ? and ends_s > ? group by id order by max(number) desc limit ?"
-        return [row[0] for row in self._connection().execute(query, (kind, time.time(), limit))]
+    @_told
+    def ids(self, kind: str, limit: int, before: str = "") -> list[str]:
+        query = (
+            "select id from items where kind = ? and ends_s > ? and (? = '' or id < ?) group by id "
+            "order by max(number) desc limit ?"
+        )
+        return [row[0] for row in self._connection().execute(query, (kind, time.time(), before, before, limit))]
 
+    @_told
     def count(self, kind: str, id: str, keep_s: float) -> int:
         with _Transaction(self._connection()) as database:
             row = database.execute(
@@ -177,9 +209,11 @@ class RedisStore:
     def __init__(self, address: str) -> None:
         import redis
 
+        self.errors = (redis.exceptions.RedisError, OSError)
         self._redis: Any = redis.Redis.from_url(address, socket_timeout=5)
         self._append = self._redis.register_script(self._APPEND)
 
+    @_told
     def append(self, kind: str, id: str, owner: str, items: Sequence[bytes], keep_s: float) -> None:
         keys = [f"mmagent:{kind}:{{{id}}}:owner", f"mmagent:{kind}:{{{id}}}:items"]
         if not self._append(keys=keys, args=[owner, int(keep_s * 1000), *items]):
@@ -188,23 +222,33 @@ class RedisStore:
         self._redis.zadd(index, {id: time.time() + keep_s})
         self._redis.zremrangebyscore(index, "-inf", time.time())
 
+    @_told
     def put(self, kind: str, id: str, owner: str, item: bytes, keep_s: float) -> None:
         self.delete(kind, id)
         self.append(kind, id, owner, [item], keep_s)
 
+    @_told
     def read(self, kind: str, id: str) -> Held | None:
         owner = self._redis.get(f"mmagent:{kind}:{{{id}}}:owner")
         if owner is None:
             return None
         return Held(owner.decode(), tuple(self._redis.lrange(f"mmagent:{kind}:{{{id}}}:items", 0, -1)))
 
+    @_told
     def delete(self, kind: str, id: str) -> bool:
         self._redis.zrem(f"mmagent:{kind}", id)
         return bool(self._redis.delete(f"mmagent:{kind}:{{{id}}}:owner", f"mmagent:{kind}:{{{id}}}:items"))
 
-    def ids(self, kind: str, limit: int) -> list[str]:
-        return [each.decode() for each in self._redis.zrevrange(f"mmagent:{kind}", 0, limit - 1)]
+    @_told
+    def ids(self, kind: str, limit: int, before: str = "") -> list[str]:
+        out: list[str] = []
+        start = 0
+        while len(out) < limit and (part := self._redis.zrevrange(f"mmagent:{kind}", start, start + _PART - 1)):
+            out += [id for id in (each.decode() for each in part) if not before or id < before]
+            start += _PART
+        return out[:limit]
 
+    @_told
     def count(self, kind: str, id: str, keep_s: float) -> int:
         key = f"mmagent:count:{kind}:{id}"
         found = int(self._redis.incr(key))

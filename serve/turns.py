@@ -330,7 +330,7 @@ class TurnTaker:
     async def _keep(self, answered: Answered) -> None:
         service, answer, told = self._service, answered.answer, answered.turn
         threshold = service.threshold(answer, answer.task)
-        keeps = service.answers.keeps(answer.confidence, threshold)
+        keeps = self._key.keep and service.answers.keeps(answer.confidence, threshold)
         understood = {
             **{k: v for k, v in answer.to_dict(timings=False).items() if k not in ("probabilities", "bundle")},
             "threshold": threshold,

@@ -6,6 +6,7 @@ with a temporary folder and a token of its own, so that it never meets the Ray o
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -69,6 +70,9 @@ def ray_cluster() -> Iterator[cluster.Cluster]:
 
         ray.init(log_to_driver=False)
         yield started
+        # What still holds objects of Ray's lets them go while Ray is there: its own thread reads them (a segmentation
+        # fault at exit was seen).
+        gc.collect()
         ray.shutdown()
     finally:
         os.environ.pop("RAY_ADDRESS", None)

@@ -15,13 +15,12 @@ from mmagent.feedback import Said
 from mmagent.record import Message, Record
 from mmagent.rows import parse
 from mmagent.targets import TargetError
-from serve.answers import plain
 
 
 def line(id: str, record: Record | None, content: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A line as the service writes it."""
     says = content.get("verdict") or ("other" if set(content) <= {"answer", "comment", "score"} else "wrong")
-    row = None if record is None else plain(record.to_row())
+    row = None if record is None else feedback.plain(record.to_row())
     base = {"id": id, "created_ms": 1, "key": "k", "says": says, "feedback": {"answer": f"ans_{id}", **content}}
     return {**base, "answered": {}, "record": row, **more}
 
