@@ -51,4 +51,4 @@ def choose(scores: Sequence[float], vectors: np.ndarray, count: int, seed: int =
     best = {int(cluster): int(place) for place, cluster in reversed([*zip(order, found, strict=True)])}
     taken = sorted(best.values(), key=lambda place: -values[place])
     rest = [int(place) for place in order if int(place) not in set(taken)]  # of empty clusters
-    return (taken + rest)[:count]
+    return sorted((taken + rest)[:count], key=lambda place: -values[place])

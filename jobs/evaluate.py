@@ -8,6 +8,10 @@ The data set may be another one than the bundle was trained on: then what it rea
 of other names are matched by kind and labels (or by --tasks THEIRS=OWN), and labels that the bundle does not know are
 counted, and count as wrong.
 
+--slices COL,COL also tells the gaps between groups of these columns of meta (`mmagent.fairness`); --swap PAIRS.csv asks
+with words swapped for others, such as names or pronouns (`jobs.counterfactual`); what a bundle writes is looked for in
+its training texts (`jobs.verbatim`).
+
 Writes into --out: evaluation.json (format: see mmagent/evaluation.py), report.html, a page that stands alone, and
 predictions.parquet, a row for each question. Rows that cannot be answered are counted by reason and never end the run.
 Paths are absolute or relative to the storage root (MMAGENT_STORAGE). A bundle is a folder or the name of a run; a data
@@ -18,24 +22,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import baselines, cluster, transfer
+from jobs import baselines, cluster, counterfactual, transfer, verbatim
 from jobs.answers import MODALITIES, Answerer
 from jobs.cluster import ClusterError
 from jobs.page import SLICES, first_slice, read_curves, write_report
 from jobs.progress import Progress
 from jobs.summary import table_of
 from mmagent import bundle as bundles
-from mmagent import evaluation, predictions, report, shards, storage
+from mmagent import evaluation, fairness, predictions, report, shards, storage
 from mmagent.arguments import Parser, mapping, positive
 from mmagent.bundle import Bundle, BundleError
 from mmagent.predictions import EvaluationError
+from mmagent.record import Record
 from mmagent.shards import Dataset, DatasetError
 from mmagent.tasks import make_all
 from mmagent.text import BackboneError
@@ -56,6 +61,7 @@ def evaluate(
     threads: int = 1,
     seed: int = 0,
     tasks: Mapping[str, str] | None = None,
+    swap: Mapping[str, str] | None = None,
     more: Sequence[report.Section] = (),
 ) -> dict[str, Any]:
     """Evaluates on the connected Ray, writes the three files into `out`, and returns what evaluation.json holds.
@@ -67,6 +73,7 @@ def evaluate(
         without: a modality; also asks every question with it taken away.
         workers: processes that answer, each with a copy of the model and `threads` CPU threads.
         tasks: the bundle's task for a task of the data set, where the names do not say it (see `jobs.transfer`).
+        swap: words to be swapped for others, in a second round of questions (see `jobs.counterfactual`).
         more: sections of report.html behind the first one.
 
     Raises:
@@ -86,6 +93,12 @@ def evaluate(
         table, made, found.task, bundle=found.name, data=dataset.name, split=split, before=others, seed=seed
     )
     result["seconds"] = {"predict": round(predicted - started, 1), "before": round(time.monotonic() - predicted, 1)}
+    if swap:
+        result["counterfactual"] = counterfactual.ask(
+            str(found.path), dataset, split, table, swap, named, workers=workers, threads=threads, seed=seed
+        )
+    if written := _verbatim(found, dataset, split, table):
+        result["verbatim"] = written
     if renamed := {asked: answered for asked, answered in named.items() if asked != answered}:
         result["matched"] = renamed
     if dataset.name != found.manifest.get("data") and (own := _at_home(found, slices, workers, threads, seed)):
@@ -101,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         dataset = Dataset.open(shards.find(options.data))
         found = bundles.load(options.bundle)
+        swap = counterfactual.load(options.swap) if options.swap else None
         # Before Ray is looked for, which takes a while.
         for each in _check(found, dataset, options.split, options.tasks):
             if told := each.told(found.name, dataset.name):
@@ -110,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = evaluate(
             options.bundle, dataset, options.split, out=out, slices=options.slices, before=options.before,
             without=options.without, workers=options.workers, threads=options.threads, seed=options.seed,
-            tasks=options.tasks,
+            tasks=options.tasks, swap=swap,
         )  # fmt: skip
     except (BundleError, DatasetError, BackboneError, EvaluationError, storage.StorageError, ClusterError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -119,8 +133,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.strerror or error}: {error.filename or options.out}", file=sys.stderr)
         return 2
     print(table_of(result))
+    for line in _audited(result):
+        print(line)
     print(f"report: {out / 'report.html'}")
     return 0
+
+
+def _verbatim(found: Bundle, dataset: Dataset, split: str, table: pa.Table) -> dict[str, Any]:
+    """What is repeated of training, of each task that writes; none where what was learned is not here."""
+    writing = [name for name, info in found.tasks.items() if info.kind == "generate"]
+    if not writing:
+        return {}
+    try:
+        learned = Dataset.open(storage.folder("data", str(found.manifest.get("data"))))
+    except (DatasetError, storage.StorageError):
+        return {}
+    out = {}
+    for name in writing:
+        asked = (Record.from_row(row) for part in dataset.read(split) for row in part.to_pylist())
+        out[name] = verbatim.repeated(table.filter(pc.equal(table["task"], name)), asked, learned, name)
+    return out
+
+
+def _audited(result: Mapping[str, Any]) -> Iterator[str]:
+    """What is told of groups, swapped words and repeated texts."""
+    for block in evaluation.blocks(result).values():
+        yield from fairness.lines(block.get("gaps", {}))
+    if "counterfactual" in result:
+        yield from counterfactual.lines(result["counterfactual"])
+    for each in result.get("verbatim", {}).values():
+        yield verbatim.line(each)
 
 
 def _parser() -> Parser:
@@ -135,6 +177,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--before", action="store_true", help="compare with a majority answer and a linear probe")
     parser.add_argument("--without", choices=MODALITIES, help="also ask everything with this modality taken away")
+    parser.add_argument(
+        "--swap", type=Path, metavar="PAIRS.csv", help="also ask with words swapped: do answers change?"
+    )
     parser.add_argument(
         "--tasks",
         type=mapping,

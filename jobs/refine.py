@@ -4,6 +4,7 @@
     python -m jobs.refine --channel production --promote              # and move the channel, where it does
     python -m jobs.refine --channel production --promote --canary 0.1 # to a tenth of conversations first
     ray job submit --working-dir . -- python -m jobs.refine --channel production --promote [key.path=value ...]
+    python -m jobs.refine --channel production --least 200 --drift 0.3 --promote    # by cron: where there is reason to
 
 A round takes the feedback that no bundle of the channel's line has learned from yet, sets aside what is no training
 row, contradicts itself or comes from a suspicious key (`jobs.cleaning`), and divides the rest by question into rows to
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return refine(args)
-    except user_errors(ChannelError, BundleError) as error:
+    except user_errors(ChannelError, BundleError, promote.PromoteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -65,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def refine(args: argparse.Namespace) -> int:
     """A round; the exit status."""
     rules = gate.load(args.rules)
+    if args.least or args.drift is not None:
+        words = _waits(args)
+        if words:
+            print(f"{args.channel} is left as it is: {words}")
+            return 0
     found = bundles.load(channels.read(args.channel).bundle)
     config = _config(found, args, f"{args.channel}-r000")  # a mistake in it is told before Ray is looked for
     cluster.connect()
@@ -93,6 +99,28 @@ def refine(args: argparse.Namespace) -> int:
             print(f"refused: {candidate.path} stays where it is, and {found.name} answers on", file=sys.stderr)
             return EXIT_REFUSED
         return _promoted(args, candidate)
+
+
+def _waits(args: argparse.Namespace) -> str:
+    """Why nothing is done yet, where --least or --drift say when; empty where one of them is reached."""
+    from jobs import replay
+
+    told = []
+    if args.least:
+        used = replay.feedback_used(bundles.load(channels.read(args.channel).bundle))
+        said = feedback.read(feedback.folder()).said
+        count = sum(each.id not in used and each.answered.get("channel") == args.channel for each in said)
+        if count >= args.least:
+            return ""
+        told.append(f"{count} new pieces of feedback of --least {args.least}")
+    if args.drift is not None:
+        url = promote.service_of(args.channel)
+        found = promote.call(url, "GET", "/admin/status")["drift"] if url else {}
+        most = max((value for kind in found.values() for value in kind.values()), default=0.0)
+        if most >= args.drift:
+            return ""
+        told.append(f"drift {most:.3g} of --drift {args.drift:g}" if url else "no service tells of drift")
+    return ", ".join(told)
 
 
 # -- before the training -----------------------------------------------------------------------------------------------
@@ -217,6 +245,8 @@ def _parser() -> Parser:
         "--trusted", type=_names, default=(), metavar="KEY,KEY", help="keys whose word decides, and is not doubted"
     )
     parser.add_argument("--rules", type=Path, default=RULES, help="the gate's (default: jobs/recipes/gate.yaml)")
+    parser.add_argument("--least", type=int, default=0, metavar="N", help="do nothing before so much new feedback")
+    parser.add_argument("--drift", type=float, metavar="X", help="nor before /admin/status tells so much drift")
     parser.add_argument("--promote", action="store_true", help="move the channel where the gate accepts")
     parser.add_argument("--canary", type=float, metavar="SHARE", help="to a share of conversations, in place of all")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="in place of what the recipe says")

@@ -13,6 +13,8 @@ nats::
      "unknown_labels": {LABEL: rows}, right answers that no answer can be: wrong; "unknown_rows": int,
      "per_class": {LABEL: {"precision", "recall", "f1", "support"}},
      "slices": {"COLUMN=VALUE": {"n": int, "metrics": {...}}},
+     "gaps": {COLUMN: {"groups": {VALUE: {"n", "accuracy"}}, "accuracy", "demographic_parity", "equalized_odds": each
+        {"value", "low", "high"}, "label"}}, see `mmagent.fairness`,
      "calibration": {"ece", "bins": [{"low", "high", "n", "confidence", "accuracy"}]},
      "coverage": [{"coverage", "accuracy", "confidence"}],
      "confusion": {"labels": [...], "cells": [{"truth", "predicted", "count"}]},
@@ -20,6 +22,8 @@ nats::
      "blind": {"without": "image", "n", "accuracy", "mean_confidence", "gap", "errors", "slices": {...}},
      "before": {NAME: {"what", "n", "metrics": {...}, "slices": {"COLUMN=VALUE": {"n", "metrics"}}}},
      "tasks": {TASK: all from "task" on}, "unanswered": {TASK: {"n", "reasons"}},
+     "counterfactual": {"pairs", "n", "changed": {"value", "low", "high"}, "examples"}, where words were swapped,
+     "verbatim": {TASK: {"words", "n", "repeated", "examples"}}, of tasks that write,
      "matched": {TASK OF THE DATA: the bundle's}, "own": {"data", "split", "tasks": {TASK: {"main", "n", "metrics"}}}}
 
 The metrics are the task's own (classify: accuracy, macro_f1, mean_confidence, nll, brier, ece). `per_class` is there
@@ -45,7 +49,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmagent import metrics, predictions
+from mmagent import fairness, metrics, predictions
 from mmagent.comparison import one_seed, taken
 from mmagent.metrics import Number, Outcomes
 from mmagent.predictions import EvaluationError, slice_masks
@@ -190,6 +194,8 @@ def _block(
             for name, mask in slice_masks(answered)
         },
     }
+    if apart := {name: each for name in _columns(answered) if (each := fairness.gaps(answered, task, name, seed))}:
+        out["gaps"] = apart
     if classes := found.per_class():
         out["per_class"] = classes
     if found.calibrated:
@@ -205,6 +211,13 @@ def _block(
     if before:
         out["before"] = dict(before)
     return out
+
+
+def _columns(table: pa.Table) -> list[str]:
+    """The slice columns that somebody named: gaps between those that are always told would say little."""
+    prefix = predictions.slice_column("")
+    names = (name.removeprefix(prefix) for name in table.column_names if name.startswith(prefix))
+    return [name for name in names if name not in ("form", "voice", "family")]
 
 
 def _points(outcomes: Sequence[Outcome], seed: int) -> list[list[float]]:

@@ -103,6 +103,7 @@ def _sections(block: Mapping[str, Any], shown: Sequence[Example], limits: Limits
         ("result", "Before and after", _results(block)),
         ("answers", "Answers", _points(block)),
         ("confidence", "Confidence", _confidence(block) if "calibration" in block else None),
+        ("groups", "Groups", _groups(block["gaps"]) if block.get("gaps") else None),
         ("classes", "Classes" if "confusion" in block else "Labels", _classes(block) if "per_class" in block else None),
         ("examples", "Examples", example_cards.section(shown, limits)),
     ]
@@ -239,6 +240,32 @@ def _blind(blind: Mapping[str, Any] | None) -> Markup | None:
     )
     shown = table(["slice", "answers", "accuracy", "mean confidence", "gap"], body, told)
     return panel(tag("h3", f"Without its {blind['without']}"), shown)
+
+
+_GAPS = {
+    "accuracy": "right answers",
+    "demographic_parity": "how often a label is answered",
+    "equalized_odds": "how often it is answered where it is right, or where it is not",
+}
+
+
+def _groups(gaps: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """How far groups of rows lie apart, by each column that was named."""
+    parts: list[Child] = []
+    for column, found in gaps.items():
+        body: list[tuple[str, Sequence[Child]]] = [
+            (words, [percent(found[key]["value"]), interval("accuracy", found[key])])
+            for key, words in _GAPS.items()
+            if key in found
+        ]
+        about = f"; it differs most for {found['label']!r}" if "label" in found else ""
+        what = f"The largest difference between {len(found['groups'])} groups of {column}{about}. Of several groups "
+        parts.append(table(["difference of", "at most", "interval"], body, what + "some of it is chance."))
+        sizes: list[tuple[str, Sequence[Child]]] = [
+            (name, [count(each["n"]), percent(each["accuracy"])]) for name, each in found["groups"].items()
+        ]
+        parts.append(table([column, "rows", "right"], sizes, f"Right answers of each group of {column}."))
+    return panel(*parts)
 
 
 def _classes(block: Mapping[str, Any]) -> Markup:

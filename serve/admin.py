@@ -54,6 +54,7 @@ def add(app: FastAPI, service: Service) -> None:
             "feedback_lines": await service.stored(_feedback_lines),
             "handovers": len(await service.handovers.waiting()),
             "traces_lost": service.answers.lost,
+            "drift": service.bundles.current.drift.told(),
             "history": [dict(line) for line in history.lines[-20:]] if history else [],
         }
 

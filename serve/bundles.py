@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmagent import bundle as bundle_folders
 from mmagent import channels
@@ -33,6 +33,13 @@ _RETIRE_TIMEOUT_S = 120.0
 _BEATS = "replica"
 
 logger = logging.getLogger("mmagent.serve")
+
+
+class Known(NamedTuple):
+    """A bundle by what tells it from others."""
+
+    name: str
+    seal: str
 
 
 class Bundles:
@@ -56,6 +63,7 @@ class Bundles:
     ) -> None:
         self.current, self.share = current, 0.0
         self.canary: Loaded | None = None
+        self.former: Known | None = None  # that a promotion took out of service while this replica looked on
         self.channel, self.replica = channel, replica
         self._load, self._store, self._thread = load, store, thread
         self._users: dict[int, int] = {}
@@ -97,6 +105,11 @@ class Bundles:
     @property
     def all(self) -> list[Loaded]:
         return [self.current] + ([self.canary] if self.canary is not None else [])
+
+    @property
+    def known(self) -> list[Known]:
+        """Those whose answers may still be spoken of."""
+        return [*(Known(each.name, each.seal) for each in self.all), *([self.former] if self.former else [])]
 
     @property
     def replicas(self) -> int:
@@ -147,7 +160,9 @@ class Bundles:
             wanted = channels.read(self.channel)
             current = await self._ready(Path(wanted.bundle))
             canary = await self._ready(Path(wanted.canary)) if wanted.canary else None
-            before = self.all
+            before, was = self.all, Known(self.current.name, self.current.seal)
+            if current.seal != was.seal:
+                self.former = None if wanted.lines[-1].get("act") == "rollback" else was
             # No await between these: a request sees the one state or the other.
             self.current, self.canary, self.share = current, canary, wanted.share
             self._stamp, self.trouble = stamp, ""

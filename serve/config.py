@@ -71,6 +71,10 @@ class ServeConfig(BaseModel):
     target_accuracy: float | None = Field(
         None, gt=0, le=1, description="answers less sure than validation needs for this accuracy count as abstained"
     )
+    rollback_at: float | None = Field(
+        0.1, gt=0, le=1, description="a canary, or a bundle that was promoted while this service runs, is taken back "
+        "where surely more answers are called wrong, or unsure, than of the bundle before, by more than this share"
+    )  # fmt: skip
     explain: Literal["integrated_gradients", "rollout"] = Field(
         "integrated_gradients", description="how evidence is found where a request says explain"
     )

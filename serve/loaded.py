@@ -16,6 +16,7 @@ from mmagent.record import Message, Record, Target
 from mmagent.targets import HEAD, TAIL, kind
 from serve.batcher import Batcher
 from serve.config import ServeConfig
+from serve.drift import Drift
 
 _FAILURES = 3  # forward passes that fail in a row before a replica calls itself ill
 
@@ -39,6 +40,7 @@ class Loaded:
     ) -> None:
         self.predictor, self.config, self.seal = predictor, config, seal
         self.created_s = int(predictor.manifest.get("created_ms", 0)) // 1000
+        self.drift = Drift({name: task.info for name, task in predictor.tasks.items()}, predictor.calibration)
         self.is_warm = False
         self.work = ThreadPoolExecutor(1, thread_name_prefix="explain")  # what is asked for one answer alone
 

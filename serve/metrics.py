@@ -66,9 +66,14 @@ class Metrics:
             buckets=_SHARES, registry=registry,
         )  # fmt: skip
         self.drift = Gauge(
-            "mmagent_drift", "Mean novelty of the last 200 answers; 0.5 is what validation data have", ["bundle"],
+            "mmagent_drift", "How far inputs, labels and confidence lie from what the bundle was made for",
+            ["bundle", "of", "modalities"],
             multiprocess_mode="mostrecent" if folder is not None else "all", registry=registry,
         )  # fmt: skip
+
+        self.taken_back = Counter(
+            "mmagent_taken_back", "Bundles taken back because they did worse in life", ["bundle"], registry=registry
+        )
 
     def text(self) -> bytes:
         if self._folder is None:

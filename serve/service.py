@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +23,7 @@ from mmagent.agent.turn import Passage
 from mmagent.batch import Sample
 from mmagent.predictor import Answer, Predictor
 from mmagent.record import Record
-from serve import parity
+from serve import logs, parity
 from serve.answers import Answers
 from serve.bundles import Bundles
 from serve.config import ServeConfig
@@ -39,13 +38,14 @@ from serve.metrics import Metrics
 from serve.parity import Verdict
 from serve.parts import Draft
 from serve.questions import ChatRequest, PredictRequest
+from serve.sentinel import Sentinel
 from serve.store import Store, open_store
 from serve.turns import Answered, TurnTaker
 
 if TYPE_CHECKING:
     from mmagent.knowledge import KnowledgeBase
 
-_DRIFT_OVER = 200  # answers
+_DRIFT_EVERY = 25  # answers
 _T = TypeVar("_T")
 
 logger = logging.getLogger("mmagent.serve")
@@ -93,7 +93,9 @@ class Service:
         self.knowledge: KnowledgeBase | None = None
         self._servers: list[Server] = []
         self._policy_file = policy_file
-        self._novelties: deque[float] = deque(maxlen=_DRIFT_OVER)
+        self.sentinel = Sentinel(config.rollback_at)
+        self._observed = 0
+        self._taking_back: asyncio.Task[None] | None = None
         self._ready = False
 
     # -- its life --------------------------------------------------------------------------------------------------
@@ -307,15 +309,23 @@ class Service:
         """Counts an answer."""
         answer, metrics = answered.answer, self.metrics
         metrics.confidence.labels(answer.task, answer.bundle).observe(answer.confidence)
-        if answer.confidence < self.threshold(answer, answer.task):
+        unsure = answer.confidence < self.threshold(answer, answer.task)
+        if unsure:
             metrics.abstained.labels(answer.task, answer.bundle).inc()
         metrics.outcomes.labels(answered.turn.outcome).inc()
         for stage, ms in answered.timings_ms.items():
             metrics.stage.labels(stage).observe(ms / 1000)
         if answer.novelty is not None:
             metrics.novelty.labels(answer.task, answer.bundle).observe(answer.novelty)
-            self._novelties.append(answer.novelty)
-            metrics.drift.labels(answer.bundle).set(sum(self._novelties) / len(self._novelties))
+        loaded = answered.loaded
+        loaded.drift.add(answer, answered.record.modalities)
+        self._observed += 1
+        if self._observed % _DRIFT_EVERY == 0:
+            for kind, found in loaded.drift.told().items():
+                for of, value in found.items():
+                    metrics.drift.labels(loaded.name, of, kind).set(value)
+        self.sentinel.answered(loaded.seal, unsure=unsure)
+        self._guard()
         if self.config.log_content:
             said = {
                 "answer": answered.id,
@@ -323,6 +333,33 @@ class Service:
                 "record": [m.content for m in answered.record.messages],
             }
             logger.info(json.dumps(said, ensure_ascii=False))
+
+    def judged(self, trace: Mapping[str, Any], says: str) -> None:
+        """Counts what a user says of an answer."""
+        self.metrics.feedback.labels(says, str(trace["bundle"])).inc()
+        loaded = next((each for each in self.bundles.known if each.name == trace["bundle"]), None)
+        if loaded is not None:
+            self.sentinel.judged(loaded.seal, says)
+            self._guard()
+
+    def _guard(self) -> None:
+        """Takes a bundle back that does worse in life than the one before it."""
+        if self.channel is None or (self._taking_back is not None and not self._taking_back.done()):
+            return
+        new = self.bundles.canary or self.bundles.current
+        old = self.bundles.current if self.bundles.canary is not None else self.bundles.former
+        if old is not None and (words := self.sentinel.complaint(new.seal, old.seal)):
+            self._taking_back = asyncio.get_running_loop().create_task(self._take_back(new, words))
+
+    async def _take_back(self, new: Loaded, words: str) -> None:
+        try:
+            await self.stored(functools.partial(logs.audit, "taken back", "service", "", bundle=new.name, why=words))
+            await self.rollback(f"service: {words}")
+            self.sentinel.forget(new.seal)
+            self.metrics.taken_back.labels(new.name).inc()
+            logger.warning("%s was taken back: %s", new.name, words)
+        except Exception:
+            logger.exception("%s does worse (%s), and could not be taken back", new.name, words)
 
     def hand_over(self, answered: Answered, key: Key) -> None:
         """Puts a request into the queue of those that a person answers."""

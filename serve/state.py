@@ -73,7 +73,7 @@ def add(app: FastAPI, service: Service) -> None:
         trace = await _trace(service, body.answer, key, "answer")
         taken = await service.feedback.take(body, trace, key)
         if not taken.repeated:
-            service.metrics.feedback.labels(body.says, str(trace.told["bundle"])).inc()
+            service.judged(trace.told, body.says)
         return taken
 
     @app.get("/metrics", tags=["state"], response_class=Response, responses=_MEASURED)

@@ -20,7 +20,7 @@ from serve.metrics import Metrics
 metrics = Metrics(Path(sys.argv[1]))
 metrics.requests.labels("/v1/predict", "200").inc(3)
 metrics.waiting.inc(5)
-metrics.drift.labels("b").set(0.7)
+metrics.drift.labels("b", "inputs", "all").set(0.7)
 """
 
 
