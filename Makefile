@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search bench-serve bench-confidence test-abuse test-faults figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search bench-serve bench-confidence bench-continual test-abuse test-faults figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ bench-serve: $(STAMP) ## requests per second beside the bare model and other ser
 
 bench-confidence: $(STAMP) ## what confidence and evidence are worth: writes runs/bench/confidence.json
 	@$(PY) -m tests.bench.confidence
+
+bench-continual: $(STAMP) ## learning from corrections: gained, forgotten, for how much, and poisoned (an hour): writes runs/bench/continual.json
+	@$(PY) -m tests.bench.continual
 
 test-abuse: $(STAMP) ## 400 hostile and broken requests, each with its right status: writes runs/bench/abuse.json
 	@$(PY) -m tests.bench.abuse

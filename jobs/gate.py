@@ -80,6 +80,8 @@ def _answers(
     """The predictions of a bundle, in the order of their ids; `set` is the part before the colon."""
     from jobs import stream  # brings Ray, which reads its environment when it is imported
 
+    if not asked:
+        return predictions.schema(rules.slices).append(pa.field("set", pa.string())).empty_table()
     rows = pa.Table.from_pylist([record.to_row() for record in asked], SCHEMA)
     kwargs = {"bundle": str(found.path), "slices": rules.slices, "without": without, "threads": threads}
     parts = stream.over(rows, Answerer, kwargs, workers=workers, batch_rows=_BATCH_ROWS, threads=threads)

@@ -99,6 +99,13 @@ def test_a_slower_answer_is_refused() -> None:
     assert gate.slower(10.0, 16.0, Rules()).passed is False
 
 
+def test_without_questions_nothing_is_accepted() -> None:
+    nothing = table({})
+    [found] = gate.compare(nothing, nothing, Rules())
+    assert found.passed is False
+    assert "questions to judge by" in found.rule
+
+
 def test_different_questions_are_no_comparison() -> None:
     with pytest.raises(ValueError, match="different questions"):
         gate.compare(table({gate.FIXED: np.ones(3, bool)}), table({gate.NEW: np.ones(3, bool)}), Rules())
