@@ -1,6 +1,7 @@
 """Successive halving in step, as a scheduler of Ray Tune's: all trials come to a stage before any goes behind it.
 
-At each stage the best one of ``reduction`` goes on and the others end (Jamieson and Talwalkar, arXiv:1502.07943). Where
+At each stage the best one of ``reduction`` goes on and the others end (Jamieson and Talwalkar, arXiv:1502.07943), but
+two at least come to the end, so that no winner is chosen by its beginning alone. Where
 few trials run at a time, that costs less than ASHA, which has to let pass whoever comes to a stage first; and each is
 compared with all the others, so that it does not matter in which order they are drawn.
 """
@@ -12,6 +13,8 @@ from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+_LEAST = 2  # trials that come to the end
 
 
 class Halving(FIFOScheduler):
@@ -50,7 +53,7 @@ class Halving(FIFOScheduler):
 
     def _halve(self, tune_controller: Any, waiting: Sequence[Trial]) -> None:
         ranked = sorted(waiting, key=lambda each: -self._reached[each.trial_id])  # of equals who was drawn first
-        kept = max(1, len(ranked) // self._reduction)
+        kept = max(_LEAST, len(ranked) // self._reduction)
         for each in ranked[:kept]:
             self._stage[each.trial_id] += 1
         for each in ranked[kept:]:

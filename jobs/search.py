@@ -214,8 +214,7 @@ def _checked(base: Config, space: Space, dims: Sequence[Dimension], place: Path)
         except (run.RunError, ConfigError, ValueError) as error:
             raise ConfigError(f"the space cannot run, {spaces.short(sample)}: {error}") from error
     most = space.most if space.most and space.unit == "seconds" else float(made.plan.total_steps)
-    halving = 3 * space.reduction if space.scheduler == "halving" else space.reduction**2
-    grace = space.grace or max(1.0, most / (16 if space.method == "population" else halving))
+    grace = space.grace or max(1.0, most / (16 if space.method == "population" else space.reduction**2))
     if grace > most:
         raise ConfigError(f"grace={grace:g} {space.unit}, but a trial has {most:g}")
     if space.method != "population" and space.scheduler == "hyperband" and grace * space.reduction > most:

@@ -50,6 +50,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune frames a table tha
 
 REPORTS = "reports.jsonl"
 QUALITY, BUDGET = "quality", "budget"
+RANK = "rank"  # what trials are compared by on their way: see `rank`
 _TRIAL = "trial"  # in Tune's config: {"number", "sample"}
 _MARKS = ("step", "total_steps", "done", "seconds", "startup_s")  # in a report, beside what was measured
 _SAMPLE = "sample.json"  # in a trial's folder: what its checkpoints are of
@@ -155,7 +156,7 @@ def run(
         trainable,
         param_space=proposals.given() if population else {},
         tune_config=TuneConfig(
-            metric=QUALITY,
+            metric=RANK,
             mode="max",
             num_samples=1 if population else trials,
             search_alg=None if population else proposals,
@@ -208,7 +209,7 @@ def _scheduler(space: Space, dims: Sequence[Dimension], stages: Stages, trials: 
             log_config=False,
         )
     if space.scheduler == "halving":
-        return Halving(stages.marks(space.method), stages.reduction, trials, budget=BUDGET, quality=QUALITY)
+        return Halving(stages.marks(space.method), stages.reduction, trials, budget=BUDGET, quality=RANK)
     if space.scheduler == "asha":
         most: Any = stages.budget  # declared as whole, and used as it is
         return ASHAScheduler(time_attr=BUDGET, max_t=most, grace_period=1, reduction_factor=stages.reduction)
@@ -239,7 +240,7 @@ class Proposals(Searcher):
         seed: int,
         began: Sequence[Sequence[Mapping[str, Any]]] = (),
     ) -> None:
-        super().__init__(metric=QUALITY, mode="max")
+        super().__init__(metric=RANK, mode="max")
         self._dims = dims
         # A population's samples change as it goes: those that it began with are drawn again, by the seed.
         known = [records[0]["sample"] for records in began if records]
@@ -280,7 +281,7 @@ class Proposals(Searcher):
             return
         import optuna
 
-        quality = (result or {}).get(QUALITY)
+        quality = (result or {}).get(RANK)
         if not isinstance(asked, dict):
             failed = {"state": optuna.trial.TrialState.FAIL} if quality is None else {"values": quality}
             self._study.tell(asked, **failed)
@@ -428,6 +429,7 @@ class _Trainee(tune.Trainable):
         return {
             **{key: value for key, value in metrics.items() if key != "done"},
             QUALITY: self._best,
+            RANK: rank(metrics, self._metric),
             BUDGET: self._stages.spent(metrics),
             "done": bool(metrics["done"]),
         }
@@ -446,6 +448,12 @@ def quality(metrics: Mapping[str, Any], metric: tuple[str, bool]) -> float:
         there = ", ".join(sorted(key for key in metrics if key not in _MARKS))
         raise TrialFailed(f"metric={name} is not reported; there are {there}")
     return float(metrics[name]) if higher else -float(metrics[name])
+
+
+def rank(metrics: Mapping[str, Any], metric: tuple[str, bool]) -> float:
+    """What trials are compared by before their end, higher is better: the named metric, or where none is named the
+    validation loss. After few steps a share of right answers says next to nothing, when a loss already falls."""
+    return quality(metrics, metric) if metric[0] or "loss" not in metrics else -float(metrics["loss"])
 
 
 def _read(place: Path) -> list[dict[str, Any]]:

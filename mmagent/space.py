@@ -50,17 +50,17 @@ class Space(BaseModel):
     scheduler: Literal["halving", "asha", "hyperband", "none"] = Field(
         "halving",
         description="which trials end early. halving: at each stage all are waited for, and the best one of "
-        "`reduction` goes on (arXiv:1502.07943). asha: who is behind those that came as far, without waiting, for many "
-        "trials at a time (arXiv:1810.05934). hyperband: brackets of halving that begin at different stages "
-        "(arXiv:1603.06560). none: every trial runs to its end",
+        "`reduction` goes on, two at least (arXiv:1502.07943). asha: who is behind those that came as far, without "
+        "waiting, for many trials at a time (arXiv:1810.05934). hyperband: brackets of halving that begin at different "
+        "stages (arXiv:1603.06560). none: every trial runs to its end",
     )
     unit: Literal["steps", "seconds"] = Field("steps", description="of grace and most: optimizer steps, or seconds of "
                                               "training")  # fmt: skip
     grace: float | None = Field(
         None,
         gt=0,
-        description="before a trial may be stopped, or a population changed; none: most / (3 reduction) "
-        "of halving, most / reduction² of asha and hyperband, most / 16 of a population",
+        description="before a trial may be stopped, or a population changed; none: most / reduction², "
+        "most / 16 of a population",
     )
     most: float | None = Field(None, gt=0, description="of a trial; none: the recipe's steps. Wanted with seconds")
     reduction: int = Field(4, ge=2, description="one of this many trials goes on at each stage")

@@ -73,23 +73,25 @@ def test_the_best_of_each_stage_go_on_best_first() -> None:
     finals = [0.3, 0.9, 0.1, 0.8, 0.2, 0.7, 0.4, 0.6]
     tune = run(finals)
     steps = {each.trial_id: each.at for each in tune.trials}
-    assert tune.order == [*(f"t{n}" for n in range(8)), "t1", "t3", "t1"]
-    assert steps == {"t1": 12, "t3": 4} | {f"t{n}": 1 for n in (0, 2, 4, 5, 6, 7)}
+    assert tune.order == [*(f"t{n}" for n in range(8)), "t1", "t3", "t1", "t3"]
+    assert steps == {"t1": 12, "t3": 12} | {f"t{n}": 1 for n in (0, 2, 4, 5, 6, 7)}
     assert {each.status for each in tune.trials} == {Trial.TERMINATED}
 
 
 def test_sixteen_trials_cost_less_than_four_whole_ones() -> None:
-    tune = run([n / 16 for n in range(16)])
-    assert sum(each.at for each in tune.trials) <= 4 * 12
+    tune = run([n / 16 for n in range(16)], most=16)
+    assert sorted(each.at for each in tune.trials) == [1] * 12 + [4] * 2 + [16] * 2
+    assert sum(each.at for each in tune.trials) <= 4 * 16
 
 
 def test_few_trials_come_to_an_end_too() -> None:
-    assert [each.at for each in run([0.5, 0.6]).trials] == [1, 12]
+    assert [each.at for each in run([0.5, 0.6, 0.7]).trials] == [1, 12, 12]
+    assert [each.at for each in run([0.5, 0.6]).trials] == [12, 12]
     assert [each.at for each in run([0.5]).trials] == [12]
 
 
 def test_of_equals_who_was_drawn_first_goes_on() -> None:
-    assert [each.at for each in run([0.5] * 4).trials] == [12, 1, 1, 1]
+    assert [each.at for each in run([0.5] * 4).trials] == [12, 12, 1, 1]
 
 
 def test_a_trial_that_fails_holds_nobody_up() -> None:

@@ -30,6 +30,13 @@ def test_stages_are_shares_of_a_trials_own_steps() -> None:
     assert stages.steps("population", 160) == tuple(range(10, 160, 10))
 
 
+def test_trials_are_compared_by_their_loss_unless_a_metric_is_named() -> None:
+    metrics = {"score": 0.5, "loss": 1.5, "ece": 0.1}
+    assert trials.rank(metrics, ("", True)) == -1.5
+    assert trials.rank(metrics, ("ece", False)) == -0.1
+    assert trials.rank({"score": 0.5}, ("", True)) == 0.5
+
+
 def test_stages_of_seconds_are_where_validation_happens_to_be() -> None:
     stages = Stages("seconds", grace=5, most=20, reduction=2)
     assert stages.steps("random", 160) == ()
@@ -69,7 +76,7 @@ def test_optuna_learns_from_what_trials_reach() -> None:
         given = made.suggest(f"id{number}")
         assert given is not None
         reached.append(closeness(given["trial"]["sample"]))
-        made.on_trial_complete(f"id{number}", {"quality": reached[-1]})
+        made.on_trial_complete(f"id{number}", {"rank": reached[-1], "budget": 16.0})
     assert sum(reached[-20:]) / 20 > sum(reached[:20]) / 20 + 0.3
 
 
