@@ -52,7 +52,7 @@ SMALL = os.environ.get("SCALE") == "small"
 RECIPE = cluster.CHECKOUT / "jobs/recipes/easy_vqa.yaml"
 NEW = {"teal", "brown", "triangle"}
 SHAPES = {"circle", "rectangle", "triangle"}
-BASE_ROWS = {"train": 240, "validation": 60, "test": 80} if SMALL else {"train": 9000, "validation": 600, "test": 1500}
+BASE_ROWS = {"train": 240, "validation": 60, "test": 80} if SMALL else {"train": 6000, "validation": 600, "test": 1500}
 ROUNDS, CORRECTIONS, NEW_TEST = (1, 60, 40) if SMALL else (3, 500, 600)
 KEYS, LIARS = 10, 2
 SETTINGS = (
