@@ -22,6 +22,7 @@ from typing import Any
 from scipy.stats import binom
 
 from jobs import answers
+from jobs.scrubbing import Scrub, scrubbed
 from mmagent import feedback
 from mmagent.feedback import Said
 from mmagent.record import Record
@@ -65,15 +66,23 @@ class Aside:
         return {"id": self.id, "key": self.key, "reason": self.reason, "message": self.message}
 
 
-def offers(said: Iterable[Said]) -> tuple[list[Offer], list[Aside]]:
-    """The training rows that feedback makes; what makes none."""
+def offers(said: Iterable[Said], scrub: Scrub | None = None) -> tuple[list[Offer], list[Aside]]:
+    """The training rows that feedback makes; what makes none.
+
+    Args:
+        scrub: takes personal data out of a text.
+    """
     made: list[Offer] = []
     aside: list[Aside] = []
     for each in said:
         try:
             record = feedback.record(each)
+            record = scrubbed(record, scrub) if scrub is not None else record
         except TargetError as error:
             aside.append(Aside(each.id, each.key, error.reason, str(error)))
+            continue
+        except ValueError as error:
+            aside.append(Aside(each.id, each.key, "cannot be scrubbed", str(error)))
             continue
         made.append(Offer(each, record, answers.question(record)))
     return made, aside

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jobs import cluster, promote, watch
+from jobs import cluster, promote, scrubbing, watch
 from jobs.train import user_errors
 from mmagent import bundle as bundles
 from mmagent import channels, feedback, gate, storage
@@ -47,7 +47,6 @@ from mmagent.shards import Dataset
 RULES = cluster.CHECKOUT / "jobs/recipes/gate.yaml"
 EXIT_REFUSED = 3
 _EPOCHS = 8
-_RATE = 0.5  # of the learning rate that the bundle was trained with
 _DISTIL, _STRENGTH = 1.0, 0.01
 
 
@@ -66,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def refine(args: argparse.Namespace) -> int:
     """A round; the exit status."""
     rules = gate.load(args.rules)
+    scrub = scrubbing.load(args.scrub) if args.scrub else None
     if args.least or args.drift is not None:
         words = _waits(args)
         if words:
@@ -83,7 +83,7 @@ def refine(args: argparse.Namespace) -> int:
         place = _round(args, found)
         name = f"{args.channel}-{place.name}"
         config = configs.override(config, {"data.name": name})
-        settings = Settings(args.channel, tuple(_asked(args)), args.replay, args.grow, args.trusted)
+        settings = Settings(args.channel, tuple(_asked(args)), args.replay, args.grow, args.trusted, scrub)
         told = rounds.prepared(found, config, settings, place, name)
         if told is None:
             return 0
@@ -131,12 +131,9 @@ def _config(found: Bundle, args: argparse.Namespace, name: str) -> Config:
     base = found.config
     changed: dict[str, Any] = {
         "data.name": name, "data.share": 1.0, "data.labels_per_class": None, "start.bundle": str(found.path),
-        "start.hold": "none", "start.distil": 0.0, "optim.lr": base.optim.lr * _RATE, "train.epochs": _EPOCHS,
+        "start.hold": "none", "start.distil": 0.0, "train.epochs": _EPOCHS,
         "train.max_steps": None, "train.min_steps": 0, "train.patience": 0, "train.eval_every_epochs": None,
     }  # fmt: skip
-    for key in ("optim.lr_towers", "optim.lr_backbone"):
-        if (rate := configs.value(base, key)) is not None:
-            changed[key] = rate * _RATE
     if args.hold == "distil":
         changed["start.distil"] = _DISTIL
     elif args.hold in ("l2_sp", "ewc"):
@@ -174,7 +171,7 @@ def _round(args: argparse.Namespace, found: Bundle) -> Path:
 
 
 def _asked(args: argparse.Namespace) -> list[str]:
-    return [args.hold, f"{args.replay:g}", str(args.grow), *sorted(args.trusted), *args.overrides]
+    return [args.hold, f"{args.replay:g}", str(args.grow), args.scrub or "", *sorted(args.trusted), *args.overrides]
 
 
 # -- after it ----------------------------------------------------------------------------------------------------------
@@ -245,6 +242,7 @@ def _parser() -> Parser:
         "--trusted", type=_names, default=(), metavar="KEY,KEY", help="keys whose word decides, and is not doubted"
     )
     parser.add_argument("--rules", type=Path, default=RULES, help="the gate's (default: jobs/recipes/gate.yaml)")
+    parser.add_argument("--scrub", metavar="MODULE:FUNCTION", help="takes personal data out of texts")
     parser.add_argument("--least", type=int, default=0, metavar="N", help="do nothing before so much new feedback")
     parser.add_argument("--drift", type=float, metavar="X", help="nor before /admin/status tells so much drift")
     parser.add_argument("--promote", action="store_true", help="move the channel where the gate accepts")

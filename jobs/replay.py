@@ -8,7 +8,7 @@ follows that chain.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,9 @@ def feedback_used(found: Bundle) -> set[str]:
 
 def draw(datasets: Sequence[Dataset], split: str, count: int, seed: int) -> list[Record]:
     """As many rows of a split, each class of each task and kind of input as often as the others, as far as it has
-    rows; by the seed. Of a refit's data set its new rows alone: what it replayed stands in the others."""
-    by_kind: dict[tuple[str, str, str], list[Place]] = defaultdict(list)
+    rows, and what users corrected before as often as what was there at first; by the seed. Of a refit's data set its
+    new rows alone: what it replayed stands in the others."""
+    by_kind: dict[tuple[bool, str, str, str], list[Place]] = defaultdict(list)
     for dataset in datasets:
         if split not in dataset.splits:
             continue
@@ -78,8 +79,13 @@ def draw(datasets: Sequence[Dataset], split: str, count: int, seed: int) -> list
                     rows = shard.read_row_group(group, columns=_COLUMNS).to_pylist()
                     for index, row in enumerate(rows):
                         if not (refit and dict(row["meta"] or ()).get("source") == REPLAY):
-                            by_kind[_kind(row)].append(Place(file, group, index))
-    return list(_read(_balanced(by_kind, count, seed)))
+                            by_kind[refit, *_kind(row)].append(Place(file, group, index))
+    parts = [{kind: places for kind, places in by_kind.items() if kind[0] == refit} for refit in (True, False)]
+    share = [count // 2, count - count // 2]
+    there = [sum(map(len, part.values())) for part in parts]
+    # What one of the two has too few of, the other one fills up.
+    wanted = [max(share[at], count - there[1 - at]) for at in range(2)]
+    return list(_read([each for part, n in zip(parts, wanted, strict=True) for each in _balanced(part, n, seed)]))
 
 
 def memory(found: Bundle) -> list[Record]:
@@ -116,7 +122,7 @@ def _some(media: Any) -> list[dict[str, Any]]:
     return [{"bytes": None, "path": each.get("path")} for each in media or ()]
 
 
-def _balanced(by_kind: dict[tuple[str, str, str], list[Place]], count: int, seed: int) -> list[Place]:
+def _balanced(by_kind: Mapping[tuple[bool, str, str, str], list[Place]], count: int, seed: int) -> list[Place]:
     """In turn one of each kind, in an order that the seed gives, until there are enough."""
     rng = np.random.default_rng([seed, _DRAW])
     queues = [[places[index] for index in rng.permutation(len(places))] for _, places in sorted(by_kind.items())]

@@ -16,6 +16,7 @@ import numpy as np
 
 from jobs import cleaning, crossfit, replay
 from jobs.cleaning import Aside, Offer
+from jobs.scrubbing import Scrub
 from jobs.sources import GoodRow
 from jobs.sources.tally import Tally
 from mmagent import config as configs
@@ -27,7 +28,7 @@ from mmagent.shards import FORMAT_VERSION, INFO_FILE, Dataset, ShardWriter
 from mmagent.targets import TaskInfo
 
 FILE = "round.json"
-_SHARES = {"test": 0.2, "validation": 0.1}  # of new questions, by their digest
+_SHARES = {"test": 0.15, "validation": 0.05}  # of new questions, by their digest
 _FEWEST_CUT = 20  # new rows, below which all are learned from
 _VALIDATED = 512  # replayed rows at most
 _LEAST_REPLAYED = 64  # in training
@@ -43,6 +44,7 @@ class Settings:
     replay: float  # rows for each new one
     grow: bool
     trusted: tuple[str, ...]  # keys
+    scrub: Scrub | None = None  # takes personal data out of a text
 
 
 def prepared(
@@ -62,7 +64,7 @@ def prepared(
     log = feedback.read(feedback.folder())
     used = replay.feedback_used(found)
     fresh = [each for each in log.said if each.id not in used and each.answered.get("channel") == settings.channel]
-    made, aside = cleaning.offers(fresh)
+    made, aside = cleaning.offers(fresh, settings.scrub)
     kept, more = cleaning.by_rule(made, found.tasks, grow=settings.grow, trusted=settings.trusted)
     aside += more
     bases, gone = replay.sources(found)

@@ -56,6 +56,8 @@ def test_the_line_of_a_refitted_bundle(
     assert ([each.name for each in there], gone) == (["line-r001", "tiny"], ["lost"])
     assert replay.feedback_used(refitted) == {"fb_1", "fb_2"}
     assert replay.feedback_used(found) == set()
+    half = replay.draw(there, "train", 8, 0)
+    assert sum(record.meta.get("source") == "feedback" for record in half) == 4
     drawn = {record.id for record in replay.draw(there, "train", 10**9, 0)}
     assert {each.id for each in new} <= drawn
     assert len(drawn) == 4 + skewed.rows("train")

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
-import yaml
 
 from jobs import cluster, prepare, refine, train
 from mmagent import channels, feedback, storage
@@ -211,8 +210,7 @@ def _naive(part: Part) -> list[Score]:
         name = f"continual-naive{number}"
         held = max(1, len(corrections) // 10)
         _prepared(name, {"train": corrections[held:], "validation": corrections[:held], "test": corrections[:held]})
-        rate = yaml.safe_load(RECIPE.read_text())["optim"]["lr"] / 2
-        _trained(name, name, f"start.bundle={before}", f"optim.lr={rate}", "train.epochs=8", "train.min_steps=0")
+        _trained(name, name, f"start.bundle={before}", "train.epochs=8")
         before = storage.folder("runs", name) / "bundle"
         scores.append(score(before, part))
     return scores
