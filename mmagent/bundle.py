@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def save(
             "format_version": FORMAT_VERSION,
             "name": name,
             "created_ms": int(time.time() * 1000),
-            "mmagent": _version(),
+            "mmagent": metadata.version("mmagent"),
             "task": task,
             "tasks": sorted(tasks),
             "labels": list(tasks[task].labels),
@@ -215,12 +216,6 @@ def _towers(folder: Path) -> dict[str, str]:
     """Where a bundle's pretrained towers are rebuilt from: its own copies, not the checkpoints it was trained from."""
     kinds = (kind for kind in ("image", "audio") if (folder / "towers" / kind).is_dir())
     return {f"model.{kind}.checkpoint": str(folder / "towers" / kind) for kind in kinds}
-
-
-def _version() -> str:
-    from mmagent import __version__  # the package's first lines import this module
-
-    return __version__
 
 
 def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:

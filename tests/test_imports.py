@@ -21,7 +21,7 @@ TESTS = sorted((CHECKOUT / "tests").rglob("*.py"))
 HOMES = {
     "ray.data": ["jobs/stream.py"],
     "ray.train": ["jobs/workers.py"],
-    "ray.tune": ["jobs/trials.py"],
+    "ray.tune": ["jobs/trials.py", "jobs/halving.py"],
     "deepspeed": ["jobs/zero.py"],
     "ray.serve": ["serve/"],
     "fastapi": ["serve/"],
