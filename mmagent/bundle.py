@@ -13,13 +13,13 @@ A folder without its manifest is no bundle: writing was interrupted.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def save(
             "format_version": FORMAT_VERSION,
             "name": name,
             "created_ms": int(time.time() * 1000),
-            "mmagent": metadata.version("mmagent"),
+            "mmagent": importlib.import_module("mmagent").__version__,
             "task": task,
             "tasks": sorted(tasks),
             "labels": list(tasks[task].labels),
