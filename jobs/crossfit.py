@@ -7,6 +7,7 @@ training for each half, in Ray tasks of their own.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,9 +35,9 @@ _ORDER = 11  # of the seeds that start with the run's
 
 def contradicted(
     config: Config, infos: Mapping[str, TaskInfo], given: Sequence[Offer], replayed: Sequence[Record]
-) -> dict[str, bool]:
+) -> tuple[dict[str, bool], float]:
     """By feedback, whether a model that did not learn from its key answers otherwise; where it cannot answer, it does
-    not contradict.
+    not contradict. And the seconds of the longer one's steps.
 
     Args:
         config: of the refit, settled.
@@ -54,9 +55,11 @@ def contradicted(
             work.remote(storage.root(), config, dict(infos), [*others, *replayed], [each.record for each in mine])
         )
     out: dict[str, bool] = {}
-    for mine, right in zip(asked, ray.get(waiting), strict=True):
+    seconds = 0.0
+    for mine, (right, took_s) in zip(asked, ray.get(waiting), strict=True):
         out |= {each.said.id: not fine for each, fine in zip(mine, right, strict=True)}
-    return out
+        seconds = max(seconds, took_s)
+    return out, seconds
 
 
 def deal(counts: Mapping[str, int]) -> tuple[set[str], set[str]]:
@@ -72,8 +75,9 @@ def deal(counts: Mapping[str, int]) -> tuple[set[str], set[str]]:
 
 def fit(
     root: Any, config: Config, infos: Mapping[str, TaskInfo], rows: Sequence[Record], asked: Sequence[Record]
-) -> list[bool]:
-    """Trains on rows as a refit would, in plain torch, and says of each question whether its answer is right.
+) -> tuple[list[bool], float]:
+    """Trains on rows as a refit would, in plain torch, and says of each question whether its answer is right; and the
+    seconds of the training.
 
     Args:
         root: of storage, as the command sees it.
@@ -89,17 +93,20 @@ def fit(
     frozen = FrozenStates(encoder, device=engine.device) if model.backbone is None else None
     batches = Batches(inputs, frozen, config, {}, engine.device)
     samples = [sample for record in rows if (sample := _sample(inputs, record)) is not None]
+    began = time.monotonic()
     _train(config, engine, batches, samples)
+    took_s = time.monotonic() - began
     predictor = Predictor(
         name="crossfit", config=config, tasks=tasks, task=next(iter(infos)), model=model, encoder=encoder,
         tokenizer=tokenizer, device=str(engine.device),
     )  # fmt: skip
     answers = predictor.attempt(asked)
-    return [
+    right = [
         isinstance(answer, PartError)
         or bool(predictions.judged(tasks[record.task], tasks[record.task].gold(record), answer)["right"])
         for record, answer in zip(asked, answers, strict=True)
     ]
+    return right, took_s
 
 
 def _train(config: Config, engine: TorchEngine, batches: Batches, samples: Sequence[Sample]) -> None:

@@ -46,7 +46,8 @@ from mmagent.shards import Dataset
 
 RULES = cluster.CHECKOUT / "jobs/recipes/gate.yaml"
 EXIT_REFUSED = 3
-_EPOCHS = 8
+_EPOCHS = 6
+_BATCH = 32  # at most, of a step: few rows want many steps
 _DISTIL, _STRENGTH = 1.0, 0.01
 
 
@@ -132,6 +133,7 @@ def _config(found: Bundle, args: argparse.Namespace, name: str) -> Config:
     changed: dict[str, Any] = {
         "data.name": name, "data.share": 1.0, "data.labels_per_class": None, "start.bundle": str(found.path),
         "start.hold": "none", "start.distil": 0.0, "train.epochs": _EPOCHS,
+        "train.global_batch": min(base.global_batch, _BATCH),
         "train.max_steps": None, "train.min_steps": 0, "train.patience": 0, "train.eval_every_epochs": None,
     }  # fmt: skip
     if args.hold == "distil":
@@ -235,7 +237,7 @@ def _parser() -> Parser:
     parser.add_argument("--channel", default="production", help="whose bundle is refitted (default %(default)s)")
     parser.add_argument("--hold", default="distil", help="distil, l2_sp, ewc, lora:R or none (default %(default)s)")
     parser.add_argument(
-        "--replay", type=float, default=2.0, help="replayed rows for each new one (default %(default)s)"
+        "--replay", type=float, default=1.0, help="replayed rows for each new one (default %(default)s)"
     )
     parser.add_argument("--grow", action="store_true", help="learn labels that the bundle does not have")
     parser.add_argument(

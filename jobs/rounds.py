@@ -73,10 +73,8 @@ def prepared(
         print(f"gone: the data of {', '.join(gone)}; replayed is {'the bundle memory' if memory else 'what is left'}")
     parts = _parted(kept)
     replayed = _replayed(bases, memory, max(_LEAST_REPLAYED, round(settings.replay * len(parts["train"]))), config.seed)
-    began = time.monotonic()
-    parts, suspicious = _unsuspected(settings, found, config, parts, replayed["train"])
+    parts, suspicious, crossfit_s = _unsuspected(settings, found, config, parts, replayed["train"])
     aside += suspicious
-    crossfit_s = round(time.monotonic() - began, 1)
     if not parts["train"]:
         print(f"nothing new for {settings.channel}: {_told_aside(len(fresh), aside, log.torn)}")
         return None
@@ -145,17 +143,19 @@ def _replayed(
 
 def _unsuspected(
     settings: Settings, found: Bundle, config: Config, parts: dict[str, list[Offer]], replayed: Sequence[Record]
-) -> tuple[dict[str, list[Offer]], list[Aside]]:
-    """The rows of keys that are not suspicious; and those of keys that are."""
+) -> tuple[dict[str, list[Offer]], list[Aside], float]:
+    """The rows of keys that are not suspicious; those of keys that are; and how many seconds of steps that took."""
     given = [each for part in parts.values() for each in part if each.said.key not in settings.trusted]
     keys = Counter(each.said.key for each in given)
     if sum(count >= cleaning.JUDGED for count in keys.values()) < 2:
-        return parts, []
+        return parts, [], 0.0
     print(f"asking of {len(given)} corrections by {len(keys)} keys whether the others' contradict them", flush=True)
     infos = inheritance.described(_infos(cleaning.records(given), found), found)
     assert config.train.epochs != "auto"
     short = configs.override(config, {"train.epochs": config.train.epochs * _CROSSFIT, "start.distil": 0.0})
-    wrong = crossfit.contradicted(inheritance.settle(short), infos, given, replayed)
+    few = np.random.default_rng(config.seed).permutation(len(replayed))[: len(given) // 2]
+    shown = [replayed[index] for index in sorted(few)]
+    wrong, took_s = crossfit.contradicted(inheritance.settle(short), infos, given, shown)
     suspects = cleaning.suspects(crossfit.by_key(given, wrong))
     for key, words in suspects.items():
         print(f"suspicious: {key}: {words}", flush=True)
@@ -164,7 +164,7 @@ def _unsuspected(
     for split, part in parts.items():
         out[split], more = cleaning.without(part, wrong, suspects)
         aside += more
-    return out, aside
+    return out, aside, round(took_s, 1)
 
 
 def _infos(records: Sequence[Record], found: Bundle) -> dict[str, TaskInfo]:

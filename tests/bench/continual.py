@@ -210,7 +210,7 @@ def _naive(part: Part) -> list[Score]:
         name = f"continual-naive{number}"
         held = max(1, len(corrections) // 10)
         _prepared(name, {"train": corrections[held:], "validation": corrections[:held], "test": corrections[:held]})
-        _trained(name, name, f"start.bundle={before}", "train.epochs=8")
+        _trained(name, name, f"start.bundle={before}", "train.epochs=6", "train.global_batch=32")
         before = storage.folder("runs", name) / "bundle"
         scores.append(score(before, part))
     return scores
