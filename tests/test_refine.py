@@ -108,11 +108,15 @@ def test_what_is_wrong_is_told_before_anything_is_trained(
     said([("ann", "pink", (9, 9, 9))])
     assert run() == 0
     assert "1 set aside (1 unknown label)" in capsys.readouterr().out
+    assert run("--least", "3", "--drift", "0.2") == 0
+    waits = "production is left as it is: 1 new pieces of feedback of --least 3, no service tells of drift"
+    assert waits in capsys.readouterr().out
     cases: dict[tuple[str, ...], str] = {
         ("--channel", "nowhere"): "there is no channel 'nowhere'",
         ("--hold", "tightly"): "distil, l2_sp, ewc, lora:R or none is wanted",
         ("--rules", "/nowhere.yaml"): "cannot read the gate's rules",
         ("optim.lrr=1",): "did you mean 'optim.lr'",
+        ("--scrub", "nothing"): "MODULE:FUNCTION is wanted",
     }
     for arguments, words in cases.items():
         assert run(*arguments) == 2
