@@ -1,8 +1,8 @@
 """Which corrections a model contradicts that learned from everybody else's.
 
-Keys are dealt into two halves; for each half a model begins with the bundle, learns the other half's corrections and
-the replayed rows, and answers this half's questions. So nobody's word is judged by a model that has heard it. One short
-training for each half, in Ray tasks of their own.
+Keys are dealt into two halves; for each half a model begins with the bundle, learns the other half's corrections, and
+answers this half's questions. So nobody's word is judged by a model that has heard it. One short training for each half,
+in Ray tasks of their own; what is forgotten meanwhile does not matter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ORDER = 11  # of the seeds that start with the run's
 
 
 def contradicted(
-    config: Config, infos: Mapping[str, TaskInfo], given: Sequence[Offer], replayed: Sequence[Record]
+    config: Config, infos: Mapping[str, TaskInfo], given: Sequence[Offer]
 ) -> tuple[dict[str, bool], float]:
     """By feedback, whether a model that did not learn from its key answers otherwise; where it cannot answer, it does
     not contradict. And the seconds of the longer one's steps.
@@ -51,9 +51,7 @@ def contradicted(
         mine = [each for each in given if each.said.key in half]
         others = [each.record for each in given if each.said.key not in half]
         asked.append(mine)
-        waiting.append(
-            work.remote(storage.root(), config, dict(infos), [*others, *replayed], [each.record for each in mine])
-        )
+        waiting.append(work.remote(storage.root(), config, dict(infos), others, [each.record for each in mine]))
     out: dict[str, bool] = {}
     seconds = 0.0
     for mine, (right, took_s) in zip(asked, ray.get(waiting), strict=True):

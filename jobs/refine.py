@@ -237,7 +237,7 @@ def _parser() -> Parser:
     parser.add_argument("--channel", default="production", help="whose bundle is refitted (default %(default)s)")
     parser.add_argument("--hold", default="distil", help="distil, l2_sp, ewc, lora:R or none (default %(default)s)")
     parser.add_argument(
-        "--replay", type=float, default=1.0, help="replayed rows for each new one (default %(default)s)"
+        "--replay", type=float, default=2.0, help="replayed rows for each new one (default %(default)s)"
     )
     parser.add_argument("--grow", action="store_true", help="learn labels that the bundle does not have")
     parser.add_argument(

@@ -73,7 +73,7 @@ def prepared(
         print(f"gone: the data of {', '.join(gone)}; replayed is {'the bundle memory' if memory else 'what is left'}")
     parts = _parted(kept)
     replayed = _replayed(bases, memory, max(_LEAST_REPLAYED, round(settings.replay * len(parts["train"]))), config.seed)
-    parts, suspicious, crossfit_s = _unsuspected(settings, found, config, parts, replayed["train"])
+    parts, suspicious, crossfit_s = _unsuspected(settings, found, config, parts)
     aside += suspicious
     if not parts["train"]:
         print(f"nothing new for {settings.channel}: {_told_aside(len(fresh), aside, log.torn)}")
@@ -142,7 +142,7 @@ def _replayed(
 
 
 def _unsuspected(
-    settings: Settings, found: Bundle, config: Config, parts: dict[str, list[Offer]], replayed: Sequence[Record]
+    settings: Settings, found: Bundle, config: Config, parts: dict[str, list[Offer]]
 ) -> tuple[dict[str, list[Offer]], list[Aside], float]:
     """The rows of keys that are not suspicious; those of keys that are; and how many seconds of steps that took."""
     given = [each for part in parts.values() for each in part if each.said.key not in settings.trusted]
@@ -153,9 +153,7 @@ def _unsuspected(
     infos = inheritance.described(_infos(cleaning.records(given), found), found)
     assert config.train.epochs != "auto"
     short = configs.override(config, {"train.epochs": config.train.epochs * _CROSSFIT, "start.distil": 0.0})
-    few = np.random.default_rng(config.seed).permutation(len(replayed))[: len(given) // 2]
-    shown = [replayed[index] for index in sorted(few)]
-    wrong, took_s = crossfit.contradicted(inheritance.settle(short), infos, given, shown)
+    wrong, took_s = crossfit.contradicted(inheritance.settle(short), infos, given)
     suspects = cleaning.suspects(crossfit.by_key(given, wrong))
     for key, words in suspects.items():
         print(f"suspicious: {key}: {words}", flush=True)

@@ -41,7 +41,7 @@ class Rules(BaseModel):
     min_rows: int = Field(30, gt=0, description="of a slice that is judged")
     min_gain: float = Field(0.0, description="of right answers to the new feedback's test part, in the mean")
     max_ece_rise: float = Field(0.03, ge=0, description="of the calibration error on the fixed test set")
-    max_blind_loss: float = Field(0.05, ge=0, description="as max_loss, where a modality was taken away")
+    max_blind_loss: float = Field(0.15, ge=0, description="as max_loss, where a modality was taken away")
     max_slowdown: float = Field(1.5, gt=0, description="of the time of one answer, to the present bundle's")
     test_rows: int = Field(2000, gt=0, description="of the fixed test set that are asked, drawn by the seed")
     slices: tuple[str, ...] = Field(("modalities",), description="keys of meta whose values are judged apart")
