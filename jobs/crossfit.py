@@ -1,8 +1,8 @@
 """Which corrections a model contradicts that learned from everybody else's.
 
 Keys are dealt into two halves; for each half a model begins with the bundle, learns the other half's corrections, and
-answers this half's questions. So nobody's word is judged by a model that has heard it. One short training for each half,
-in Ray tasks of their own; what is forgotten meanwhile does not matter.
+answers this half's questions. So nobody's word is judged by a model that has heard it. One short training for each
+half, in Ray tasks of their own; what is forgotten meanwhile does not matter.
 """
 
 from __future__ import annotations
