@@ -41,7 +41,10 @@ class Rules(BaseModel):
     min_rows: int = Field(30, gt=0, description="of a slice that is judged")
     min_gain: float = Field(0.0, description="of right answers to the new feedback's test part, in the mean")
     max_ece_rise: float = Field(0.03, ge=0, description="of the calibration error on the fixed test set")
-    max_blind_loss: float = Field(0.15, ge=0, description="as max_loss, where a modality was taken away")
+    max_blind_loss: float | None = Field(
+        None, ge=0, description="as max_loss, where a modality was taken away; none: that is told, and not judged, since "
+        "a model that never trained without it guesses there",
+    )  # fmt: skip
     max_slowdown: float = Field(1.5, gt=0, description="of the time of one answer, to the present bundle's")
     test_rows: int = Field(2000, gt=0, description="of the fixed test set that are asked, drawn by the seed")
     slices: tuple[str, ...] = Field(("modalities",), description="keys of meta whose values are judged apart")
@@ -117,8 +120,7 @@ def compare(before: pa.Table, after: pa.Table, rules: Rules, *, seed: int = 0) -
     for taken in sorted({*without} - {""}):
         mask = (sets == FIXED) & (without == taken)
         if mask.sum() >= rules.min_rows:
-            told = f"{FIXED}, without {taken}"
-            out.append(pair.check(told, mask, _loss_rule(rules.max_blind_loss), -rules.max_blind_loss))
+            out.append(pair.blind(f"{FIXED}, without {taken}", mask))
     if (error := _calibration(before, after, (sets == FIXED) & whole, rules)) is not None:
         out.append(error)
     return out
@@ -172,6 +174,13 @@ class _Pair:
     def check(self, name: str, mask: np.ndarray, rule: str, least: float) -> Check:
         low, high = self.interval(name, mask)
         return self._made(name, mask, low, high, rule, bool(high >= least))
+
+    def blind(self, name: str, mask: np.ndarray) -> Check:
+        most = self._rules.max_blind_loss
+        if most is not None:
+            return self.check(name, mask, _loss_rule(most), -most)
+        low, high = self.interval(name, mask)
+        return self._made(name, mask, low, high, "told alone: max_blind_loss is not given", None)
 
     def gain(self, name: str, mask: np.ndarray) -> Check:
         rules = self._rules
