@@ -42,8 +42,8 @@ class Rules(BaseModel):
     min_gain: float = Field(0.0, description="of right answers to the new feedback's test part, in the mean")
     max_ece_rise: float = Field(0.03, ge=0, description="of the calibration error on the fixed test set")
     max_blind_loss: float | None = Field(
-        None, ge=0, description="as max_loss, where a modality was taken away; none: that is told, and not judged, since "
-        "a model that never trained without it guesses there",
+        None, ge=0, description="as max_loss, where a modality was taken away; none: that is told, and not judged, "
+        "since a model that never trained without it guesses there",
     )  # fmt: skip
     max_slowdown: float = Field(1.5, gt=0, description="of the time of one answer, to the present bundle's")
     test_rows: int = Field(2000, gt=0, description="of the fixed test set that are asked, drawn by the seed")
