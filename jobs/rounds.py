@@ -68,13 +68,15 @@ def prepared(
     kept, more = cleaning.by_rule(made, found.tasks, grow=settings.grow, trusted=settings.trusted)
     aside += more
     bases, gone = replay.sources(found)
-    memory = replay.memory(found) if not any(each.rows("train") for each in bases) else []
+    memory = replay.memory(found) if gone or not bases else []
     if gone:
-        print(f"gone: the data of {', '.join(gone)}; replayed is {'the bundle memory' if memory else 'what is left'}")
+        print(f"gone: the data of {', '.join(gone)}; replayed is what is left, and {len(memory)} rows of the bundle")
     parts = _parted(kept)
     replayed = _replayed(bases, memory, max(_LEAST_REPLAYED, round(settings.replay * len(parts["train"]))), config.seed)
     parts, suspicious, crossfit_s = _unsuspected(settings, found, config, parts)
     aside += suspicious
+    if not (parts["validation"] or replayed["validation"]):  # nothing else is left to validate with
+        parts["validation"], parts["train"] = parts["train"][::10], [e for n, e in enumerate(parts["train"]) if n % 10]
     if not parts["train"]:
         print(f"nothing new for {settings.channel}: {_told_aside(len(fresh), aside, log.torn)}")
         return None
@@ -124,20 +126,15 @@ def _parted(kept: Sequence[Offer]) -> dict[str, list[Offer]]:
 def _replayed(
     bases: Sequence[Dataset], memory: Sequence[Record], count: int, seed: int
 ) -> dict[str, list[Record]]:  # fmt: skip
-    """What was learned before, by split: of the shards, or of the bundle's memory, a part of it validates."""
-    if memory:
-        held = set(np.random.default_rng(seed).permutation(len(memory))[: len(memory) // 4].tolist())
-        parts = {
-            "train": [each for index, each in enumerate(memory) if index not in held][:count],
-            "validation": [each for index, each in enumerate(memory) if index in held],
-            "test": [],
-        }
-    else:
-        parts = {
-            "train": replay.draw(bases, "train", count, seed),
-            "validation": replay.draw(bases, "validation", _VALIDATED, seed),
-            "test": replay.draw(bases, "test", 10**9, seed),
-        }
+    """What was learned before, by split: of the shards; where some are gone also of the bundle's memory, a quarter of
+    which validates."""
+    held = set(np.random.default_rng(seed).permutation(len(memory))[: len(memory) // 4].tolist())
+    kept = [each for index, each in enumerate(memory) if index not in held]
+    parts = {
+        "train": [*kept, *replay.draw(bases, "train", max(0, count - len(kept)), seed)],
+        "validation": [*(memory[index] for index in sorted(held)), *replay.draw(bases, "validation", _VALIDATED, seed)],
+        "test": replay.draw(bases, "test", 10**9, seed),
+    }
     return {split: replay.again(records, split) for split, records in parts.items()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import replay
+from jobs import replay, rounds
 from mmagent import bundle, storage
 from mmagent.record import Record
 from mmagent.shards import Dataset
@@ -68,8 +68,13 @@ def test_a_memory_in_a_bundle(skewed: Dataset, tiny_bundle: Path, tmp_path: Path
 
     own = shutil.copytree(tiny_bundle, tmp_path / "own")
     assert replay.memory(bundle.load(own)) == []
+    parts = rounds._replayed([skewed], [], 24, 0)
+    assert (len(parts["train"]), len(parts["validation"])) == (24, 8)
     bundle.add(own, {replay.MEMORY: replay.remembered([skewed], 16, 0)})
     found = replay.memory(bundle.load(own))
+    parts = rounds._replayed([], found, 24, 0)
+    assert (len(parts["train"]), len(parts["validation"]), len(parts["test"])) == (12, 4, 0)
+    assert {each.meta["source"] for each in parts["train"]} == {"replay"}
     assert Counter(record.target.label for record in found) == Counter(dict.fromkeys("red green blue black".split(), 4))
     assert all(media.bytes for record in found for media in record.media())
 
