@@ -138,11 +138,11 @@ def _ours(trials: int) -> list[Row]:
 
 
 def _textbook(trials: int) -> list[Row]:
-    from tests.bench import textbook
+    cluster.connect()
+    from tests.bench import textbook  # brings Ray, which reads its environment when it is imported
 
     quick = json.loads((storage.folder("search", "bench_search") / "trials.json").read_text())[:trials]
     base = configs.override(configs.load(RECIPE, SETTINGS), SPACE["set"])
-    cluster.connect()
     theirs = textbook.search(
         base, [(trial["sample"], trial["step"]) for trial in quick], storage.root() / "bench" / "textbook", 1
     )
