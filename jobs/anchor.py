@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from jobs.replay import REPLAY
 from mmagent import bundle as bundles
 from mmagent import inheritance
 from mmagent.assembly import Model
@@ -18,7 +19,6 @@ from mmagent.targets import TaskInfo
 from mmagent.tasks import Task
 
 REPLAYED = "replayed"  # in a batch: (rows,), 1 where a row was seen in training before
-SOURCE, REPLAY = "source", "replay"  # a record's meta that says so
 _ADAPTER = ".lora_"  # what starts at nothing and is merged is no place to hold
 _FISHER_ROWS = 256
 
@@ -132,5 +132,5 @@ def replayed(samples: Sequence[Sample], rows: Tensor) -> Tensor:
     Args:
         rows: of `Inputs.batch`: the sample of each row.
     """
-    known = torch.tensor([float(sample.record.meta.get(SOURCE) == REPLAY) for sample in samples])
+    known = torch.tensor([float(sample.record.meta.get("source") == REPLAY) for sample in samples])
     return known[rows]

@@ -18,14 +18,13 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs import replay
 from mmagent import bundle as bundles
 from mmagent import feedback, storage
 from mmagent.arguments import Parser
-from mmagent.record import SCHEMA, Record
+from mmagent.record import Record
 from mmagent.shards import INFO_FILE, Dataset, DatasetError, ShardWriter
 
 
@@ -125,9 +124,7 @@ def _memory(folder: Path, gone: Collection[str]) -> int:
     table = pq.read_table(folder / replay.MEMORY)
     kept = [row for row in table.to_pylist() if dict(row["meta"] or ()).get("answer") not in gone]
     if len(kept) < table.num_rows:
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(kept, SCHEMA), sink, compression="zstd")
-        bundles.add(folder, {replay.MEMORY: bytes(sink.getvalue())})
+        bundles.add(folder, {replay.MEMORY: replay.packed(kept)})
     return int(table.num_rows - len(kept))
 
 

@@ -182,7 +182,7 @@ def _asked(args: argparse.Namespace) -> list[str]:
 def _judged(
     found: Bundle, candidate: Bundle, rules: Rules, place: Path, name: str, told: Mapping[str, Any], config: Config
 ) -> dict[str, Any]:
-    from jobs import answers, page
+    from jobs import answers, page, replay
     from jobs import gate as gates
     from mmagent import evaluation
     from mmagent.tasks import make_all
@@ -196,7 +196,7 @@ def _judged(
     for record in _records(dataset, "test"):
         # What users corrected may be a question of the test set: it is no test any more.
         if answers.question(record) not in trained:
-            replayed = record.meta.get("source") == "replay"
+            replayed = record.meta.get("source") == replay.REPLAY
             earlier = replayed and record.origin == feedback.SOURCE
             sets[gate.EARLIER if earlier else gate.FIXED if replayed else gate.NEW].append(record)
     fixed = sets[gate.FIXED]

@@ -102,8 +102,13 @@ def remembered(datasets: Sequence[Dataset], count: int, seed: int) -> bytes:
         if size > _MEMORY_BYTES:
             break
         kept.append(record.to_row())
+    return packed(kept)
+
+
+def packed(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """A memory's file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(kept, SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist([*rows], SCHEMA), sink, compression="zstd")
     return bytes(sink.getvalue())
 
 

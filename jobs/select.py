@@ -136,9 +136,7 @@ def _parser() -> Parser:
     parser.add_argument("--channel", default="production", help="whose questions (default %(default)s)")
     parser.add_argument("--n", type=positive, default=200, help="how many (default %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the queue: .jsonl, .csv, or .json of --format")
-    parser.add_argument(
-        "--format", choices=("jsonl", "csv", "label-studio"), help="of --out; by its name, if not given"
-    )
+    parser.add_argument("--format", choices=queue.FORMATS, help="of --out; by its name, if not given")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="a queue with answers, to be taken as feedback")
     parser.add_argument("--key", default="labeller", help="as whose feedback labels count (default %(default)s)")
     parser.add_argument("--url", help="of the service; that of the channel, where not given")
