@@ -37,7 +37,7 @@ serve: $(STAMP) ## serve a bundle: make serve BUNDLE=demo (a run's name or a bun
 	@$(PY) -m jobs.demo serve --bundle "$(BUNDLE)"
 
 stop: ## end what the demo started, and nothing else
-	@if [ -x $(PY) ]; then $(PY) -m jobs.demo stop; else echo "no .venv here, so nothing was started from here"; fi
+	@if [ -x $(PY) ]; then cluster/local.sh down; else echo "no .venv here, so nothing was started from here"; fi
 
 test: $(STAMP) ## the tests; they start a Ray of their own, beside a running demo
 	@$(PY) -m pytest

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -31,6 +33,7 @@ from jobs.processes import Process
 from mmagent import storage
 
 HOST = "127.0.0.1"
+PORT, DASHBOARD_PORT = 6379, 8265  # Ray's own, where they are free
 MARK = "MMAGENT_CLUSTER"  # environment variable that every process of a cluster carries, with the cluster's id
 CHECKOUT = Path(__file__).parents[1]
 TEMP_PREFIX = "mmagent-ray-"
@@ -59,6 +62,7 @@ class Cluster:
     dashboard: str  # what `ray job submit --address` takes
     serve_port: int  # was free when the cluster was started
     temp_dir: str
+    ray: str  # its version
     started_ms: int
     processes: tuple[Process, ...]
 
@@ -66,7 +70,7 @@ class Cluster:
     def alive(self) -> bool:
         """Whether Ray's daemons run and its dashboard listens."""
         running = {process.name for process in self.processes if process.find()}
-        return all(daemon in running for daemon in DAEMONS) and _listens(int(self.dashboard.rsplit(":", 1)[1]))
+        return all(daemon in running for daemon in DAEMONS) and listens(int(self.dashboard.rsplit(":", 1)[1]))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -107,7 +111,7 @@ def connect() -> None:
         cluster = Cluster.load(record())
         if cluster is None or not cluster.alive:
             raise ClusterError(
-                "Ray is not running: start one with `python -m jobs.demo start`, or set RAY_ADDRESS to the one to use"
+                "Ray is not running: start one with `cluster/local.sh up`, or set RAY_ADDRESS to the one to use"
             )
         os.environ.update(cluster.environment)
     adopt(os.environ["RAY_ADDRESS"])
@@ -124,7 +128,7 @@ def connect() -> None:
     except (OSError, ray.exceptions.AuthenticationError) as error:
         raise ClusterError(
             f"cannot connect to Ray at {os.environ['RAY_ADDRESS']} (RAY_ADDRESS): {error}\n"
-            "Unset RAY_ADDRESS and run `python -m jobs.demo start` for one of your own; where the token is wrong or "
+            "Unset RAY_ADDRESS and run `cluster/local.sh up` for one of your own; where the token is wrong or "
             "missing, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
 
@@ -148,8 +152,11 @@ def adopt(address: str) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def ensure(file: Path) -> tuple[Cluster, bool]:
+def ensure(file: Path, **asked: Any) -> tuple[Cluster, bool]:
     """The cluster that `file` records if it is alive, else a new one; and whether it is new.
+
+    Args:
+        asked: of a new one, see `start`.
 
     Raises:
         ClusterError: Ray does not start.
@@ -161,14 +168,15 @@ def ensure(file: Path) -> tuple[Cluster, bool]:
         if cluster:  # a reboot, a crash: what is left of it is cleaned up
             stop(cluster)
             file.unlink()
-        cluster = start()
+        cluster = start(**asked)
         cluster.save(file)
         return cluster, True
 
 
 def start(
-    *, num_cpus: int | None = None, object_store_bytes: int | None = None, env: Mapping[str, str] | None = None
-) -> Cluster:
+    *, num_cpus: int | None = None, object_store_bytes: int | None = None, env: Mapping[str, str] | None = None,
+    port: int | None = None, dashboard_port: int | None = None,
+) -> Cluster:  # fmt: skip
     """Starts ``ray start --head`` on free ports, in a temporary folder of its own.
 
     Args:
@@ -176,20 +184,25 @@ def start(
             controllers and a serving replica all hold one, so a small machine needs more of them than it has cores.
         object_store_bytes: memory for Ray's object store; none: Ray's own choice.
         env: added to the environment of Ray's processes.
+        port, dashboard_port: that it must have; none: Ray's own, or free ones.
 
     Raises:
         ClusterError: Ray does not start; the message holds its last words.
     """
+    ports = (port, dashboard_port)
     for _ in range(_TRIES - 1):
         with contextlib.suppress(_PortTaken):
-            return _start(num_cpus, object_store_bytes, env or {})
-    return _start(num_cpus, object_store_bytes, env or {})
+            return _start(num_cpus, object_store_bytes, env or {}, ports)
+    return _start(num_cpus, object_store_bytes, env or {}, ports)
 
 
-def _start(num_cpus: int | None, object_store_bytes: int | None, env: Mapping[str, str]) -> Cluster:
+def _start(
+    num_cpus: int | None, object_store_bytes: int | None, env: Mapping[str, str], ports: tuple[int | None, int | None]
+) -> Cluster:
     cluster_id = secrets.token_hex(8)
     temp_dir = tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=TEMP_PARENT)
-    gcs, dashboard, client, agent, serve = _free_ports(6379, 8265, 10001, 52365, 8000)
+    gcs, dashboard, client, agent, serve = _free_ports(PORT, DASHBOARD_PORT, 10001, 52365, 8000)
+    gcs, dashboard = ports[0] or gcs, ports[1] or dashboard
     command = [
         str(ray_command()), "start", "--head", f"--node-ip-address={HOST}", f"--port={gcs}",
         "--include-dashboard=true", f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}",
@@ -204,8 +217,9 @@ def _start(num_cpus: int | None, object_store_bytes: int | None, env: Mapping[st
     finally:
         found = tuple(Process.of(process) for process in marked(cluster_id))
         cluster = Cluster(
-            cluster_id, f"{HOST}:{gcs}", f"http://{HOST}:{dashboard}", serve, temp_dir, int(time.time() * 1000), found
-        )
+            cluster_id, f"{HOST}:{gcs}", f"http://{HOST}:{dashboard}", serve, temp_dir,
+            importlib.metadata.version("ray"), int(time.time() * 1000), found,
+        )  # fmt: skip
         ready = not failed and _wait_alive(cluster)
         if not ready:
             stop(cluster)
@@ -319,7 +333,8 @@ def _bind(port: int, held: contextlib.ExitStack) -> int:
     return int(server.getsockname()[1])
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether somebody does on the loopback."""
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex((HOST, port)) == 0

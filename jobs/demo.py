@@ -3,11 +3,9 @@
     python -m jobs.demo run                   what `make demo` does
     python -m jobs.demo search                `make demo-search`: trials, the winner served, the same questions
     python -m jobs.demo serve --bundle demo   `make serve BUNDLE=demo`: a run's name or a bundle folder
-    python -m jobs.demo start                 only Ray; later commands find it
-    python -m jobs.demo stop                  `make stop`: ends what was started here, and nothing else
 
-Ray is started on this machine and recorded in ROOT/cluster.json, unless RAY_ADDRESS names one. Every step is a job
-that is submitted; each can be repeated, and goes on where it was interrupted.
+Ray is started on this machine and recorded in ROOT/cluster.json (`jobs.local`), unless RAY_ADDRESS names one. Every
+step is a job that is submitted; each can be repeated, and goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -103,25 +101,6 @@ def serve(bundle: str) -> int:
     return 0
 
 
-def start() -> int:
-    target = _ray()
-    print(f"jobs are taken at {target.jobs_address}")
-    return 0
-
-
-def stop() -> int:
-    """Ends what cluster.json names, and forgets it."""
-    file = cluster.record()
-    found = cluster.Cluster.load(file)
-    if found is None:
-        print(f"nothing to stop: {file} is not there, so no Ray was started from here")
-        return 0
-    count = cluster.stop(found)
-    file.unlink(missing_ok=True)
-    print(f"stopped the Ray of {file}: {count} processes ended")
-    return 0
-
-
 def _ray() -> Target:
     if address := os.environ.get("RAY_ADDRESS"):
         print(f"using the Ray that RAY_ADDRESS names: {address}")
@@ -158,14 +137,14 @@ def _say_goodbye(target: Target) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("jobs.demo", __doc__)
-    parser.add_argument("command", choices=("run", "search", "serve", "start", "stop"))
+    parser.add_argument("command", choices=("run", "search", "serve"))
     parser.add_argument("--bundle", help="with serve: a run's name or a bundle folder")
     options = parser.parse_args(argv)
     if (options.command == "serve") != bool(options.bundle):
         parser.error("--bundle belongs to serve: python -m jobs.demo serve --bundle demo")
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped `make` stops the job, as Ctrl-C does
-    commands = {"run": run, "search": search, "start": start, "stop": stop}
+    commands = {"run": run, "search": search}
     try:
         return serve(options.bundle) if options.command == "serve" else commands[options.command]()
     except KeyboardInterrupt:

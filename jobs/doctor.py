@@ -208,10 +208,10 @@ def ray() -> Check:
     except (cluster.ClusterError, storage.StorageError) as error:
         return Check("Ray", "fail", str(error), f"rm {storage.root() / 'cluster.json'}")
     if found is None:
-        return Check("Ray", "ok", "not running: `make demo` or `python -m jobs.demo start` starts one")
+        return Check("Ray", "ok", "not running: `make demo` or `cluster/local.sh up` starts one")
     if found.alive:
         return Check("Ray", "ok", f"runs at {found.address}, dashboard {found.dashboard}")
-    return Check("Ray", "warn", f"{cluster.record()} names a Ray that is dead", "python -m jobs.demo stop")
+    return Check("Ray", "warn", f"{cluster.record()} names a Ray that is dead", "cluster/local.sh down")
 
 
 def ports() -> Iterator[Check]:

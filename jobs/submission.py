@@ -79,7 +79,7 @@ def run(address: str, command: Sequence[str], working_dir: Path) -> float:
 def job_variables() -> dict[str, str]:
     """What travels in a job's runtime environment."""
     return {
-        storage.ROOT_VARIABLE: str(storage.root()),
+        **storage.variables(),
         "PYTHONUNBUFFERED": "1",
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_WAIT_S),
     }
@@ -104,7 +104,7 @@ def _connect(address: str) -> JobSubmissionClient:
             return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise NoCluster(
-            f"no Ray takes jobs at {address}: {error}\nStart one with `python -m jobs.demo start`, or set RAY_ADDRESS; "
+            f"no Ray takes jobs at {address}: {error}\nStart one with `cluster/local.sh up`, or set RAY_ADDRESS; "
             "where it asks for a token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where it does not lie in "
             "~/.ray/auth_token"
         ) from error

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
-from jobs import cluster, demo, token
+from jobs import cluster, local, token
 from jobs.cluster import Cluster, ClusterError
 from jobs.processes import Process
 
@@ -54,7 +55,7 @@ def spawn() -> Iterator[Spawn]:
 
 def recorded(*processes: psutil.Process, id: str = "test-none", temp_dir: str = "/nowhere") -> Cluster:
     found = tuple(Process.of(process) for process in processes)
-    return Cluster(id, "127.0.0.1:1", "http://127.0.0.1:1", 1, temp_dir, 0, found)
+    return Cluster(id, "127.0.0.1:1", "http://127.0.0.1:1", 1, temp_dir, ray.__version__, 0, found)
 
 
 def runs(process: psutil.Process) -> bool:
@@ -83,7 +84,7 @@ def test_stop_ends_what_is_recorded_with_its_children_and_nothing_else(storage: 
     parent, deaf, stranger = spawn(PARENT), spawn(SLEEPER.format(DEAF)), spawn(SLEEPER.format("pass"))
     grandchild = parent.children()[0]
     recorded(parent, deaf).save(cluster.record())
-    assert demo.main(["stop"]) == 0
+    assert local.main(["down"]) == 0
     assert not runs(parent)
     assert not runs(grandchild)
     assert not runs(deaf)  # asked in vain, then killed
@@ -102,7 +103,7 @@ def test_stop_ends_what_carries_the_mark_though_it_was_started_later(spawn: Spaw
 def test_a_pid_that_was_used_again_is_left_alone(spawn: Spawn) -> None:
     stranger = spawn(SLEEPER.format("pass"))
     stale = Cluster(
-        "test-stale", "127.0.0.1:1", "http://127.0.0.1:1", 1, "/nowhere", 0,
+        "test-stale", "127.0.0.1:1", "http://127.0.0.1:1", 1, "/nowhere", "2.60.0", 0,
         (Process(stranger.pid, stranger.create_time() - 3600, "raylet"),),
     )  # fmt: skip
     assert not stale.alive
@@ -119,7 +120,7 @@ def test_stop_removes_its_temporary_folder_only_where_the_name_is_ours(tmp_path:
 
 
 def test_stop_twice_is_no_error(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["stop"]) == 0
+    assert local.main(["down"]) == 0
     assert "nothing to stop" in capsys.readouterr().out
 
 
@@ -138,7 +139,7 @@ def test_a_token_is_made_once_and_for_this_user_only(tmp_path: Path) -> None:
 
 def test_connect_says_what_starts_a_ray(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ClusterError, match=r"python -m jobs\.demo start.*RAY_ADDRESS"):
+    with pytest.raises(ClusterError, match=r"cluster/local\.sh up.*RAY_ADDRESS"):
         cluster.connect()
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(storage / "token"))

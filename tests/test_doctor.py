@@ -75,8 +75,8 @@ def test_a_token_that_others_can_read_is_named(tmp_path: Path, monkeypatch: pyte
 def test_a_dead_ray_and_a_broken_record_are_told_apart(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert "not running" in doctor.ray().found
-    cluster.Cluster("x", "127.0.0.1:1", "http://127.0.0.1:1", 1, "/tmp/none", 0, ()).save(cluster.record())
-    assert doctor.ray().mend == "python -m jobs.demo stop"
+    cluster.Cluster("x", "127.0.0.1:1", "http://127.0.0.1:1", 1, "/tmp/none", "2.60.0", 0, ()).save(cluster.record())
+    assert doctor.ray().mend == "cluster/local.sh down"
     cluster.record().write_text("{")
     assert doctor.ray().status == "fail"
 
