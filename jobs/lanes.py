@@ -29,7 +29,8 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 
-from jobs import stream, workers
+from jobs import placement, stream, workers
+from jobs.cluster import ClusterError
 from jobs.loop import STOP_FILE
 from jobs.recording import Recording
 from jobs.run import Stream
@@ -237,6 +238,7 @@ class Lanes:
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Lanes:
+        placement.check_storage()
         actor: Any = ray.remote(Desk)
         self.desk = actor.options(num_cpus=0, max_concurrency=1000).remote()
         cpus = workers.cpus_of_a_worker(self._config, self._config.cluster.workers * self._count)
@@ -281,7 +283,7 @@ class Lanes:
                 _serve, {"desk": self.desk, "lane": lane}, self._config, self._folder / f"lane_{lane}", cpus,
                 _Watch(self.desk, lane),
             )  # fmt: skip
-        except workers.WorkersFailed as error:
+        except (workers.WorkersFailed, ClusterError) as error:
             words = str(error)
         with contextlib.suppress(ray.exceptions.RayError):  # the desk may be gone: then nobody waits any more
             ray.get(self.desk.gone.remote(lane, words))

@@ -27,10 +27,10 @@ from serve.service import Service
 class Replica:
     """One process with one model. Ray calls the constructor, then asks for the ASGI app, then for its health."""
 
-    def __init__(self, bundle: str, channel: str | None, config: dict[str, Any], root: str) -> None:
+    def __init__(self, bundle: str, channel: str | None, config: dict[str, Any], root: dict[str, str]) -> None:
         _narrow_replica_port()
         logs.to_stderr()
-        storage.use(Path(root))  # of the command that started the service, not of the Ray that holds it
+        storage.use(root)  # of the command that started the service, not of the Ray that holds it
         self.config = ServeConfig.model_validate(config)
         self.channel = channel
         # A channel may have moved on since the application was deployed.
@@ -63,7 +63,7 @@ def application(bundle: str, channel: str | None, config: ServeConfig) -> Applic
     """The Serve application of a bundle folder."""
     deployment: Any = serve.deployment(
         name="agent",
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus, **_set_aside()},
         # Our own queue answers 503 in OpenAI's shape first; Ray's limit is a second wall.
         max_ongoing_requests=2 * config.max_waiting,
         autoscaling_config=AutoscalingConfig(
@@ -77,7 +77,15 @@ def application(bundle: str, channel: str | None, config: ServeConfig) -> Applic
         ),
         graceful_shutdown_timeout_s=20,
     )(Replica)
-    return deployment.bind(bundle, channel, config.model_dump(), str(storage.root()))
+    return deployment.bind(bundle, channel, config.model_dump(), storage.variables())
+
+
+def _set_aside() -> dict[str, dict[str, str]]:
+    """Where machines of the cluster are set aside for serving, by the label that the files of `cluster/` give them,
+    replicas run on these."""
+    wanted = {"mmagent.io/role": "serve"}
+    there = any(node["Alive"] and wanted.items() <= node["Labels"].items() for node in ray.nodes())
+    return {"label_selector": wanted} if there else {}
 
 
 def _narrow_replica_port() -> None:

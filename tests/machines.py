@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -32,10 +34,22 @@ sys.exit(scripts.main())
 """
 
 
-def join(head: cluster.Cluster, cpus: int = 4) -> None:
-    """Adds a machine; `cluster.stop` ends it with the others."""
+def join(
+    head: cluster.Cluster, cpus: int = 4, *, labels: Mapping[str, str] | None = None, hides: Path | None = None
+) -> None:
+    """Adds a machine; `cluster.stop` ends it with the others.
+
+    Args:
+        labels: of the machine.
+        hides: a folder in whose place it sees an empty one; wants root.
+    """
     command = [sys.executable, "-c", _JOIN, "start", f"--address={head.address}", f"--num-cpus={cpus}"]
     command += [f"--node-ip-address={cluster.HOST}", "--object-store-memory=100000000", "--disable-usage-stats"]
+    if labels:
+        command.append("--labels=" + ",".join(f"{key}={value}" for key, value in labels.items()))
+    if hides is not None:  # a file system of its own there, for its processes alone
+        shell = f'mount -t tmpfs none {shlex.quote(str(hides))} && exec "$@"'
+        command = ["unshare", "--mount", "--propagation=private", "sh", "-c", shell, "sh", *command]
     environment = {**os.environ, **head.environment, cluster.MARK: head.id}
     run = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stdout + run.stderr
