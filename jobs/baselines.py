@@ -25,7 +25,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from jobs.progress import Progress
-from mmagent import comparison, predictions
+from mmagent import comparison, predictions, storage
 from mmagent.batch import PartError
 from mmagent.config import Config
 from mmagent.predictions import EvaluationError
@@ -167,7 +167,7 @@ def pick(dataset: Dataset, split: str, ids: Sequence[str]) -> Iterator[Record]:
     """The records of these ids, in the order of the shards; only row groups that hold one of them are read whole."""
     wanted = pa.array(ids, pa.string())
     for file in dataset.shard_files(split):
-        with pq.ParquetFile(file) as shard:
+        with pq.ParquetFile(storage.source(file)) as shard:
             for group in range(shard.num_row_groups):
                 mask = pc.is_in(shard.read_row_group(group, columns=["id"])["id"], value_set=wanted)
                 if pc.any(mask).as_py():

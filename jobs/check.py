@@ -105,7 +105,7 @@ def _looked(dataset: Dataset, glass: Glass, workers: int) -> list[Look]:
         Place(split, str(file), group)
         for split in dataset.splits
         for file in dataset.shard_files(split)
-        for group in range(pq.read_metadata(file).num_row_groups)
+        for group in range(pq.read_metadata(storage.source(file)).num_row_groups)
     ]
     looks = []
     with Progress("check", sum(dataset.rows(split) for split in dataset.splits), "rows") as progress:

@@ -139,8 +139,9 @@ class Checkpoints:
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; `torn` says which newer ones are not."""
         self.torn = []
+        storage.refresh(self._folder)
         for path in sorted(self._folder.glob("step_*"), reverse=True):
-            fault = _fault_of(path)
+            fault = _fault_of(storage.fetched(path))
             if not fault:
                 return Checkpoint(path, _loop_of(path))
             self.torn.append(f"the checkpoint {path} is torn and passed over: {fault}")
@@ -149,7 +150,8 @@ class Checkpoints:
     def best(self) -> Checkpoint | None:
         """The whole checkpoint of the best validation score, of equal ones that of the lowest loss; the newest where
         none was scored."""
-        return next((found for found in self._by_score() if not _fault_of(found.path)), None)
+        storage.refresh(self._folder)
+        return next((found for found in self._by_score() if not _fault_of(storage.fetched(found.path))), None)
 
     # -- one rank's thread -------------------------------------------------------------------------------------
 
@@ -167,13 +169,19 @@ class Checkpoints:
             place = file.relative_to(self._staging)
             (self._draft / place).parent.mkdir(parents=True, exist_ok=True)
             hashes[str(place)] = _carry(file, self._draft / place)
-        storage.publish_json(self._draft / _HASHES / f"rank_{self._rank}.json", hashes)
+        # A rank of another machine has no draft here: it brings its part by way of storage.
+        storage.send(self._draft)
+        told = self._draft / _HASHES / f"rank_{self._rank}.json"
+        storage.publish_json(told, hashes)
+        storage.send(told)
 
     def _seal(self, final: Path, loop: Mapping[str, Any]) -> None:
         told = [self._draft / _HASHES / f"rank_{rank}.json" for rank in range(self._world)]
         while not all(file.exists() for file in told):
             if self._given_up.wait(_LOOK_S):
                 return
+            for file in told:
+                storage.refresh(file)
         hashes: dict[str, str] = {}
         for part in (json.loads(file.read_text()) for file in told):
             if twice := hashes.keys() & part.keys():
@@ -182,9 +190,11 @@ class Checkpoints:
         storage.publish_json(self._draft / "loop.json", dict(loop))
         hashes["loop.json"] = storage.digest(self._draft / "loop.json")
         shutil.rmtree(self._draft / _HASHES)
+        storage.removed(self._draft / _HASHES)
         storage.publish_json(self._draft / MARKER, hashes)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(self._draft, final)
+        storage.moved(self._draft, final)
         self._clear()
 
     def _clear(self) -> None:
@@ -193,6 +203,7 @@ class Checkpoints:
         for path in self._folder.glob("step_*"):
             if path not in (*newest, *best):
                 shutil.rmtree(path, ignore_errors=True)
+                storage.removed(path)
 
     # ----------------------------------------------------------------------------------------------------------
 
@@ -211,6 +222,7 @@ class Checkpoints:
         """An empty draft, in the place of what killed attempts left."""
         for path in self._folder.glob(".draft*"):
             shutil.rmtree(path, ignore_errors=True)
+            storage.removed(path)
         self._draft.mkdir(parents=True)
 
     def _stage(self, write: Callable[[Path], None]) -> None:
@@ -246,6 +258,8 @@ class Checkpoints:
         """Runs it; what went wrong in words, or nothing. torch reports a full disk as a RuntimeError of other words."""
         try:
             action()
+        except storage.StorageError as error:
+            return str(error)
         except (OSError, RuntimeError) as error:
             full = shutil.disk_usage(self._folder.parent).free < _FULL_BYTES
             return f"the disk is full ({error})" if full else str(error)

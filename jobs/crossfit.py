@@ -51,7 +51,7 @@ def contradicted(
         mine = [each for each in given if each.said.key in half]
         others = [each.record for each in given if each.said.key not in half]
         asked.append(mine)
-        waiting.append(work.remote(storage.root(), config, dict(infos), others, [each.record for each in mine]))
+        waiting.append(work.remote(storage.variables(), config, dict(infos), others, [each.record for each in mine]))
     out: dict[str, bool] = {}
     seconds = 0.0
     for mine, (right, took_s) in zip(asked, ray.get(waiting), strict=True):
@@ -72,13 +72,17 @@ def deal(counts: Mapping[str, int]) -> tuple[set[str], set[str]]:
 
 
 def fit(
-    root: Any, config: Config, infos: Mapping[str, TaskInfo], rows: Sequence[Record], asked: Sequence[Record]
+    root: Mapping[str, str],
+    config: Config,
+    infos: Mapping[str, TaskInfo],
+    rows: Sequence[Record],
+    asked: Sequence[Record],
 ) -> tuple[list[bool], float]:
     """Trains on rows as a refit would, in plain torch, and says of each question whether its answer is right; and the
     seconds of the training.
 
     Args:
-        root: of storage, as the command sees it.
+        root: `storage.variables` of the command.
     """
     storage.use(root)
     torch.set_num_threads(config.cluster.threads)

@@ -99,7 +99,7 @@ def _records(dataset: Dataset, places: np.ndarray) -> Iterator[Record]:
         inside = places[(places >= first) & (places < first + rows)] - first
         first += rows
         if len(inside):
-            with pq.ParquetFile(file) as shard:
+            with pq.ParquetFile(storage.source(file)) as shard:
                 yield from map(Record.from_row, shard.read_row_group(group).take(pa.array(inside)).to_pylist())
 
 

@@ -84,7 +84,7 @@ def _learned(plan: Plan) -> Dataset | None:
 def _golden(predictor: Predictor, shards: Sequence[Path]) -> list[dict[str, Any]]:
     """Validation rows of every task and combination of modalities in turn, with the answers of the exported bundle."""
     by_kind: dict[tuple[str, str], list[Record]] = {}
-    group = pq.ParquetFile(shards[0]).read_row_group(0).to_pylist() if shards else []
+    group = pq.ParquetFile(storage.source(shards[0])).read_row_group(0).to_pylist() if shards else []
     for row in group:
         record = Record.from_row(row)
         with contextlib.suppress(PartError):  # a row that was set aside in training is no example

@@ -119,7 +119,7 @@ def longest_rows(dataset: Dataset, count: int) -> pa.Table:
     heap: list[tuple[int, int, pa.Table]] = []
     serial = 0
     for file, group, _ in taken:
-        table = pq.ParquetFile(file).read_row_group(group, columns=stream.COLUMNS)
+        table = pq.ParquetFile(storage.source(file)).read_row_group(group, columns=stream.COLUMNS)
         for index, weight in enumerate(_weights(table)):
             serial += 1
             item = (weight, serial, table.slice(index, 1))
@@ -151,7 +151,7 @@ def _plan(
     config: Config, learner: Callable[[Plan], Learner], tasks: Mapping[str, TaskInfo], dataset: Dataset, file: Path
 ) -> Plan:
     """A plan of one worker whose rows are those of a file."""
-    rows = pq.read_metadata(file).num_rows
+    rows = pq.read_metadata(storage.source(file)).num_rows
     own = {
         "train.micro_batch": rows,
         "train.accumulation": 1,
@@ -160,7 +160,7 @@ def _plan(
         "zero.engine": "torch",
     }
     return Plan(
-        learner=learner, root=storage.root(), config=override(config, own), tasks=tasks,
+        learner=learner, root=storage.variables(), config=override(config, own), tasks=tasks,
         label_weights={}, folder=file.parent, name="fitting", bundle=None, seal="", data=dataset.name,
         order=Order([(str(file), 0, rows)], seed=config.seed, window_rows=rows), total_steps=1, max_bad_rows=rows,
         task=dataset.task, golden_source=(), parts=(),

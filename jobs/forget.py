@@ -117,11 +117,12 @@ def _dataset(folder: Path, gone: Collection[str]) -> int:
         storage.publish_json(folder / INFO_FILE, info)
         for file in old:
             file.unlink()
+            storage.removed(file)
     return dropped
 
 
 def _memory(folder: Path, gone: Collection[str]) -> int:
-    table = pq.read_table(folder / replay.MEMORY)
+    table = pq.read_table(storage.fetched(folder / replay.MEMORY))
     kept = [row for row in table.to_pylist() if dict(row["meta"] or ()).get("answer") not in gone]
     if len(kept) < table.num_rows:
         bundles.add(folder, {replay.MEMORY: replay.packed(kept)})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from mmagent import media, symptoms, targets
+from mmagent import media, storage, symptoms, targets
 from mmagent.record import Record
 
 _COLUMNS = ["id", "task", "messages", "images", "audios", "candidates", "target"]
@@ -86,7 +86,7 @@ class _Seen:
 
 def look(glass: Glass, place: Place) -> Look:
     """Decodes every medium of a row group, and sums up what its rows are."""
-    table = pq.ParquetFile(place.file).read_row_group(place.group, columns=_COLUMNS, use_threads=False)
+    table = pq.ParquetFile(storage.source(place.file)).read_row_group(place.group, columns=_COLUMNS, use_threads=False)
     records = [Record.from_row(row) for row in table.to_pylist()]
     out = Look(
         place=place,

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmagent import storage
+
 
 class LockError(RuntimeError):
     """Another process has the name; the message says which."""
@@ -18,7 +20,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds a name, that of a run, a search or predictions, for this process; the lock ends with it, however it ends.
 
     Raises:
-        LockError: another process has it.
+        LockError: another process of this machine has it.
+        StorageError: one of another machine has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
@@ -33,4 +36,5 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        with storage.lease(folder):
+            yield

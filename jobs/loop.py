@@ -113,7 +113,7 @@ class Plan:
     """What every rank knows before the first step."""
 
     learner: Callable[[Plan], Learner]
-    root: Path  # of storage, as the command sees it
+    root: Mapping[str, str]  # `storage.variables` of the command
     config: Config
     tasks: Mapping[str, TaskInfo]
     label_weights: Mapping[str, Mapping[str, float]]  # of training samples, by task and label (train.class_balance)
@@ -162,6 +162,7 @@ def train(group: Group, plan: Plan) -> None:
     """
     # -- set up ------------------------------------------------------------------------------------------------
     storage.use(plan.root)
+    storage.watch(plan.folder / STOP_FILE)
     config = plan.config
     post = Post(plan.folder, group.rank, config.train.alarm_minutes)
     if group.failure is not None:

@@ -86,7 +86,7 @@ def predict(
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        folder = storage.folder("predictions", options.name)
+        folder = storage.fetched(storage.folder("predictions", options.name))
         with locked(folder):
             result = _run(options, folder)
     except _EXPECTED as error:

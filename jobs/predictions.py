@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmagent import storage
 from mmagent.predictor import Answer, PartError, Predictor
 from mmagent.record import Record
 
@@ -77,7 +78,7 @@ def summary(files: Iterable[Path]) -> dict[str, Any]:
     tasks: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     for file in files:
-        table = pq.read_table(file, columns=["task", "abstained", "error"])
+        table = pq.read_table(storage.source(file), columns=["task", "abstained", "error"])
         rows, parts = rows + len(table), parts + 1
         abstained += sum(map(bool, table["abstained"].to_pylist()))
         tasks.update(table["task"].to_pylist())

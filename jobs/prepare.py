@@ -178,7 +178,8 @@ def _claim(folder: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
         draft.mkdir()
         try:
-            yield draft
+            with storage.lease(folder):
+                yield draft
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -189,6 +190,8 @@ def _publish(draft: Path, folder: Path) -> None:
         folder.rename(old)
     draft.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+    storage.removed(folder / shards.INFO_FILE)
+    storage.send(folder)
 
 
 def _compare(folder: Path, recipe: Mapping[str, Any]) -> None:

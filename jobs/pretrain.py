@@ -98,7 +98,7 @@ def prepare(config: Config, folder: Path, origin: Dataset | Source, name: str) -
     steps = run.total_steps(order, config)
     plan = Plan(
         learner=Aligned if aligned else Language,
-        root=storage.root(),
+        root=storage.variables(),
         config=config,
         tasks={},
         label_weights={},

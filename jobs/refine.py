@@ -131,8 +131,9 @@ def _config(found: Bundle, args: argparse.Namespace, name: str) -> Config:
     """The bundle's own recipe, begun with the bundle."""
     base = found.config
     changed: dict[str, Any] = {
-        "data.name": name, "data.share": 1.0, "data.labels_per_class": None, "start.bundle": str(found.path),
-        "start.hold": "none", "start.distil": 0.0, "train.epochs": _EPOCHS,
+        "data.name": name, "data.share": 1.0, "data.labels_per_class": None,
+        "start.bundle": storage.portable(found.path), "start.hold": "none", "start.distil": 0.0,
+        "train.epochs": _EPOCHS,
         "train.global_batch": min(base.global_batch, _BATCH),
         "train.max_steps": None, "train.min_steps": 0, "train.patience": 0, "train.eval_every_epochs": None,
     }  # fmt: skip

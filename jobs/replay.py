@@ -74,7 +74,7 @@ def draw(datasets: Sequence[Dataset], split: str, count: int, seed: int) -> list
             continue
         refit = BASES in dataset.info.get("recipe", {})
         for file in dataset.shard_files(split):
-            with pq.ParquetFile(file) as shard:
+            with pq.ParquetFile(storage.source(file)) as shard:
                 for group in range(shard.num_row_groups):
                     rows = shard.read_row_group(group, columns=_COLUMNS).to_pylist()
                     for index, row in enumerate(rows):
@@ -146,5 +146,5 @@ def _read(places: Sequence[Place]) -> Iterator[Record]:
     for each in places:
         by_group[each.file, each.group].append(each.row)
     for (file, group), rows in sorted(by_group.items()):
-        with pq.ParquetFile(file) as shard:
+        with pq.ParquetFile(storage.source(file)) as shard:
             yield from map(Record.from_row, shard.read_row_group(group).take(pa.array(sorted(rows))).to_pylist())

@@ -56,6 +56,8 @@ class Run:
     @property
     def exported(self) -> bool:
         """Whether the run has its bundle, or what else it makes: nothing is left to train."""
+        if self.plan.bundle is not None:
+            storage.refresh(self.plan.bundle)
         return self.plan.bundle is not None and (self.plan.bundle / self.plan.seal).is_file()
 
     def resumed_step(self) -> int:
@@ -127,7 +129,7 @@ def prepare(
     steps = total_steps(order, config)
     plan = Plan(
         learner=Supervised,
-        root=storage.root(),
+        root=storage.variables(),
         config=config,
         tasks=tasks,
         task=begun.task if begun else dataset.task,

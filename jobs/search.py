@@ -82,7 +82,7 @@ def search(recipe: Path, space_file: Path, name: str, overrides: Sequence[str]) 
     config, space = configs.load(recipe, overrides), spaces.load(space_file)
     fixed = {**space.set, **({"train.max_steps": int(space.most)} if space.most and space.unit == "steps" else {})}
     base, dims = configs.override(config, fixed), spaces.dimensions(space)
-    folder = storage.folder("search", name)
+    folder = storage.fetched(storage.folder("search", name))
     Dataset.open(storage.folder("data", config.data.name))
     _check_space(base, space, dims)
     if _held(folder, base, space) and (folder / _WINNER).exists():
@@ -114,7 +114,7 @@ def _search(base: Config, space: Space, dims: Sequence[Dimension], folder: Path)
         flush=True,
     )
     with Lanes(base, folder / "lanes", concurrent) as groups, trials.quiet():
-        make = functools.partial(job, storage.root(), base, stages, space.method)
+        make = functools.partial(job, storage.variables(), base, stages, space.method)
         done = trials.run(
             make, folder, space, dims, [first], groups.desk, stages=stages, trials=space.trials,
             concurrent=concurrent, seed=base.seed, metric=_metric(space), tell=tell,
@@ -265,11 +265,13 @@ def _metric(space: Space) -> tuple[str, bool]:
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 
-def job(root: Path, base: Config, stages: Stages, method: str, sample: Sample, place: Path, name: str) -> Job:
+def job(
+    root: Mapping[str, str], base: Config, stages: Stages, method: str, sample: Sample, place: Path, name: str
+) -> Job:
     """A trial's work: the training of a sample, in a folder of its own, validated at each stage too.
 
     Args:
-        root: of storage, as the command sees it.
+        root: `storage.variables` of the command.
     """
     from jobs import run
 
@@ -325,7 +327,7 @@ def _verdict(
         if not _ended(place):
             sample = {**own, "seed": base.seed + index}
             name = f"seed{index}" if begun is None else begun.id
-            jobs.append(job(storage.root(), base, stages, space.method, sample, place, f"{name}#seed"))
+            jobs.append(job(storage.variables(), base, stages, space.method, sample, place, f"{name}#seed"))
 
     def hear(name: str, report: Mapping[str, float]) -> None:
         tell(f"{name}  step {report['step']:.0f}  {report['score']:.4g}")

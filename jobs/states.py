@@ -136,12 +136,13 @@ def _compute(
     groups = [(piece.shard, index) for piece in work for index in range(len(piece.groups))]
     sizes = [rows for piece in work for rows in piece.groups]
     room = _Room(config, total=sum(sizes), largest=max(sizes))
+    share = config.cluster.gpu_share if config.cluster.gpu else 0.0
     try:
         with Progress(f"states of {' and '.join(kinds)}", sum(sizes), "rows") as progress:
             progress.begin()
             computed = stream.apply(
-                dataset, "train", Computing, kwargs, workers=config.cluster.workers, batch_rows=_ROWS,
-                threads=config.cluster.threads, gpu=config.cluster.gpu, groups=groups,
+                dataset, "train", Computing, kwargs, workers=int(config.cluster.workers / (share or 1.0)),
+                batch_rows=_ROWS, threads=config.cluster.threads, gpu=share, groups=groups,
             )  # fmt: skip
             tables = stream.cut(computed, sizes)
             for piece in work:

@@ -106,7 +106,7 @@ def _trace(answer: str, url: str | None) -> Mapping[str, Any]:
 
 def _bundle(name: str) -> bundles.Bundle:
     """By its name: of a run, or of any bundle that a channel had."""
-    paths = [Path(line["bundle"]) for channel in _channels() for line in channels.read(channel).lines]
+    paths = [storage.resolve(line["bundle"]) for channel in _channels() for line in channels.read(channel).lines]
     for path in (*reversed(paths), *_bundle_folders()):
         if (path / MANIFEST).is_file() and json.loads((path / MANIFEST).read_text()).get("name") == name:
             return bundles.load(path)
@@ -135,8 +135,10 @@ def learned_from(id: str) -> dict[str, Any]:
 
 
 def everything() -> dict[str, Any]:
+    for kind in ("runs", "search", "channels", "refine"):
+        storage.refresh(storage.root() / kind)
     return {
-        "storage": str(storage.root()),
+        "storage": storage.variables()[storage.ROOT_VARIABLE],
         "runs": [_run(folder) for folder in _newest(storage.root() / "runs")],
         "searches": [_search(folder) for folder in _newest(storage.root() / "search")],
         "channels": [_channel(name) for name in _channels()],

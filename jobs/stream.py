@@ -24,7 +24,8 @@ import ray
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from mmagent import features, text
+from jobs import placement
+from mmagent import features, storage, text
 from mmagent.buckets import Buckets, together
 from mmagent.config import Config
 from mmagent.features import Kept
@@ -83,7 +84,7 @@ def row_groups(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
 
 def row_groups_of(file: str) -> list[tuple[str, int, int]]:
     """The same of one shard."""
-    footer = pq.read_metadata(file)
+    footer = pq.read_metadata(storage.source(file))
     return [(file, index, footer.row_group(index).num_rows) for index in range(footer.num_row_groups)]
 
 
@@ -138,6 +139,7 @@ def split_in_turn(stream: ray.data.Dataset, world: int, reserved_cpus: float) ->
     """
     options = stream.context.execution_options
     options.preserve_order = True
+    options.label_selector = placement.selector("data") or None
     options.exclude_resources = options.exclude_resources.add(ray.data.ExecutionResources(cpu=reserved_cpus))
     stream.context.enable_progress_bars = False
     stream.context.custom_execution_callback_classes = [Pace]
@@ -168,14 +170,14 @@ def apply(
     workers: int,
     batch_rows: int,
     threads: int,
-    gpu: bool = False,
+    gpu: float = 0.0,
     groups: Sequence[tuple[str, int]] | None = None,
 ) -> Iterator[pa.Table]:
     """Runs every row of a split through `worker(**kwargs)`, built once in each of `workers` actors and called with
     tables of record rows; yields the tables it gives back, in the order of the rows.
 
     Args:
-        gpu: whether each actor computes on one.
+        gpu: of a GPU that each actor takes.
         groups: (file, row group) of those that are wanted; none: all.
     """
     _quiet()
@@ -183,6 +185,7 @@ def apply(
     pieces = [(file, group) for file, group, _ in row_groups(dataset, split)] if groups is None else groups
     tasks = ray.data.from_items([{"file": f, "group": g} for f, g in pieces], override_num_blocks=len(pieces))
     tasks.context.execution_options.preserve_order = True
+    tasks.context.execution_options.label_selector = None if gpu else placement.selector("data") or None
     rows = tasks.map_batches(_read_group, batch_size=1, num_cpus=0.25)
     size = min(workers, len(pieces))
     yield from _through(rows, worker, kwargs, actors=size, batch_rows=batch_rows, threads=threads, gpu=gpu)
@@ -196,7 +199,7 @@ def over(
     parts = [table.slice(at, batch_rows) for at in range(0, len(table), batch_rows)]
     rows = ray.data.from_arrow(parts)
     yield from _through(
-        rows, worker, kwargs, actors=min(workers, len(parts)), batch_rows=batch_rows, threads=threads, gpu=False
+        rows, worker, kwargs, actors=min(workers, len(parts)), batch_rows=batch_rows, threads=threads, gpu=0.0
     )
 
 
@@ -213,7 +216,7 @@ def _through(
     actors: int,
     batch_rows: int,
     threads: int,
-    gpu: bool,
+    gpu: float,
 ) -> Iterator[pa.Table]:
     """What so many actors, each a `worker(**kwargs)`, make of tables of rows."""
     rows.context.custom_execution_callback_classes = [Pace]
@@ -225,7 +228,7 @@ def _through(
         zero_copy_batch=True,
         compute=ray.data.ActorPoolStrategy(size=max(1, actors)),
         num_cpus=0.5,
-        num_gpus=1 if gpu else 0,
+        num_gpus=gpu,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )
     yield from made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
@@ -244,7 +247,7 @@ def cut(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
 
 def _read_group(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
     for file, group in zip(batch["file"], batch["group"], strict=True):
-        yield pq.ParquetFile(str(file)).read_row_group(int(group))
+        yield pq.ParquetFile(storage.source(str(file))).read_row_group(int(group))
 
 
 def read_blocks(batch: dict[str, np.ndarray], *, order: Order, layout: Layout, parts: list[Part]) -> Iterator[pa.Table]:
@@ -282,7 +285,7 @@ def read_part(part: Part, *, order: Order, layout: Layout) -> Iterator[pa.Table]
     """The rows of a window, a table for each optimizer step, rank by rank."""
     tables = []
     for piece in part.pieces:
-        table = pq.ParquetFile(piece.file).read_row_group(piece.row_group, columns=COLUMNS)
+        table = pq.ParquetFile(storage.source(piece.file)).read_row_group(piece.row_group, columns=COLUMNS)
         tables.append(table.slice(piece.start, piece.stop - piece.start))
     stored = pa.concat_tables(tables).combine_chunks()
     words = _words(stored["messages"], layout)
@@ -311,7 +314,7 @@ class _States:
         for piece in part.pieces:
             columns = []
             for files in kept:
-                table = pq.ParquetFile(files[piece.file]).read_row_group(piece.row_group)
+                table = pq.ParquetFile(storage.source(files[piece.file])).read_row_group(piece.row_group)
                 columns.append(table[features.COLUMN].combine_chunks().slice(piece.start, piece.stop - piece.start))
             self._pieces.append(columns)
 

@@ -89,7 +89,7 @@ def rehearse(config: Config, name: str) -> int:
 def _look(dataset: Dataset, config: Config) -> None:
     """Checks a small data set that nobody has checked as it is now."""
     files = [file for split in dataset.splits for file in dataset.shard_files(split)]
-    if diagnosis.read(dataset) is None and sum(file.stat().st_size for file in files) <= _CHECKED_BYTES:
+    if diagnosis.read(dataset) is None and sum(map(storage.size, files)) <= _CHECKED_BYTES:
         try:
             check.check(dataset, config, workers=1)
         except OSError as error:  # a folder that may be read alone: no reason not to train on it
@@ -148,6 +148,7 @@ def fit(
         stop()
 
     before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    storage.watch(folder / "metrics.jsonl")
     thread = threading.Thread(target=train, daemon=True, name="fit")
     thread.start()
     follower, alarm = Follower(folder / "metrics.jsonl"), Alarm(folder, alarm_minutes)

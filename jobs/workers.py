@@ -27,8 +27,9 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_jobs, list_placement_groups
 
-from jobs import failures, forecast, stream, vigil
+from jobs import failures, forecast, placement, stream, vigil
 from jobs.failures import Failure
+from mmagent import storage
 from mmagent.config import Config
 
 __all__ = ["Final", "Group", "WorkersFailed", "room", "run", "stay"]
@@ -108,7 +109,9 @@ def run(
 
     Raises:
         WorkersFailed: they failed more often than `cluster.max_failures` allows.
+        PlacementError: see `jobs.placement`.
     """
+    placement.check_storage()
     _release_orphans()
     start, count = uuid.uuid4().hex[:8], 0
     while True:
@@ -206,7 +209,9 @@ def _fit(
 
 def _scaling(config: Config, workers: int, cpus: float) -> ScalingConfig:
     return ScalingConfig(
-        num_workers=workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus)
+        num_workers=workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus),
+        placement_strategy="PACK",  # what they exchange in each step stays on a machine as far as it can
+        label_selector=placement.workers(config) or None,
     )  # fmt: skip
 
 
@@ -283,6 +288,7 @@ def _entry(spec: dict[str, Any]) -> str:
         return str(error)
     finally:
         sigterm.close()
+        storage.send(spec["folder"])
     return ""
 
 

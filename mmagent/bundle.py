@@ -119,6 +119,7 @@ def save(
         _seal(draft, manifest)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(draft, path)
+        storage.send(path)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -130,6 +131,7 @@ def add(path: Path, files: Mapping[str, str | bytes]) -> None:
     for name, content in files.items():
         storage.publish(path / name, content)
     _seal(path, json.loads((path / MANIFEST).read_text()))
+    storage.send(path)
 
 
 def load(path: str | Path) -> Bundle:
@@ -138,7 +140,7 @@ def load(path: str | Path) -> Bundle:
     Raises:
         BundleError: no bundle there, another format version, a file missing or changed.
     """
-    folder = find(path)
+    folder = storage.fetched(find(path))
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except ValueError as error:
@@ -178,6 +180,7 @@ def find(path: str | Path) -> Path:
         kinds = ("runs", "search")
         places = [root / given, root / given / "bundle", *(root / kind / given / "bundle" for kind in kinds)]
     for place in places:
+        storage.refresh(place)
         if os.path.isfile(place / MANIFEST):  # Path's own raises for a name that is too long
             return place
     tried = ", ".join(str(place) for place in places)

@@ -62,6 +62,7 @@ def read(name: str) -> Channel:
         StorageError: no name.
     """
     place = file(name)
+    storage.refresh(place)
     try:
         text = place.read_text()
     except FileNotFoundError as error:
@@ -93,10 +94,19 @@ def read(name: str) -> Channel:
 def append(name: str, bundle: str | Path, *, share: float, act: str, by: str, **facts: Any) -> None:
     """Adds to the history, on the disk when it returns; writers take turns."""
     place = file(name)
+    storage.refresh(place)
     place.parent.mkdir(parents=True, exist_ok=True)
-    line = {"bundle": str(bundle), "share": share, "act": act, "at_ms": int(time.time() * 1000), "by": by, **facts}
+    line = {
+        "bundle": storage.portable(bundle),
+        "share": share,
+        "act": act,
+        "at_ms": int(time.time() * 1000),
+        "by": by,
+        **facts,
+    }
     with open(place, "ab") as out:
         fcntl.flock(out, fcntl.LOCK_EX)
         out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         out.flush()
         os.fsync(out.fileno())
+        storage.send(place)

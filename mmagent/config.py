@@ -398,6 +398,14 @@ class ClusterConfig(_Section):
         "no room for all. none: it waits for all of them",
     )  # fmt: skip
     gpu: bool = Field(False, description="one GPU for each worker")
+    gpu_share: float = Field(
+        1.0, gt=0, le=1, description="of a GPU that a process takes which computes what is frozen (`train.cache`): "
+        "several of them on one GPU, where towers are small",
+    )  # fmt: skip
+    accelerator: str | None = Field(
+        None, description="the kind of GPU that workers want where a cluster has several, as Ray names it: A100, H100, "
+        "L4, T4. none: any",
+    )  # fmt: skip
     threads: int = Field(1, gt=0, description="CPU threads of one worker")
     max_failures: int = Field(
         1, ge=0, description="times failed workers are started again from the last checkpoint, after a pause of 1 s "

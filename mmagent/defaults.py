@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from mmagent import text
+from mmagent import storage, text
 from mmagent.config import LONGEST, Config, ImageTowerConfig, override
 from mmagent.media import Limits, MediaError, check_image
 from mmagent.shards import Dataset
@@ -146,7 +146,7 @@ def _pairs(dataset: Dataset) -> bool:
     """Whether there are rows with candidates in training, and none with several."""
     most = 0
     for file in dataset.shard_files("train"):
-        column = pq.ParquetFile(file).read(columns=["candidates.list.element.content"])["candidates"]
+        column = pq.ParquetFile(storage.source(file)).read(columns=["candidates.list.element.content"])["candidates"]
         most = max(most, pc.max(pc.list_value_length(column)).as_py() or 0)
     return most == 1
 

@@ -148,7 +148,7 @@ def writer(file: Path) -> pq.ParquetWriter:
 def _fits(file: Path, shard: Path) -> bool:
     if not file.is_file():
         return False
-    mine, data = pq.read_metadata(file), pq.read_metadata(shard)
+    mine, data = pq.read_metadata(storage.source(file)), pq.read_metadata(storage.source(shard))
     return _groups(mine) == _groups(data)
 
 

@@ -52,6 +52,7 @@ def folder() -> Path:
 
 def read(place: Path) -> Log:
     """The feedback of a folder of segments; none where there is no such folder."""
+    storage.refresh(place)
     found: dict[str, Said] = {}
     torn, deleted = 0, set()
     for file in sorted(place.glob("*.jsonl")):

@@ -48,7 +48,7 @@ class KnowledgeBase:
         """
         import lancedb
 
-        folder = storage.folder("kb", name)
+        folder = storage.fetched(storage.folder("kb", name))
         try:
             info = json.loads((folder / INFO_FILE).read_text())
         except (OSError, ValueError) as error:

@@ -86,6 +86,7 @@ def locate(name: str) -> str:
     if path.is_absolute() or name.startswith((".", "~")):
         return _checked(path, name)
     below = storage.root() / name
+    storage.fetched(below)
     if below.is_dir():
         return _checked(below, name)
     if name.count("/") > 1:

@@ -58,6 +58,7 @@ class Dataset:
             DatasetError: no such folder, an unfinished one, another format, or a shard that is missing or cut off.
         """
         folder = Path(path)
+        storage.refresh(folder)
         file = folder / INFO_FILE
         if not file.is_file():
             what = (
@@ -123,7 +124,7 @@ class Dataset:
     def read(self, split: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows in order, one row group at a time."""
         for file in self.shard_files(split):
-            with pq.ParquetFile(file) as shard:
+            with pq.ParquetFile(storage.source(file)) as shard:
                 for group in range(shard.num_row_groups):
                     yield shard.read_row_group(group, columns=columns, use_threads=False)
 
@@ -258,7 +259,7 @@ def _leaf_columns() -> list[str]:
 
 def _check_shard(file: Path, size: int) -> None:
     try:
-        found = file.stat().st_size
+        found = storage.size(file)
     except OSError as error:
         raise DatasetError(f"the shard {file} is missing; prepare the data set again with --replace") from error
     if found != size:

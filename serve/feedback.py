@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mmagent import feedback as segments
+from mmagent import storage
 from serve import logs
 from serve.answers import Trace, now_ms
 from serve.errors import ApiError
@@ -26,6 +27,7 @@ from serve.questions import ChatMessage, Written
 from serve.store import Store, StoreError
 
 _KIND = "feedback"
+_PATIENCE_S = 10.0  # with object storage, which is asked before the answer
 _RIGHT_ANSWERS = ("label", "labels", "text", "spans", "value")
 
 
@@ -111,7 +113,7 @@ class FeedbackLog:
         }
         try:
             repeated = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, id, key.id, line)
-        except (OSError, StoreError) as error:
+        except (OSError, StoreError, storage.StorageError) as error:
             message = "feedback cannot be stored now: the disk of the service refuses it; send it again later"
             raise ApiError(503, message, code="not_stored", headers={"Retry-After": "30"}) from error
         return Taken(id=id, answer=feedback.answer, created=created_ms // 1000, repeated=repeated)
@@ -128,14 +130,17 @@ class FeedbackLog:
         if self._store.read(_KIND, id) is not None:
             return True
         data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-        logs.append(segment(self._replica), data)
+        file = segment(self._replica)
+        logs.append(file, data)
+        storage.send(file, _PATIENCE_S)
         self._store.put(_KIND, id, key, line["feedback"]["answer"].encode(), self._keep_s)
         return False
 
 
 def segment(replica: str) -> Path:
-    """Where a replica writes today."""
-    return segments.folder() / f"{time.strftime('%Y-%m-%d', time.gmtime())}.{replica}.jsonl"
+    """Where a replica writes today; for object storage, which is sent whole files, in this minute."""
+    period = time.strftime("%Y-%m-%dT%H%M" if storage.is_remote() else "%Y-%m-%d", time.gmtime())
+    return segments.folder() / f"{period}.{replica}.jsonl"
 
 
 def replica_name() -> str:

@@ -10,6 +10,7 @@ import gc
 import io
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections import Counter
@@ -30,6 +31,7 @@ from mmagent.rows import parse
 from mmagent.shards import Dataset, ShardWriter
 from mmagent.targets import TaskInfo
 from mmagent.tasks import Task, make_all
+from tests import s3
 
 torch.set_num_threads(1)
 
@@ -251,6 +253,24 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model.save_pretrained(folders[kind])
         tokenizer.save_pretrained(folders[kind])
     return folders
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of a real S3 server (moto's) with a bucket `s3.BUCKET`."""
+    with s3.server() as url:
+        yield url
+
+
+@pytest.fixture
+def object_storage(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty storage root in S3, which MMAGENT_STORAGE names, with a mirror of this test's own."""
+    url = f"s3://{s3.BUCKET}/{secrets.token_hex(4)}"
+    for name, value in {**s3.CREDENTIALS, "AWS_ENDPOINT_URL": s3_server, "MMAGENT_STORAGE": url}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MMAGENT_MIRROR", str(tmp_path / "mirror"))
+    yield url
+    storages.leave()
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def start_file(start: str) -> Path:
     Raises:
         BackboneError: there are none.
     """
-    file = storage.resolve(start) / START_FILE
+    file = storage.fetched(storage.resolve(start)) / START_FILE
     if not file.is_file():
         raise BackboneError(
             f"there is no {START_FILE} in {file.parent}: jobs.pretrain with pretrain.objective=align makes it"

@@ -7,7 +7,7 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def search(base: Config, samples: Sequence[tuple[Sample, int]], folder: Path, co
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    trainable: Any = functools.partial(_trial, base, storage.root(), folder)
+    trainable: Any = functools.partial(_trial, base, storage.variables(), folder)
     began = time.monotonic()
     grid = Tuner(
         tune.with_resources(trainable, {"cpu": 0.1}),
@@ -45,7 +45,7 @@ def search(base: Config, samples: Sequence[tuple[Sample, int]], folder: Path, co
     return time.monotonic() - began
 
 
-def _trial(base: Config, root: Path, folder: Path, config: dict[str, Any]) -> None:
+def _trial(base: Config, root: Mapping[str, str], folder: Path, config: dict[str, Any]) -> None:
     storage.use(root)
     place = folder / tune.get_context().get_trial_id()
     made = run.prepare(configs.override(base, config["sample"]["values"]), place, export=False)
