@@ -2,7 +2,8 @@
 
 A machine that was started with ``--labels mmagent.io/role=R`` is for ``data`` (reading, decoding, tokenising),
 ``train`` or ``serve``. Where a cluster has machines for something, that runs there and nowhere else; where it has none,
-anywhere. The files of `cluster/` label theirs so. Kinds of GPU are told apart by Ray's own label (`cluster.accelerator`).
+anywhere. The files of `cluster/` label theirs so. Kinds of GPU are told apart by Ray's own label
+(`cluster.accelerator`).
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def check_storage() -> None:
     if blind:
         raise PlacementError(
             f"the storage root {storage.root()} is a folder that {', '.join(blind)} does not see: on several "
-            f"machines {storage.ROOT_VARIABLE} names a folder that all of them share (NFS, or a volume that is mounted on each), "
-            "or object storage: s3://BUCKET/PREFIX"
+            f"machines {storage.ROOT_VARIABLE} names a folder that all of them share (NFS, or a volume that is mounted "
+            "on each), or object storage: s3://BUCKET/PREFIX"
         )
 
 
