@@ -23,7 +23,7 @@ def document() -> dict[str, Any]:
 def page() -> str:
     """Operations by their tags, then the schemas that they name."""
     found = document()
-    text = "# HTTP API\n\nOf a running service, `/docs` shows the same and tries it, and `/openapi.json` is for programs.\n"
+    text = "# HTTP API\n\nOf a running service, `/docs` shows the same, and `/openapi.json` is for programs.\n"
     text += markup.prose(found["info"]["description"]) + "\n"
     tags: dict[str, list[str]] = {}
     for method, path, operation in _operations(found):

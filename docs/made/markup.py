@@ -13,7 +13,7 @@ def prose(text: str) -> str:
 
 
 def plain(line: str) -> str:
-    """A line outside of a block: ``<``, ``*`` and ``_`` are letters, but not within backticks, where they are anyway."""
+    """A line outside of a block: ``<``, ``*`` and ``_`` are letters; within backticks they are anyway."""
     line = line.replace("``", "`")
     pieces = re.split(r"(`[^`]*`)", line)
     return "".join(piece if piece.startswith("`") else _letters(piece) for piece in pieces)

@@ -29,7 +29,8 @@ class Box:
     def svg(self) -> str:
         left, top = self.x - self.width // 2, self.y - self.height // 2
         round_ = 14 if self.kind == "store" else 4
-        out = f'<rect class="{self.kind}" x="{left}" y="{top}" width="{self.width}" height="{self.height}" rx="{round_}"/>'
+        size = f'width="{self.width}" height="{self.height}"'
+        out = f'<rect class="{self.kind}" x="{left}" y="{top}" {size} rx="{round_}"/>'
         for number, line in enumerate(self.lines):
             y = top + 8 + _LINE * number + 13
             out += f'<text class="{"name" if number == 0 else "more"}" x="{self.x}" y="{y}">{escape(line)}</text>'

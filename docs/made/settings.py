@@ -103,7 +103,9 @@ def _kind(annotation: Any) -> str:
 
 def recipes() -> str:
     """Every recipe, whole: its comments say what it is for."""
-    text = "# Recipes\n\nThe files of `jobs/recipes/`. A run takes one by `--config`, a search its space by `--space`.\n"
+    text = (
+        "# Recipes\n\nThe files of `jobs/recipes/`. A run takes one by `--config`, a search its space by `--space`.\n"
+    )
     for name, content in _files():
         text += f"\n## {name}\n\n```yaml\n{content.strip()}\n```\n"
     return text
