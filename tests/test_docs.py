@@ -61,7 +61,8 @@ def test_every_key_file_and_target_that_a_page_names_is_there(page: Path) -> Non
 
 
 def _is_section(key: str) -> bool:
-    return any(known.startswith(f"{key}.") for known in configs.keys())
+    known = configs.keys()
+    return any(each.startswith(f"{key}.") for each in known)
 
 
 @pytest.mark.skipif(not (CHECKOUT / "cluster").is_dir(), reason="there is no cluster/ in this checkout")
@@ -103,8 +104,8 @@ def test_every_command_and_key_has_its_place_in_the_site(site: Path) -> None:
         page = _words(site / "reference" / "commands" / f"{module}.html")
         for action in commands.parser(module)._actions:
             assert all(flag in page for flag in action.option_strings if flag not in ("-h", "--help"))
-    keys = _words(site / "reference" / "settings.html")
-    assert not [key for key in configs.keys() if key not in keys]
+    page, known = _words(site / "reference" / "settings.html"), configs.keys()
+    assert not [key for key in known if key not in page]
     flags = _words(site / "reference" / "commands" / "serve.start.html")
     assert not [name for name, field in ServeConfig.model_fields.items() if name != "key_hashes"
                 and " ".join((field.description or "").split())[:40] not in flags]  # fmt: skip

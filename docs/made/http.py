@@ -24,7 +24,7 @@ def page() -> str:
     """Operations by their tags, then the schemas that they name."""
     found = document()
     text = "# HTTP API\n\nOf a running service, `/docs` shows the same, and `/openapi.json` is for programs.\n"
-    text += markup.prose(found["info"]["description"]) + "\n"
+    text += found["info"]["description"]  # Markdown already
     tags: dict[str, list[str]] = {}
     for method, path, operation in _operations(found):
         tags.setdefault(next(iter(operation.get("tags", ["other"]))), []).append(_operation(method, path, operation))

@@ -117,7 +117,7 @@ _REACH: tuple[Box | Arrow, ...] = (
     Box(385, 40, ("operators", "Ray's token, admin key"), 170, "outside"),
     Box(95, 150, ("service", "port 8000, TLS"), 170),
     Box(385, 150, ("head", "6379, 8265, 10001"), 170),
-    Box(95, 260, ("replicas", "21000 and up"), 170),
+    Box(95, 260, ("replicas", "reached by service only"), 170),
     Box(385, 260, ("workers", "no port for users"), 170),
     Box(95, 375, ("outside", "tools, media hosts,", "webhook: as listed"), 170, "outside"),
     Box(385, 375, ("storage root", "Redis, where several", "nodes serve"), 170, "store"),

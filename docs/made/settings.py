@@ -24,8 +24,8 @@ _NAMES = {"str": "text", "int": "whole number", "float": "number", "bool": "true
 def page() -> str:
     """Every key, a table for each section."""
     text = (
-        "# Keys of a recipe\n\nA recipe is a YAML file of sections; `section.key=value` behind a command is in place of "
-        "what it says. An unknown key is refused with the nearest right one.\n"
+        "# Keys of a recipe\n\nA recipe is a YAML file of sections; `section.key=value` behind a command takes the "
+        "place of what it says. An unknown key is refused with the nearest right one.\n"
     )
     plain = {name: info for name, info in configs.Config.model_fields.items() if _section(info) is None}
     text += "\n" + _table("", plain)
