@@ -9,14 +9,14 @@ BUNDLE ?= demo
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed-here
-LINTED := mmagent jobs serve tests
+LINTED := mmagent jobs serve docs tests
 
 # A venv holds absolute paths: one that was moved, or whose Python is gone, is made anew.
 ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null),$(CURDIR) runs)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search bench-serve bench-confidence bench-continual test-abuse test-faults figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format docs doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search bench-serve bench-confidence bench-continual test-abuse test-faults figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ lint: $(STAMP) ## ruff, mypy, the import rules
 format: $(STAMP) ## let ruff order and format the code
 	$(VENV)/bin/ruff check --fix $(LINTED)
 	$(VENV)/bin/ruff format $(LINTED)
+
+docs: $(STAMP) ## the site of the docs, its reference made of the code: build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "build/site/index.html"
 
 doctor: $(STAMP) ## what this machine lacks, and the command that mends it
 	@$(PY) -m jobs.doctor
@@ -118,5 +122,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(PY) -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  -c constraints.txt torch
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[cluster,speech,demo,hub,dev]'
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[cluster,speech,demo,hub,docs,dev]'
 	@printf '%s\n' "$(CURDIR)" > $@

@@ -6,8 +6,16 @@ import argparse
 import difflib
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any, NoReturn
+
+_DESCRIBED: ContextVar[bool] = ContextVar("described", default=False)  # a command is asked for its parser, not run
+
+
+class _Described(BaseException):
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +36,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        if _DESCRIBED.get():
+            raise _Described(self)
         given = list(sys.argv[1:] if args is None else args)
         flags = sorted(flag for parser in (self, *self._within()) for a in parser._actions for flag in a.option_strings)
         for item in given[: given.index("--")] if "--" in given else given:
@@ -50,6 +60,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def parser_of(main: Callable[[Sequence[str]], Any]) -> Parser:
+    """The parser that a command's `main` makes, with nothing of the command done: for pages that list its flags, and
+    for tests of what these pages say.
+
+    Raises:
+        TypeError: it reads no arguments by a `Parser`.
+    """
+    mark = _DESCRIBED.set(True)
+    try:
+        main([])
+    except _Described as described:
+        return described.parser
+    finally:
+        _DESCRIBED.reset(mark)
+    raise TypeError(f"{main} ended without reading its arguments by a Parser")
 
 
 def mapping(text: str) -> dict[str, str]:

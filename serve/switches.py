@@ -18,11 +18,13 @@ Three things about Ray 2.60 are mended here; tests/test_serve_start.py reads the
 
 from __future__ import annotations
 
-import argparse
 import json
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from mmagent.arguments import Parser
 
 LOCAL_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": addresses of this Ray are loopback addresses
 MAX_FOLDER = 28  # characters: a node id of 56 and file names follow, and the path of a socket ends at 107
@@ -119,12 +121,11 @@ def _haproxy() -> str:
     return str(get_haproxy_binary())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m serve.switches", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", type=Path)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("serve.switches", __doc__)
+    parser.add_argument("folder", type=Path, help="a folder that this Ray has to itself")
     parser.add_argument("--plain", action="store_true", help="without HAProxy")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         print(json.dumps(environment(args.folder, plain=args.plain), indent=1))
     except (ValueError, ImportError, OSError) as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from mmagent.arguments import Parser
+from mmagent.arguments import Parser, parser_of
 
 
 @pytest.mark.parametrize(
@@ -22,3 +24,18 @@ def test_an_unknown_flag_names_what_was_meant(flag: str, says: str, capsys: pyte
         parser.parse_args([flag])
     assert ended.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_commands_parser_without_the_command() -> None:
+    done = []
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        parser = Parser("jobs.anything", "A manual.")
+        parser.add_argument("--source", required=True)
+        done.append(parser.parse_args(argv).source)
+
+    found = parser_of(main)
+    assert done == []
+    assert found.parse_args(["--source", "x"]).source == "x"  # and afterwards it reads as ever
+    with pytest.raises(TypeError, match="without reading its arguments"):
+        parser_of(print)
