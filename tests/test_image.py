@@ -218,8 +218,9 @@ def test_its_steps_make_a_system_that_works(built: tuple[Builder, dict[str, str]
         assert found[name]["status"] == "ok", found[name]
     assert not [check for check in found.values() if check["status"] == "fail"], found
     loaded = run(
-        "python -c 'import boto3, googleapiclient.discovery, mmagent, torch, ray, deepspeed; "
-        "import serve.replica, jobs.train; from mmagent import Predictor; print(mmagent.__file__, Predictor.__name__, torch.zeros(2).sum().item())'"
+        "python -c 'import boto3, googleapiclient.discovery, mmagent, torch, ray, deepspeed, serve.replica; "
+        "import jobs.train; from mmagent import Predictor; "
+        "print(mmagent.__file__, Predictor.__name__, torch.zeros(2).sum().item())'"
     )
     assert loaded.split()[-3:] == ["/app/mmagent/__init__.py", "Predictor", "0.0"]
     assert run("touch $HOME/x $MMAGENT_STORAGE/x && (touch /app/x 2>&1 || echo refused)").strip().endswith("refused")

@@ -360,6 +360,16 @@ def test_the_service_gets_keys_and_store_from_secrets() -> None:
         assert promote.KEY_VARIABLE in {each["name"] for each in template["spec"]["containers"][0]["env"]}
 
 
+def test_the_manual_names_what_exists() -> None:
+    text = (cluster.CHECKOUT / "cluster/README.md").read_text()
+    for file in re.findall(r"(?<!-f )\b(?:cluster|tests|kubernetes)/[\w./-]+\w", text):
+        place = cluster.CHECKOUT / "cluster" if file.startswith("kubernetes/") else cluster.CHECKOUT
+        assert (place / file).exists(), file
+    for service, port in re.findall(r"(mmagent-[a-z-]+-svc)[: ](\d+)", text):
+        assert int(port) in services()[service]
+    assert f"--version {kuberay.VERSION.removeprefix('v')} " in text
+
+
 # ---- safety ----------------------------------------------------------------------------------------------------------
 def test_every_ray_has_a_token_from_the_secret_and_survives_its_head() -> None:
     for document in ALL:
