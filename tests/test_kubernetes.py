@@ -411,6 +411,31 @@ def test_a_pod_is_not_root_and_has_bounds(where: str, template: Mapping[str, Any
             assert not secret or "secretKeyRef" in each["valueFrom"], each["name"]
 
 
+def test_rays_objects_fit_into_shared_memory() -> None:
+    """Else Ray puts them on the disk, with a warning that nobody reads."""
+    from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+
+    for where, template in pods():
+        volumes = {each["name"]: each for each in template["spec"].get("volumes", [])}
+        if "shm" in volumes:
+            memory = gib(template["spec"]["containers"][0]["resources"]["limits"]["memory"])
+            assert gib(volumes["shm"]["emptyDir"]["sizeLimit"]) >= DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * memory, (
+                where
+            )
+
+
+def gib(quantity: str) -> int:
+    assert quantity.endswith("Gi"), quantity
+    return int(quantity.removesuffix("Gi"))
+
+
+def test_the_accounts_of_kuberay_are_left_to_it() -> None:
+    """It makes one of a RayCluster's name for its head, and would take ours for it."""
+    accounts = {each["metadata"]["name"] for each in ALL if each["kind"] == "ServiceAccount"}
+    rays = {each["metadata"].get("name") for each in ALL if each["kind"] in RAY_KINDS}
+    assert not accounts & rays
+
+
 def test_no_secret_is_in_git() -> None:
     for document in SECRETS:
         assert set(document["stringData"].values()) == {""}, name(document)
