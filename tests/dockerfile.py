@@ -136,12 +136,17 @@ class Builder:
             *(["ip link set lo up"] if offline else []),
             f"mount -t proc proc {root}/proc", f"mount --rbind /dev {root}/dev", f"mount --rbind /sys {root}/sys",
             *(f"mount --bind {mount} {root}{mount}" for mount in self._mounts),
-            f'exec chroot --userspec={uid}:{gid or uid} {root} /bin/sh -c "cd {where} && $STEP"',
+            'exec "$@"',
+        ]  # fmt: skip
+        inside = [
+            "chroot", f"--userspec={uid}:{gid or uid}", str(root), "/usr/bin/env", "-i",
+            *(f"{key}={value}" for key, value in environment.items()),
+            "/bin/sh", "-c", f"cd {where} && {command}",
         ]  # fmt: skip
         done = subprocess.run(
             ["unshare", "--mount", "--pid", "--fork", "--kill-child", *(["--net"] if offline else []),
-             "sh", "-ec", "\n".join(outside)],
-            env={**environment, "STEP": command}, check=False, capture_output=True, text=True, timeout=timeout_s,
+             "sh", "-ec", "\n".join(outside), "sh", *inside],
+            check=False, capture_output=True, text=True, timeout=timeout_s,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
