@@ -37,6 +37,7 @@ class ServeConfig(BaseModel):
     downscale_delay_s: float = Field(120, ge=0, description="how long there must be too few")
     cpus: float = Field(1.0, gt=0, description="CPUs that Ray sets aside for a replica")
     gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for a replica")
+    role: str = Field("", description="replicas run on Ray nodes with this label mmagent.io/role alone; none: on any")
     threads: int = Field(1, gt=0, description="CPU threads of a replica's forward pass")
     decode_threads: int = Field(1, gt=0, description="threads of a replica that decode media")
     cache_mb: int | None = Field(
@@ -57,7 +58,10 @@ class ServeConfig(BaseModel):
     keys: str = Field("", description="the key file; none: serve/keys.json below the storage root")
     key_hashes: tuple[str, ...] = Field((), repr=False, description=f"SHA-256 of the keys in {KEYS_VARIABLE}")
     # -- what it keeps
-    store: str = Field("", description="of conversations and traces: redis://..., or SQLite below the storage root")
+    store: str = Field(
+        "", description="of conversations and traces: redis://... (also as MMAGENT_STORE_URL in the environment), or "
+        "SQLite below the storage root"
+    )  # fmt: skip
     conversation_hours: float = Field(24.0, gt=0, description="how long a conversation is kept after its last turn")
     max_messages: int = Field(50, gt=0, description="of a conversation, the newest, that the model is asked with")
     keep: Literal["all", "sampled", "unsure", "none"] = Field(

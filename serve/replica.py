@@ -18,9 +18,12 @@ from mmagent.agent import policy as policies
 from mmagent.predictor import Predictor
 from serve import logs
 from serve.app import build
-from serve.config import ServeConfig
+from serve.config import KEYS_VARIABLE, ServeConfig
+from serve.launch import StartError, check_agent, check_store, configured, folder_of, record
 from serve.metrics import Metrics
 from serve.service import Service
+
+ROLE_LABEL = "mmagent.io/role"  # of Ray's nodes, as cluster/*.yaml gives it: data, train or serve
 
 
 @serve.ingress()
@@ -63,7 +66,7 @@ def application(bundle: str, channel: str | None, config: ServeConfig) -> Applic
     """The Serve application of a bundle folder."""
     deployment: Any = serve.deployment(
         name="agent",
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus, **_set_aside()},
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus} | _place(config),
         # Our own queue answers 503 in OpenAI's shape first; Ray's limit is a second wall.
         max_ongoing_requests=2 * config.max_waiting,
         autoscaling_config=AutoscalingConfig(
@@ -80,12 +83,44 @@ def application(bundle: str, channel: str | None, config: ServeConfig) -> Applic
     return deployment.bind(bundle, channel, config.model_dump(), storage.variables())
 
 
-def _set_aside() -> dict[str, dict[str, str]]:
-    """Where machines of the cluster are set aside for serving, by the label that the files of `cluster/` give them,
-    replicas run on these."""
-    wanted = {"mmagent.io/role": "serve"}
-    there = any(node["Alive"] and wanted.items() <= node["Labels"].items() for node in ray.nodes())
+def _place(config: ServeConfig) -> dict[str, Any]:
+    """The machines that replicas run on: those of a role that was asked for, else those that are set aside for serving
+    where there are some."""
+    wanted = {ROLE_LABEL: config.role or "serve"}
+    there = config.role or any(node["Alive"] and wanted.items() <= node["Labels"].items() for node in ray.nodes())
     return {"label_selector": wanted} if there else {}
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """What a Serve config file (KubeRay's RayService, `serve deploy`) names: ``import_path: serve.replica:build_app``.
+
+    Args:
+        args: ``channel`` or ``bundle`` as of `serve.start`; any field of `ServeConfig`, where host and port are those
+            of the file's ``http_options``; ``url``, where others reach the service, for `jobs.promote` to find it.
+            API keys and the store's address come from the environment (MMAGENT_API_KEYS, MMAGENT_STORE_URL), never
+            from here: these arguments can be read in the dashboard.
+
+    Raises:
+        StartError: it cannot be served so.
+    """
+    given = dict(args)
+    bundle, channel, url = (given.pop(key, None) for key in ("bundle", "channel", "url"))
+    if (bundle is None) == (channel is None):
+        raise StartError(f"args name bundle={bundle!r} and channel={channel!r}: one of the two is wanted")
+    if secret := sorted({"key_hashes", "tls_cert", "tls_key"} & given.keys()):
+        raise StartError(
+            f"args name {', '.join(secret)}: keys come from the environment ({KEYS_VARIABLE}) or the key file, and TLS "
+            "ends at what stands before a service that Ray Serve starts by itself"
+        )
+    if url is not None and channel is None:
+        raise StartError(f"args name url={url!r} without a channel: only a channel's service is recorded")
+    config = configured(given)
+    folder = folder_of(bundle, channel)
+    check_agent(config, folder)
+    check_store(config)
+    if url is not None:
+        record(channel, url)
+    return application(str(folder), channel, config)
 
 
 def _narrow_replica_port() -> None:

@@ -26,21 +26,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from pydantic import ValidationError
-
-from mmagent import channels, storage
-from mmagent.agent import policy as policies
+from mmagent import storage
 from mmagent.arguments import Parser
 from serve import tls
-from serve.config import ServeConfig, is_loopback, key_hashes
+from serve.config import ServeConfig, is_loopback
+from serve.launch import StartError, check_agent, check_store, configured, folder_of, record
 from serve.switches import LOCAL_ONLY
 
 READY_TIMEOUT_S = 180.0
 _HINT = "`make demo` starts one; on your own: ray start --head --port 6379, with RAY_AUTH_MODE=token in the environment"
-
-
-class StartError(ValueError):
-    """The service cannot be started or stopped; the message says what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,26 +46,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             config = _config(args)
             tls.check(config)
-            folder = _bundle(args)
-            _check_agent(config, folder)
+            folder = folder_of(args.bundle, args.channel)
+            check_agent(config, folder)
             connect()
             deploy(folder, args.channel, config, args.name)
             if args.channel:
-                _record(args.channel, config.url)
+                record(args.channel, config.url)
             print(f"serving {folder} at {config.url}  (/ is the page, /docs says what can be asked)")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def _record(channel: str, url: str) -> None:
-    """Where `jobs.promote` finds the service of a channel."""
-    file = storage.root() / "serve" / "services.json"
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        known = {}
-    storage.publish_json(file, {**known, channel: {"url": url}})
 
 
 def connect() -> None:
@@ -132,7 +116,7 @@ def deploy(folder: Path, channel: str | None, config: ServeConfig, name: str) ->
     from serve.replica import application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the command says itself what it does
-    _check_store(config)
+    check_store(config)
     _check_running_proxy(config)
     options: dict[str, Any] = {"host": config.host, "port": config.port}
     if not tls.place(config) and config.tls_cert:
@@ -162,18 +146,6 @@ def stop(name: str) -> None:
     if set(running) == {name}:
         serve.shutdown()
     print(f"stopped {name}")
-
-
-def _check_store(config: ServeConfig) -> None:
-    """SQLite is one file of one node: replicas of several would each have conversations of their own."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) > 1 and not config.store:
-        raise StartError(
-            f"this Ray has {len(nodes)} nodes, and conversations would lie in SQLite on one of them: give a store that "
-            "all reach, --store redis://HOST:PORT/0"
-        )
 
 
 def _check_running_proxy(config: ServeConfig) -> None:
@@ -221,31 +193,6 @@ def _last_words(name: str, error: Exception) -> str:
     return lines[-1] if lines else str(error)
 
 
-def _bundle(args: argparse.Namespace) -> Path:
-    """The bundle folder, checked as a replica will check it, so that what is wrong is said here."""
-    from mmagent import bundle
-
-    asked = channels.read(args.channel).bundle if args.channel else args.bundle
-    return bundle.load(asked).path
-
-
-def _check_agent(config: ServeConfig, folder: Path) -> None:
-    """An agent's file, checked as a replica will check it, but for its tools, which replicas load."""
-    if not config.agent:
-        return
-    from mmagent import bundle
-
-    policy = policies.read(Path(config.agent))
-    found = bundle.load(folder)
-    tools = {rule.tool for rule in policy.rules.values() if rule.tool}
-    policies.check(policy, {name: info.labels for name, info in found.tasks.items()}, found.task, tools)
-    if policy.knowledge is not None and not storage.folder("kb", policy.knowledge.name).is_dir():
-        raise StartError(
-            f"there is no knowledge {policy.knowledge.name!r}: python -m jobs.index --docs FOLDER --name "
-            f"{policy.knowledge.name} makes it"
-        )
-
-
 def _name_of(folder: Path) -> str:
     return str(json.loads((folder / "manifest.json").read_text())["name"])
 
@@ -271,17 +218,9 @@ def _path_entries() -> list[str]:
 
 
 def _config(args: argparse.Namespace) -> ServeConfig:
-    given = {key: value for key in ServeConfig.model_fields if (value := getattr(args, key, None)) is not None}
-    try:
-        return ServeConfig.model_validate({**given, "key_hashes": key_hashes()})
-    except ValidationError as error:
-        raise StartError("; ".join(_explain(item) for item in error.errors())) from error
-
-
-def _explain(item: Any) -> str:
-    reason = str(item["msg"]).removeprefix("Value error, ")
-    flag = "--" + str(item["loc"][0]).replace("_", "-") if item["loc"] else ""
-    return reason if item["type"] == "value_error" else f"{flag} is {item['input']!r}: {reason}"
+    return configured(
+        {key: found for key in ServeConfig.model_fields if (found := getattr(args, key, None)) is not None}
+    )
 
 
 def _parser() -> Parser:

@@ -216,11 +216,11 @@ def predictor(tiny_bundle: Path) -> Predictor:
 def test_the_command_moves_a_running_service(
     first: Path, second: Path, tiny_bundle: Path, storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from serve.start import _record
+    from serve.launch import record
     from tests.serving import running
 
     with running(Service(Predictor.load(first), ServeConfig(), "production")) as address:
-        _record("production", address)
+        record("production", address)
         assert promote.service_of("production") == address
         assert promote.main(["--bundle", "second", "--canary", "0.5"]) == 0
         assert "a canary of 50% is second" in capsys.readouterr().out
