@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import cluster, watch
+from jobs import cluster, track, watch
 from jobs.cluster import ClusterError
 from jobs.lock import LockError, locked
 from mmagent import config as configs
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> int:
     """Trains, exports, evaluates; the exit status."""
     config = configs.load(args.config, args.overrides)
+    track.check(config.track)
     folder = storage.folder("runs", args.name)
     Dataset.open(storage.folder("data", config.data.name))
     if args.dry_run:
