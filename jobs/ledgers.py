@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ class WandbLedger:
         # Trials are told from their search by the job's type; the search's name is their group.
         group = sheet.name.partition("/")[0] if sheet.parent else sheet.experiment
         made: Any = self._wandb.init(
-            project=self._project, name=sheet.name, id=sheet.id or self._wandb.util.generate_id(), resume="allow",
+            project=self._project, name=sheet.name, id=sheet.id or secrets.token_hex(4), resume="allow",
             dir=str(self._folder), group=group, job_type="trial" if sheet.parent else "run", config=dict(sheet.params),
             reinit="create_new", settings=settings, allow_val_change=True,
         )  # fmt: skip

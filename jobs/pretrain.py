@@ -60,6 +60,9 @@ def pretrain(args: argparse.Namespace) -> int:
     track.check(config.track)
     origin = _origin(args)
     cluster.connect()
+    from jobs import room
+
+    room.check(config)
     with locked(folder):
         work = prepare(config, folder, origin, args.data or args.source)
         watch.tell(work)

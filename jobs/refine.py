@@ -76,10 +76,11 @@ def refine(args: argparse.Namespace) -> int:
     config = _config(found, args, f"{args.channel}-r000")  # a mistake in it is told before Ray is looked for
     track.check(config.track)
     cluster.connect()
-    from jobs import forget, rounds
+    from jobs import forget, room, rounds
     from jobs.lock import locked
     from jobs.rounds import Settings
 
+    room.check(config)
     with locked(storage.folder("refine", args.channel)):
         forget.forget()
         place = _round(args, found)

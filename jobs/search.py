@@ -91,8 +91,10 @@ def search(recipe: Path, space_file: Path, name: str, overrides: Sequence[str]) 
             print(f"the search {name!r} is finished: {_told(folder)}\nanother --name searches anew")
         return 0
     cluster.connect()
+    from jobs import room  # brings Ray, which reads its environment when it is imported
     from jobs.lock import locked
 
+    room.check_alone(base)
     with locked(folder):
         storage.publish(folder / _HELD, _written(base, space))
         with track.following(base.track, folder):
@@ -242,21 +244,9 @@ def _check_metric(space: Space, infos: Mapping[str, TaskInfo]) -> None:
 
 
 def _room(base: Config, space: Space) -> int:
-    """How many trials at a time.
-
-    Raises:
-        ConfigError: the cluster does not have the workers of one, and cannot get them.
-    """
+    """How many trials at a time."""
     from jobs import workers
 
-    what, wanted = ("GPU" if base.cluster.gpu else "CPU"), base.cluster.workers
-    has, most = workers.capacity(what)
-    if wanted > most:
-        grows = f", and grows to {most:g}" if most > has else ""
-        raise ConfigError(
-            f"cluster.workers={wanted} want {wanted} {what}s or more, but the cluster has {has:g}{grows}: give fewer "
-            "workers, or add machines (ray start --address=...)"
-        )
     room = workers.room(base)
     return min(space.concurrent, room) if space.concurrent else room
 

@@ -67,6 +67,9 @@ def train(args: argparse.Namespace) -> int:
         return watch.rehearse(config, args.name)
     # A mistake in the recipe is told before Ray and torch are loaded, and Ray reads its environment when it is.
     cluster.connect()
+    from jobs import room
+
+    room.check(config)
     with locked(folder):
         if isinstance(config.data.labels_per_class, tuple):
             from jobs import curve
