@@ -31,6 +31,7 @@ LOG = "log.txt"  # what MLflow and W&B themselves say
 FINISHED, STOPPED, FAILED = "FINISHED", "KILLED", "FAILED"  # MLflow's words
 SERVERS = {"mlflow": "mlflow", "wandb": "wandb"}  # a key of `track`, and the package that it wants
 _PATIENCE_S = 30.0  # for what is left at the end
+_BELOW = ("trials", "seeds")  # folders of a search, with those of runs
 _GRACE_S = 5.0  # for the process to end by itself
 
 
@@ -108,9 +109,6 @@ def places(folder: Path) -> list[Path]:
     return [folder, *sorted(file.parent for file in folder.glob("*/*/config.yaml") if file.parts[-3] in _BELOW)]
 
 
-_BELOW = ("trials", "seeds")
-
-
 def unsent(place: Path, until_s: float) -> list[dict[str, Any]]:
     """The lines of figures behind a time. A run that goes on writes those that it drops again, with a later one."""
     if (place / "search.yaml").exists():  # its figures are its trials'
@@ -127,10 +125,17 @@ def unsent(place: Path, until_s: float) -> list[dict[str, Any]]:
 def note(place: Path, server: str, uri: str) -> dict[str, Any]:
     """How far a server is with a run; nothing of what another address was sent."""
     try:
-        found: dict[str, Any] = json.loads((place / FOLDER / f"{server}.json").read_text())
+        found: dict[str, Any] = json.loads(note_file(place, server).read_text())
     except (FileNotFoundError, ValueError):
         return {}
     return found if found.get("uri") == uri else {}
+
+
+def note_file(place: Path, server: str) -> Path:
+    """Where that stands; of a trial with its search, which may make the trial's folder anew."""
+    if place.parent.name in _BELOW:
+        return place.parent.parent / FOLDER / f"{server}-{place.name}.json"
+    return place / FOLDER / f"{server}.json"
 
 
 def _ended(folder: Path, server: str, uri: str) -> bool:

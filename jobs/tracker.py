@@ -26,6 +26,7 @@ from mmagent import storage
 
 _LOOK_S = 2.0  # between two looks into the files
 _RETRY_S = (2.0, 30.0)  # between two tries of a server that does not answer: the first, the longest
+_LAST_TRIES = 2  # after the end, of a server that never answered
 _ROWS = 200  # sent at once
 _FILES = ("config.yaml", "search.yaml", "evaluation.json", "report.html", "bundle/manifest.json", "bundle/README.md")
 _PACKAGES = ("mmagent", "ray", "torch", "transformers", "deepspeed")
@@ -83,7 +84,7 @@ class Follower:
 
     def follow(self) -> None:
         """Until all is sent of a run that has ended."""
-        pause_s, told = _RETRY_S[0], False
+        pause_s, told, last_tries = _RETRY_S[0], False, _LAST_TRIES
         while True:
             last = self._over.is_set()
             try:
@@ -100,6 +101,9 @@ class Follower:
                     self._say(f"track.{self.server}={self._uri} takes nothing now ({words}); the run goes on, and it "
                               "is tried again")  # fmt: skip
                     told = True
+                last_tries -= last
+                if last and not self._begun and not last_tries:
+                    return  # it has taken nothing so far: nobody waits for it
                 if last:
                     time.sleep(_RETRY_S[0])  # until who waits for us has no more patience
                 else:
@@ -155,8 +159,7 @@ class Follower:
 
     def _note(self, place: Path, **changed: Any) -> None:
         known = track.note(place, self.server, self._uri)
-        file = place / track.FOLDER / f"{self.server}.json"
-        storage.publish_json(file, {**known, "uri": self._uri, **changed})
+        storage.publish_json(track.note_file(place, self.server), {**known, "uri": self._uri, **changed})
 
 
 def _name(place: Path) -> str:

@@ -52,6 +52,7 @@ def complete(
 
 
 def _complete(work: Run, config: Config, folder: Path, started: float, *, test: bool) -> bool:
+    """All that follows the check of a run that began at a time."""
     dataset = Dataset.open(storage.folder("data", config.data.name))  # all of it, also where few labels are drawn
     _look(dataset, config)
     _warn(dataset)
