@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from jobs import cluster, submission
@@ -101,16 +102,33 @@ def test_rays_words_on_versions_in_ours() -> None:
     assert cluster.versions("something else") == ""
 
 
-@pytest.fixture
-def other_ray(tmp_path: Path) -> Iterator[Cluster]:
-    """A real cluster whose processes are of another version: they find its number where Ray keeps it."""
-    (tmp_path / "sitecustomize.py").write_text(
+def versioned(folder: Path) -> str:
+    """A PYTHONPATH in whose processes Ray's number is another one, where Ray itself keeps it."""
+    (folder / "sitecustomize.py").write_text(
         "import sys, types\n"
         "module = types.ModuleType('ray._version')\n"
         f"module.version, module.commit = {OTHER_VERSION!r}, 'other'\n"
         "sys.modules['ray._version'] = module\n"
     )
-    started = cluster.start(num_cpus=2, object_store_bytes=100_000_000, env={"PYTHONPATH": str(tmp_path)})
+    return os.pathsep.join([str(folder), str(CHECKOUT)])
+
+
+def test_a_command_of_another_version_is_told_with_both(
+    ray_cluster: Cluster, recipe: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """The cluster is of the version that is installed; the command is of another."""
+    ended = command("jobs.train", "--config", str(recipe), "--name", "r", PYTHONPATH=versioned(tmp_path))
+    assert ended.returncode == 2, ended.stderr
+    assert f"the cluster runs Ray {ray.__version__}" in ended.stderr
+    assert f"this command Ray {OTHER_VERSION}" in ended.stderr
+    assert f"=={ray.__version__}'" in ended.stderr
+    assert not (recipe.parent / "runs").exists()
+
+
+@pytest.fixture
+def other_ray(tmp_path: Path) -> Iterator[Cluster]:
+    """A real cluster whose processes are of another version."""
+    started = cluster.start(num_cpus=2, object_store_bytes=100_000_000, env={"PYTHONPATH": versioned(tmp_path)})
     yield started
     cluster.stop(started)
 
@@ -118,16 +136,12 @@ def other_ray(tmp_path: Path) -> Iterator[Cluster]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_cluster_of_another_version_is_told_with_both(other_ray: Cluster, recipe: Path, tiny_bundle: Path) -> None:
-    import ray
-
-    env = {**other_ray.environment}
-    ended = command("jobs.train", "--config", str(recipe), "--name", "r", **env)
+    ended = command("jobs.train", "--config", str(recipe), "--name", "r", **other_ray.environment)
     assert ended.returncode == 2, ended.stderr
     assert f"the cluster runs Ray {OTHER_VERSION}" in ended.stderr
     assert f"this command Ray {ray.__version__}" in ended.stderr
-    assert f"=={OTHER_VERSION}'" in ended.stderr
     assert not (recipe.parent / "runs").exists()
-    ended = command("serve.start", "--bundle", str(tiny_bundle), **env)
+    ended = command("serve.start", "--bundle", str(tiny_bundle), **other_ray.environment)
     assert ended.returncode == 2, ended.stderr
     assert OTHER_VERSION in ended.stderr
     assert ray.__version__ in ended.stderr
