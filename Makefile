@@ -122,5 +122,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(PY) -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  -c constraints.txt torch
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[cluster,speech,demo,hub,docs,dev]'
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[cluster,speech,demo,hub,docs,track,dev]'
 	@printf '%s\n' "$(CURDIR)" > $@

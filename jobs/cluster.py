@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -40,6 +41,7 @@ TEMP_PREFIX = "mmagent-ray-"
 TEMP_PARENT = "/tmp"  # as Ray itself: the path of a socket ends at 107 characters, and a TMPDIR may be long
 START_TIMEOUT_S = 120.0
 _TRIES = 3  # of a start, where another takes a port meanwhile
+_VERSION = re.compile(r"^ +(?:Ray|Python): (\S+)$", re.MULTILINE)  # in Ray's own words
 _TAKEN_SIGNS = ("port is already used", "Address already in use")
 DAEMONS = ("gcs_server", "raylet")  # a cluster without one of these is dead
 # Ray turns 127.0.0.1 into the machine's own address and listens on all of them, unless it is told that the node will
@@ -125,12 +127,29 @@ def connect() -> None:
     try:
         _knock(os.environ["RAY_ADDRESS"])
         ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+    except RuntimeError as error:
+        if told := versions(str(error)):
+            raise ClusterError(told) from error
+        raise
     except (OSError, ray.exceptions.AuthenticationError) as error:
         raise ClusterError(
             f"cannot connect to Ray at {os.environ['RAY_ADDRESS']} (RAY_ADDRESS): {error}\n"
             "Unset RAY_ADDRESS and run `cluster/local.sh up` for one of your own; where the token is wrong or "
             "missing, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
+
+
+def versions(words: str) -> str:
+    """What Ray says of a cluster with other versions, in our words; nothing where it says something else."""
+    found = _VERSION.findall(words)
+    if "Version mismatch" not in words or len(found) < 4:
+        return ""
+    ray, python, own_ray, own_python = found[:4]
+    return (
+        f"the cluster runs Ray {ray} on Python {python}, this command Ray {own_ray} on Python {own_python}: they must "
+        f"be the same. Here: pip install 'ray[data,default,serve,train,tune]=={ray}'; or `ray job submit`, which runs "
+        "the command with what the cluster has; or start the cluster anew with this version"
+    )
 
 
 def _knock(address: str) -> None:

@@ -81,7 +81,7 @@ def _hold(config: Config, folder: Path) -> None:
     if file.exists() and (folder / "points").exists():
         free = {"data.labels_per_class": None, "train.seeds": 1}
         before = configs.override(configs.resolve(yaml.safe_load(file.read_text()), {}), free)
-        changed = run.differences(before, configs.override(config, free))
+        changed = run.differences(before, configs.override(config, {**free, "track": before.track.model_dump()}))
         if changed:
             raise run.RunError(
                 f"the learning curve {folder.name!r} began with another config ({', '.join(changed)}): give another "

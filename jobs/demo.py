@@ -23,6 +23,7 @@ import yaml
 from jobs import client, cluster, interview, submission
 from jobs.findings import FindingsError, Times, findings
 from jobs.interview import InterviewError
+from jobs.parcel import ParcelError
 from mmagent import measurement, storage
 from mmagent.arguments import Parser
 from mmagent.shards import Dataset, DatasetError
@@ -154,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}; its output stands above", file=sys.stderr)
         return error.exit_code
     except (
-        cluster.ClusterError, submission.NoCluster, client.ServiceError, storage.StorageError, DatasetError,
-        InterviewError, FindingsError,
+        cluster.ClusterError, submission.NoCluster, ParcelError, client.ServiceError, storage.StorageError,
+        DatasetError, InterviewError, FindingsError,
     ) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)
         return 1

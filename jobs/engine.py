@@ -197,6 +197,11 @@ def tell(engine: Engine, phases: Phases) -> None:
         zero.time_exchanges(phases)
 
 
+def kind(device: torch.device) -> str:
+    """What computes, as a price list may call it: "cpu", or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def pinned(batch: Batch, device: torch.device) -> Batch:
     """A batch that can be copied to a device while it computes; what lies there already is left alone."""
     if device.type != "cuda":

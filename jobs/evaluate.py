@@ -120,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if told := each.told(found.name, dataset.name):
                 print(told)
         cluster.connect()
+        from jobs import room  # brings Ray, which reads its environment when it is imported
+
+        room.check_answerers(options.workers)
         out = storage.resolve(options.out)
         result = evaluate(
             options.bundle, dataset, options.split, out=out, slices=options.slices, before=options.before,

@@ -179,7 +179,8 @@ def train(group: Group, plan: Plan) -> None:
         keep_last=config.train.keep_last,
         keep_best=config.train.keep_best,
     )
-    log = Log(plan.folder, group.rank)
+    log = Log(plan.folder, group.rank, group.world, engines.kind(engine.device))
+    log.used()
     trace = Trace(plan.folder, group.rank) if config.train.trace else None
 
     # -- resume ------------------------------------------------------------------------------------------------
@@ -324,6 +325,7 @@ def train(group: Group, plan: Plan) -> None:
 
     # -- export ------------------------------------------------------------------------------------------------
     if plan.bundle is None or stopping:  # what all agreed on, not the file: all ranks must go the same way
+        log.used()
         post.close()
         return
     post.at("export")
@@ -333,6 +335,7 @@ def train(group: Group, plan: Plan) -> None:
     chosen = {"step": best.step, "score": best.loop["score"], "wait_share": meter.wait_share()}
     learner.export(engine, validation_rows, group, chosen)
     group.all(True)
+    log.used()
     post.close()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmagent import storage
 
 METRICS_FILE = "metrics.jsonl"
+USAGE_FILE = "usage.jsonl"  # what the workers of each start took: never dropped, unlike the figures of repeated steps
 _SETTLE_STEPS = 10  # steps of a start after which waiting for data counts
 
 
@@ -85,10 +86,16 @@ class Meter:
 
 
 class Log:
-    """Writes a run's figures, on rank 0; other ranks' calls do nothing."""
+    """Writes a run's figures, on rank 0; other ranks' calls do nothing.
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    Args:
+        workers, kind: how many there are, and what one computes on: "cpu", or a GPU's name.
+    """
+
+    def __init__(self, folder: Path, rank: int, workers: int = 1, kind: str = "cpu") -> None:
         self._file = folder / METRICS_FILE if rank == 0 else None
+        self._usage = folder / USAGE_FILE
+        self._started_s, self._workers, self._kind = time.time(), workers, kind
         self._board: Any = None
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -106,10 +113,19 @@ class Log:
         row = {**row, "time_s": round(time.time(), 6)}
         with open(self._file, "a") as file:
             file.write(json.dumps(row) + "\n")
+        self.used()
         for key, value in row.items():
             if isinstance(value, (int, float)) and key not in ("step", "time_s"):
                 self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
         self._board.flush()
+
+    def used(self) -> None:
+        """Notes that the workers are here still; of a start the last line counts."""
+        if self._file is None:
+            return
+        told = {"start_s": self._started_s, "now_s": time.time(), "workers": self._workers, "type": self._kind}
+        with open(self._usage, "a") as file:
+            file.write(json.dumps({key: round(v, 3) if isinstance(v, float) else v for key, v in told.items()}) + "\n")
 
 
 def drop_after(file: Path, step: int) -> None:

@@ -122,6 +122,9 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     _hold(folder, json.loads(json.dumps(plan)))
     cluster.connect()
+    from jobs import room  # brings Ray, which reads its environment when it is imported
+
+    room.check_answerers(options.workers)
     if dataset is None:
         assert source is not None
         dataset = _questions(source, folder, found, options)

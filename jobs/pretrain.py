@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import cluster, watch
+from jobs import cluster, track, watch
 from jobs.lock import locked
 from jobs.sources import Source, SourceError
 from jobs.sources.choose import choose
@@ -57,14 +57,20 @@ def pretrain(args: argparse.Namespace) -> int:
     """Makes the corpus, trains, leaves the folders; the exit status."""
     config = configs.load(args.config, [*args.overrides, f"data.name={args.data or args.name}"])
     folder = storage.folder("runs", args.name)
+    track.check(config.track)
     origin = _origin(args)
     cluster.connect()
+    from jobs import room
+
+    room.check(config)
     with locked(folder):
         work = prepare(config, folder, origin, args.data or args.source)
         watch.tell(work)
-        if not work.exported and not watch.fit(work.fit, work.stop, folder, work.config.train.alarm_minutes):
-            print(f"stopped at step {work.resumed_step()}; the same command goes on from there")
-            return watch.EXIT_STOPPED
+        with track.following(config.track, folder) as end:
+            if not work.exported and not watch.fit(work.fit, work.stop, folder, work.config.train.alarm_minutes):
+                end.status = track.STOPPED
+                print(f"stopped at step {work.resumed_step()}; the same command goes on from there")
+                return watch.EXIT_STOPPED
         _tell_end(work, config)
     return 0
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jobs import cluster, promote, scrubbing, watch
+from jobs import cluster, promote, scrubbing, track, watch
 from jobs.train import user_errors
 from mmagent import bundle as bundles
 from mmagent import channels, feedback, gate, storage
@@ -74,11 +74,13 @@ def refine(args: argparse.Namespace) -> int:
             return 0
     found = bundles.load(channels.read(args.channel).bundle)
     config = _config(found, args, f"{args.channel}-r000")  # a mistake in it is told before Ray is looked for
+    track.check(config.track)
     cluster.connect()
-    from jobs import forget, rounds
+    from jobs import forget, room, rounds
     from jobs.lock import locked
     from jobs.rounds import Settings
 
+    room.check(config)
     with locked(storage.folder("refine", args.channel)):
         forget.forget()
         place = _round(args, found)

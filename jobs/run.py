@@ -280,7 +280,7 @@ _HOW = (
     "cluster.", "zero.", "data.cache_mb", "train.micro_batch", "train.accumulation", "train.gradient_checkpointing",
     "train.keep_last", "train.keep_best", "train.checkpoint_every_steps", "train.checkpoint_every_minutes",
     "train.on_bad_loss", "train.max_loss_jump", "train.max_skips", "train.alarm_minutes", "train.trace",
-    "train.cache_gb",
+    "train.cache_gb", "track.",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from jobs import cluster, watch
+from jobs import cluster, track, watch
 from jobs.train import user_errors
 from mmagent import config as configs
 from mmagent import space as spaces
@@ -81,19 +81,24 @@ def search(recipe: Path, space_file: Path, name: str, overrides: Sequence[str]) 
     """Runs the search and exports the winner; the exit status."""
     config, space = configs.load(recipe, overrides), spaces.load(space_file)
     fixed = {**space.set, **({"train.max_steps": int(space.most)} if space.most and space.unit == "steps" else {})}
+    track.check(config.track)
     base, dims = configs.override(config, fixed), spaces.dimensions(space)
     folder = storage.fetched(storage.folder("search", name))
     Dataset.open(storage.folder("data", config.data.name))
     _check_space(base, space, dims)
     if _held(folder, base, space) and (folder / _WINNER).exists():
-        print(f"the search {name!r} is finished: {_told(folder)}\nanother --name searches anew")
+        with track.following(base.track, folder):  # what a server does not have yet
+            print(f"the search {name!r} is finished: {_told(folder)}\nanother --name searches anew")
         return 0
     cluster.connect()
+    from jobs import room  # brings Ray, which reads its environment when it is imported
     from jobs.lock import locked
 
+    room.check_alone(base)
     with locked(folder):
         storage.publish(folder / _HELD, _written(base, space))
-        return _search(base, space, dims, folder)
+        with track.following(base.track, folder):
+            return _search(base, space, dims, folder)
 
 
 def _search(base: Config, space: Space, dims: Sequence[Dimension], folder: Path) -> int:
@@ -188,7 +193,8 @@ def _held(folder: Path, base: Config, space: Space) -> bool:
 
 
 def _written(base: Config, space: Space) -> str:
-    held = {"space": space.model_dump(mode="json"), "recipe": base.model_dump(mode="json")}
+    recipe = base.model_dump(mode="json", exclude={"track"})  # where figures go is no part of what is compared
+    held = {"space": space.model_dump(mode="json"), "recipe": recipe}
     return yaml.safe_dump(held, sort_keys=False)
 
 
@@ -238,21 +244,9 @@ def _check_metric(space: Space, infos: Mapping[str, TaskInfo]) -> None:
 
 
 def _room(base: Config, space: Space) -> int:
-    """How many trials at a time.
-
-    Raises:
-        ConfigError: the cluster does not have the workers of one, and cannot get them.
-    """
+    """How many trials at a time."""
     from jobs import workers
 
-    what, wanted = ("GPU" if base.cluster.gpu else "CPU"), base.cluster.workers
-    has, most = workers.capacity(what)
-    if wanted > most:
-        grows = f", and grows to {most:g}" if most > has else ""
-        raise ConfigError(
-            f"cluster.workers={wanted} want {wanted} {what}s or more, but the cluster has {has:g}{grows}: give fewer "
-            "workers, or add machines (ray start --address=...)"
-        )
     room = workers.room(base)
     return min(space.concurrent, room) if space.concurrent else room
 

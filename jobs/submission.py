@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import cluster
+from jobs import cluster, parcel
 from mmagent import storage
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def run(address: str, command: Sequence[str], working_dir: Path) -> float:
     Raises:
         JobFailed: it failed or was stopped.
         NoCluster: nobody answers at `address`, or the token is wrong.
+        ParcelError: the working directory is far larger than code is.
     """
     start = time.monotonic()
     client = _connect(address)
@@ -59,6 +60,7 @@ def run(address: str, command: Sequence[str], working_dir: Path) -> float:
     if job_id:
         print(f"already running, its output follows: {shlex.join(command)}")
     else:
+        parcel.check(working_dir)
         print(f"$ {as_typed(address, command, variables)}")
         runtime_env = {"working_dir": str(working_dir), "env_vars": variables}
         job_id = _submit(client, address, shlex.join(command), runtime_env)
@@ -94,6 +96,7 @@ def as_typed(address: str, command: Sequence[str], env_vars: Mapping[str, str]) 
 
 def _connect(address: str) -> JobSubmissionClient:
     cluster.adopt(address)
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     # What is packed and what is left out, a dozen lines for each job, is .rayignore's business and known.
@@ -102,11 +105,11 @@ def _connect(address: str) -> JobSubmissionClient:
     try:
         with _only(address):
             return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise NoCluster(
-            f"no Ray takes jobs at {address}: {error}\nStart one with `cluster/local.sh up`, or set RAY_ADDRESS; "
-            "where it asks for a token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where it does not lie in "
-            "~/.ray/auth_token"
+            f"no Ray takes jobs at {address}: {str(error).strip()}\n"
+            "Start one with `cluster/local.sh up`, or set RAY_ADDRESS; where it asks for "
+            "a token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where it does not lie in ~/.ray/auth_token"
         ) from error
 
 

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import cluster, watch
+from jobs import cluster, track, watch
 from jobs.cluster import ClusterError
 from jobs.lock import LockError, locked
 from mmagent import config as configs
@@ -60,12 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> int:
     """Trains, exports, evaluates; the exit status."""
     config = configs.load(args.config, args.overrides)
+    track.check(config.track)
     folder = storage.folder("runs", args.name)
     Dataset.open(storage.folder("data", config.data.name))
     if args.dry_run:
         return watch.rehearse(config, args.name)
     # A mistake in the recipe is told before Ray and torch are loaded, and Ray reads its environment when it is.
     cluster.connect()
+    from jobs import room
+
+    room.check(config)
     with locked(folder):
         if isinstance(config.data.labels_per_class, tuple):
             from jobs import curve

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from jobs import check, diagnosis
+from jobs import check, diagnosis, track
 from jobs.vigil import Alarm
 from mmagent import defaults, stalls, storage, wording
 from mmagent.config import Config
@@ -45,6 +45,14 @@ def complete(
     started = time.time()
     work = run.prepare(config, folder, name=name, bundle=bundle)
     tell(work)
+    with track.following(config.track, folder) as end:
+        done = _complete(work, config, folder, started, test=test)
+        end.status = track.FINISHED if done else track.STOPPED
+    return done
+
+
+def _complete(work: Run, config: Config, folder: Path, started: float, *, test: bool) -> bool:
+    """All that follows the check of a run that began at a time."""
     dataset = Dataset.open(storage.folder("data", config.data.name))  # all of it, also where few labels are drawn
     _look(dataset, config)
     _warn(dataset)

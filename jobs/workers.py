@@ -18,7 +18,6 @@ import pyarrow as pa
 import ray
 import torch
 import torch.distributed as dist
-from ray._private.state import state as global_state
 from ray._raylet import PlacementGroupID
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -362,13 +361,6 @@ def _remove_groups(of_job: Callable[[str], bool]) -> None:
 def _address() -> str:
     """Of the cluster that this process is in; on a machine with two, Ray's state functions would have to guess."""
     return str(ray.get_runtime_context().gcs_address)
-
-
-def capacity(resource: str) -> tuple[float, float]:
-    """How much of a resource the cluster has, and how much it may come to have where it grows by itself."""
-    has = float(ray.cluster_resources().get(resource, 0.0))
-    grown = global_state.get_max_resources_from_cluster_config() or {}
-    return has, max(has, float(grown.get(resource, 0.0)))
 
 
 def room(config: Config) -> int:

@@ -439,6 +439,36 @@ class ZeroConfig(_Section):
         return self
 
 
+class TrackConfig(_Section):
+    """Where a run's figures are shown beside TensorBoard, whose files (runs/NAME/tb) are always written. What a server
+    cannot take now is sent later: it never holds a training up (see `jobs.track`)."""
+
+    mlflow: str | None = Field(
+        None, description="MLflow: an address (http://HOST:5000; a name and password stand in "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), a database (sqlite:////PATH/mlflow.db), or a folder, "
+        "in which a SQLite database and the artefacts are made; none: not used",
+    )  # fmt: skip
+    wandb: str | None = Field(
+        None, min_length=1, description="Weights & Biases: a project. WANDB_API_KEY, WANDB_BASE_URL and WANDB_MODE "
+        "(offline: a folder under runs/NAME/track, for `wandb sync`) are read from the environment; none: not used",
+    )  # fmt: skip
+    experiment: str = Field(
+        "mmagent", min_length=1, description="MLflow's experiment, and the group of runs at Weights & Biases"
+    )
+
+    @model_validator(mode="after")
+    def _without_password(self) -> TrackConfig:
+        scheme, _, rest = (self.mlflow or "").partition("://")
+        if rest and scheme in ("http", "https") and "@" in rest.partition("/")[0]:
+            raise ValueError(
+                "track.mlflow holds a name and password, which would travel in every bundle: give them in "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        if self.mlflow == "" or (rest and scheme not in ("http", "https", "sqlite", "postgresql", "mysql")):
+            raise ValueError(f"track.mlflow={self.mlflow!r}: http://HOST:PORT, sqlite:////PATH or a folder is wanted")
+        return self
+
+
 class Config(_Section):
     seed: int = Field(0, ge=0, description="of the order of samples, augmentation, initial weights and bootstrap")
     data: DataConfig
@@ -451,6 +481,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
     zero: ZeroConfig = ZeroConfig()
+    track: TrackConfig = TrackConfig()
 
     @property
     def global_batch(self) -> int:

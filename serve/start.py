@@ -93,6 +93,14 @@ def connect() -> None:
             "Ray wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where the token is not in "
             f"~/.ray/auth_token ({str(error).splitlines()[0]})"
         ) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise StartError(
+            f"{' '.join(lines)}. They must be the same: install the cluster's version here, or start the cluster anew "
+            "with this one"
+        ) from error
     except (ConnectionError, RaySystemError) as error:
         token = "; where it listens, the token is wrong or missing: see RAY_AUTH_TOKEN_PATH" if port.isdigit() else ""
         raise StartError(f"no Ray to connect to ({str(error).splitlines()[0]}){token}. {_HINT}") from error

@@ -25,6 +25,8 @@ HOMES = {
     "deepspeed": ["jobs/zero.py"],
     "ray.serve": ["serve/"],
     "fastapi": ["serve/"],
+    "mlflow": ["jobs/ledgers.py"],
+    "wandb": ["jobs/ledgers.py"],
 }
 # What a file of the library imports only where it is asked for: it loads, and so does a bundle, without.
 OPTIONAL = {
@@ -49,6 +51,7 @@ DISTRIBUTIONS = {
     "anyio": "fastapi",
     "pydantic_core": "pydantic",
     "grpc": "ray",
+    "mlflow": "mlflow-skinny",
 }
 
 
