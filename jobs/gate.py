@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.answers import Answerer
-from mmagent import examples, gate, gate_page, predictions, storage
+from mmagent import examples, gate, gate_page, predictions, storage, succession
 from mmagent.bundle import Bundle
 from mmagent.examples import Example
 from mmagent.gate import Check, Rules
@@ -48,7 +48,11 @@ def judge(
         sets: questions with their right answers, by `gate.FIXED`, `gate.NEW`, `gate.EARLIER`.
         feedback: what became of it, to be told.
         workers: processes that answer.
+
+    Raises:
+        MisfitError: the candidate was built for something else.
     """
+    succession.check(succession.of_bundle(before), succession.of_bundle(after))
     asked = [replace(record, id=f"{name}:{record.id}") for name, records in sets.items() for record in records]
     missing = next((kind for kind in _MODALITIES if any(kind in each.modalities for each in asked)), None)
     was, now = (_answers(each, asked, rules, missing, workers, threads) for each in (before, after))

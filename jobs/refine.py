@@ -43,6 +43,7 @@ from mmagent.config import Config, ConfigError
 from mmagent.gate import Rules
 from mmagent.record import Record
 from mmagent.shards import Dataset
+from mmagent.succession import MisfitError
 
 RULES = cluster.CHECKOUT / "jobs/recipes/gate.yaml"
 EXIT_REFUSED = 3
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return refine(args)
-    except user_errors(ChannelError, BundleError, promote.PromoteError) as error:
+    except user_errors(ChannelError, BundleError, MisfitError, promote.PromoteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
