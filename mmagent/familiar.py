@@ -75,7 +75,7 @@ def _coordinates(states: np.ndarray, mean: np.ndarray, axes: np.ndarray) -> np.n
 
 
 def _apart(rows: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """(n, coordinates), and for each draw which of them are one set (draws, n) -> (draws,): its distance to the rest."""
+    """(n, coordinates), and for each draw which of them are a set (draws, n) -> (draws,): its distance to the rest."""
     moments = []
     for mine in (first, 1 - first):
         count = mine.sum(1, keepdims=True)
