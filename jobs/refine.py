@@ -41,6 +41,7 @@ from mmagent.bundle import Bundle, BundleError
 from mmagent.channels import ChannelError
 from mmagent.config import Config, ConfigError
 from mmagent.gate import Rules
+from mmagent.predictions import EvaluationError
 from mmagent.record import Record
 from mmagent.shards import Dataset
 from mmagent.succession import MisfitError
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return refine(args)
-    except user_errors(ChannelError, BundleError, MisfitError, promote.PromoteError) as error:
+    except user_errors(ChannelError, EvaluationError, BundleError, MisfitError, promote.PromoteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -213,7 +214,7 @@ def _judged(
         result = evaluation.evaluate(
             table.drop_columns(["set"]), make_all(candidate.tasks), candidate.task, bundle=candidate.name,
             data=dataset.name, split="test", seed=config.seed,
-        )  # fmt: skip
+        ) | verdict.get("audit", {})  # fmt: skip
         storage.publish_json(storage.folder("runs", name) / "evaluation.json", result)
         page.describe(candidate.path, dataset, result)
     return verdict

@@ -70,10 +70,13 @@ def run(*arguments: str) -> int:
 
 @pytest.mark.timeout(600)
 def test_a_round_learns_a_new_label_and_takes_no_poison(
-    ray_cluster: cluster.Cluster, said: Callable[..., None], storage: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    ray_cluster: cluster.Cluster, said: Callable[..., None], storage: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     said(shades(200, keys=(*KEYS, "eve"), liar="eve"))
-    assert run("--grow", "--promote") == 0
+    (tmp_path / "words.csv").write_text("color,circle\n")
+    (tmp_path / "rules.yaml").write_text("slices: [modalities, form]\nswap: words.csv\nmax_swapped: 1.0\n")
+    assert run("--grow", "--promote", "--rules", str(tmp_path / "rules.yaml")) == 0
     shown = capsys.readouterr().out
     place = storage / "refine" / "production" / "r001"
     aside = [json.loads(row) for row in (place / "aside.jsonl").read_text().splitlines()]
@@ -86,6 +89,10 @@ def test_a_round_learns_a_new_label_and_takes_no_poison(
     assert verdict["accepted"]
     checks = {each["name"]: each for each in verdict["checks"]}
     assert checks["new"]["after"] > checks["new"]["before"] + 0.3
+    assert checks["fixed, with noisy image"]["rows"] == 40
+    assert checks["fixed, with noisy image"]["passed"] is None
+    assert "fixed, answers that change with words swapped" in checks
+    assert "fixed, classify, gap of accuracy between groups of form" in checks
     assert verdict["flips"]["gained"] > verdict["flips"]["lost"]
     assert "Answers that changed" in (place / "gate.html").read_text()
     # The candidate answers the channel now, knows the new label, and says where it comes from.
@@ -95,6 +102,9 @@ def test_a_round_learns_a_new_label_and_takes_no_poison(
     assert len(Predictor.load(found.path, device="cpu").labels) == 5
     assert "channel production: production-r001" in shown
     assert (found.path / "memory.parquet").is_file()
+    card = (found.path / "README.md").read_text()
+    assert "`classify`: right answers, between 2 groups of form" in card
+    assert "answers that change with words swapped" in card
     # The same feedback teaches nothing a second time.
     assert run("--grow") == 0
     assert "nothing new for production" in capsys.readouterr().out
