@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs import cluster, refine, rounds
+from jobs import cluster, refine, rounds, submission
 from jobs.lock import locked
 from mmagent import bundle, channels, feedback
 from mmagent.predictor import Predictor
@@ -127,6 +127,7 @@ def test_what_is_wrong_is_told_before_anything_is_trained(
         ("--rules", "/nowhere.yaml"): "cannot read the gate's rules",
         ("optim.lrr=1",): "did you mean 'optim.lr'",
         ("--scrub", "nothing"): "MODULE:FUNCTION is wanted",
+        ("--search", "1"): "2 trials or more are wanted",
     }
     for arguments, words in cases.items():
         assert run(*arguments) == 2
@@ -135,6 +136,42 @@ def test_what_is_wrong_is_told_before_anything_is_trained(
         assert run() == 2
     assert "'production' is being worked on by process" in capsys.readouterr().err
     assert not list((storage / "refine" / "production").glob("r*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_learning_rate_is_searched(
+    ray_cluster: cluster.Cluster, said: Callable[..., None], storage: Path
+) -> None:  # fmt: skip
+    said([each for each in shades(60) if each[1] != "white"])
+    assert run("--search", "2", "train.epochs=6") in (0, refine.EXIT_REFUSED)
+    place = storage / "search" / "production-r001"
+    trials = json.loads((place / "trials.json").read_text())
+    assert len({trial["sample"]["optim.lr"] for trial in trials}) == 2
+    assert 0.005 in {trial["sample"]["optim.lr"] for trial in trials}
+    found = bundle.load(place / "bundle")
+    assert found.name == "production-r001"
+    assert found.config.start.distil == 1.0
+    assert (storage / "refine" / "production" / "r001" / "gate.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_as_a_submitted_job(
+    ray_cluster: cluster.Cluster, said: Callable[..., None], storage: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Through Ray's job submission: in a copy of the working directory, told by its exit status and its logs."""
+    said([each for each in shades(60) if each[1] != "white"])
+    rules = storage / "rules.yaml"
+    rules.write_text("max_loss: 1\nmin_gain: -1\nmax_ece_rise: 1\nmax_slowdown: 1000\n")  # whatever it learns
+    command = ["python", "-m", "jobs.refine", "--channel", "production", "--replay", "0.5", "--rules", str(rules)]
+    small = ["cluster.workers=1", "train.micro_batch=16", "optim.lr=0.005", "train.epochs=20"]
+    submission.run(ray_cluster.dashboard, [*command, *small], cluster.CHECKOUT)
+    assert "round r001 of production" in capfd.readouterr().out
+    assert bundle.load(storage / "runs" / "production-r001" / "bundle").name == "production-r001"
+    told = json.loads((storage / "refine" / "production" / "r001" / "round.json").read_text())
+    assert told["state"] == "accepted"
+    assert run("--replay", "0.5") == 0  # here: nothing is left to learn
 
 
 @pytest.mark.slow
