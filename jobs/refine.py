@@ -16,8 +16,9 @@ the one that is best on validation. The gate (`jobs.gate`) asks both bundles the
 and judges by --rules (jobs/recipes/gate.yaml).
 
 ROOT/data/CHANNEL-rNNN is what was trained on, ROOT/runs/CHANNEL-rNNN (with --search ROOT/search/CHANNEL-rNNN) the run
-with the candidate's bundle, ROOT/refine/CHANNEL/rNNN holds round.json, aside.jsonl (feedback that was set aside, and why), gate.json and gate.html.
-A round that was stopped goes on with the same command. Its exit status is 3 where the gate refuses.
+with the candidate's bundle, ROOT/refine/CHANNEL/rNNN holds round.json, aside.jsonl (feedback that was set aside, and
+why), gate.json and gate.html. A round that was stopped goes on with the same command. Its exit status is 3 where the
+gate refuses.
 """
 
 from __future__ import annotations

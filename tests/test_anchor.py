@@ -31,11 +31,11 @@ CPU = torch.device("cpu")
 class Begun:
     """A model that begins with a bundle, its batches and its anchor."""
 
-    def __init__(self, source: Path, **start: Any) -> None:
+    def __init__(self, source: Path, strategy: str = "connector", **start: Any) -> None:
         data = {"name": "tiny", "max_text_tokens": 24, "max_answer_tokens": 12}
         raw = {"data": data, "model": {"backbone": "x"}, "train": {"micro_batch": 8}}
         raw["start"] = {"bundle": str(source), **start}
-        self.config: Config = inheritance.settle(resolve(raw, {"freeze.strategy": "connector"}))
+        self.config: Config = inheritance.settle(resolve(raw, {"freeze.strategy": strategy}))
         self.tasks = make_all(bundle.load(source).tasks)
         encoder = load_language(self.config.model, self.tasks)
         inputs = Inputs(self.config.model, self.config.data, load_reading(self.config.model), self.tasks, encoder)
@@ -220,7 +220,7 @@ def test_a_bundle_that_writes_teaches(writers: dict[str, Path], tiny_recipe: dic
         tmp_path / "writer", name="writer", config=config, tasks=infos, task="generate", state=state, backbone=encoder,
         tokenizer=load_reading(config.model), calibration={}, origin={},
     )  # fmt: skip
-    made = Begun(tmp_path / "writer", distil=1.0)
+    made = Begun(tmp_path / "writer", "all", distil=1.0)
     made.model.eval()
     rows = [parse({"id": "a", "task": "generate", "text": "what is there", "answer": "red circle"})]
     old = made.samples(replays(rows))
