@@ -25,6 +25,7 @@ FEWEST = 50  # rows, on either side
 _DIRECTIONS = 16
 _DRAWS = 64
 _DEVIATIONS = 4.0
+_ARRAYS = ("mean", "axes", "scale", "rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def packed(known: Mapping[str, Familiar]) -> bytes:
     arrays = {
         f"{kind}.{name}": np.ascontiguousarray(getattr(each, name), np.float32)
         for kind, each in known.items()
-        for name in ("mean", "axes", "scale", "rows")
+        for name in _ARRAYS
     }
     return bytes(save(arrays, {kind: json.dumps(each.modalities) for kind, each in known.items()}))
 
@@ -116,10 +117,11 @@ def load(bundle: Path) -> dict[str, Familiar]:
     if not file.is_file():
         return {}
     with safe_open(file, "np") as found:
+        parts = (
+            (kind, tuple(json.loads(modes)), [found.get_tensor(f"{kind}.{name}") for name in _ARRAYS])
+            for kind, modes in (found.metadata() or {}).items()
+        )
         return {
-            kind: Familiar(
-                *(found.get_tensor(f"{kind}.{name}") for name in ("mean", "axes", "scale", "rows")),
-                tuple(json.loads(modalities)),
-            )
-            for kind, modalities in (found.metadata() or {}).items()
+            kind: Familiar(mean=mean, axes=axes, scale=scale, rows=rows, modalities=modes)
+            for kind, modes, (mean, axes, scale, rows) in parts
         }
