@@ -253,7 +253,7 @@ def _audit(evaluation: Mapping[str, Any] | None) -> str:
         return ""
     rows: list[tuple[str, str, str]] = []
     for task, block in blocks(evaluation).items():
-        for column, each in block.get("gaps", {}).items():
+        for column, each in _grouped(block).items():
             rows += [
                 (f"`{task}`: {_GAPS[what]}, between {len(each['groups'])} groups of {column}", *_interval(each[what]))
                 for what in _GAPS
@@ -270,6 +270,11 @@ def _audit(evaluation: Mapping[str, Any] | None) -> str:
     return "## Audit\n\n" + _table(["what", "value", "95 % interval"], rows) if rows else ""
 
 
+def _grouped(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The gaps between groups of people or things: kinds of input are none."""
+    return {column: each for column, each in block.get("gaps", {}).items() if column != "modalities"}
+
+
 def _interval(number: Mapping[str, float]) -> tuple[str, str]:
     return f"{number['value']:.1%}", f"{number['low']:.1%} to {number['high']:.1%}"
 
@@ -278,7 +283,7 @@ def _limits(manifest: Mapping[str, Any], tasks: Mapping[str, TaskInfo], evaluati
     lines = [
         "The numbers hold for data like the test split; other voices, cameras, languages or wordings may be worse.",
     ]
-    if any(block.get("gaps") for block in blocks(evaluation).values()) if evaluation else False:
+    if any(map(_grouped, blocks(evaluation).values()) if evaluation else ()):
         lines.append("Decisions about people need more than the gaps between groups that are told above.")
     else:
         lines.append("Decisions about people need more than this: no test for fairness among groups was made.")
