@@ -3,7 +3,7 @@ for rows that are replayed (`start.hold`, `start.distil`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from mmagent.assembly import Model
 from mmagent.batch import Sample
 from mmagent.config import Config, ConfigError
 from mmagent.model import Batch
-from mmagent.targets import TaskInfo
 from mmagent.tasks import Task
 
 REPLAYED = "replayed"  # in a batch: (rows,), 1 where a row was seen in training before
@@ -23,7 +22,7 @@ _ADAPTER = ".lora_"  # what starts at nothing and is merged is no place to hold
 _FISHER_ROWS = 256
 
 
-def check(config: Config, infos: Mapping[str, TaskInfo]) -> None:
+def check(config: Config) -> None:
     """
     Raises:
         ConfigError: what `start` asks for cannot be had.
@@ -35,13 +34,6 @@ def check(config: Config, infos: Mapping[str, TaskInfo]) -> None:
         return
     if start.hold != "none" and config.zero.stage == 3:
         raise ConfigError(f"start.hold={start.hold} wants whole weights on each worker: give zero.stage=0, 1 or 2")
-    if start.distil:
-        cannot = [name for name in infos if infos[name].kind in ("generate", "extract", "match")]
-        if len(cannot) == len(infos):
-            raise ConfigError(
-                f"start.distil teaches answers again to classify, relate, multilabel, regress and tag, but the data "
-                f"asks for {', '.join(cannot)}: leave it out"
-            )
 
 
 class Anchor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,15 @@ def ask(
     bundle: str, dataset: Dataset, split: str, table: pa.Table, words: Mapping[str, str], tasks: Mapping[str, str],
     *, workers: int, threads: int, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
+    """`changed`, of a split of a data set."""
+    records = (Record.from_row(row) for part in dataset.read(split) for row in part.to_pylist())
+    return changed(bundle, records, table, words, tasks, workers=workers, threads=threads, seed=seed)
+
+
+def changed(
+    bundle: str, records: Iterable[Record], table: pa.Table, words: Mapping[str, str], tasks: Mapping[str, str],
+    *, workers: int, threads: int, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """What changed: the share of answers, with its interval, and some of them; on the connected Ray.
 
     Args:
@@ -87,7 +96,6 @@ def ask(
 
     known = {row["id"]: row["predicted"] for row in table.select(["id", "predicted", "error", "without"]).to_pylist()
              if row["error"] is None and not row["without"]}  # fmt: skip
-    records = (Record.from_row(row) for part in dataset.read(split) for row in part.to_pylist())
     made = [found for record in records if record.id in known and (found := swapped(record, words)) is not None]
     out: dict[str, Any] = {"pairs": len(words) // 2, "n": len(made), "changed": None, "examples": []}
     if not made:
@@ -100,12 +108,12 @@ def ask(
     answered = answered.filter(pc.is_null(answered["error"]))
     now = dict(zip(answered["id"].to_pylist(), answered["predicted"].to_pylist(), strict=True))
     asked = {record.id: record for record in made if record.id in now}
-    changed = [id for id in asked if now[id] != known[id]]
+    others = [id for id in asked if now[id] != known[id]]
     hits = np.array([float(now[id] != known[id]) for id in asked])
     return {
         **out, "n": len(asked), "changed": metrics.share(hits, seed=seed) if len(hits) else None,
         "examples": [{"id": id, "asked": _words(asked[id]), "answer": known[id], "swapped": now[id]}
-                     for id in sorted(changed)[:_SHOWN]],
+                     for id in sorted(others)[:_SHOWN]],
     }  # fmt: skip
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from torch import Tensor
 
 from jobs import replay
-from mmagent import bundle, storage
+from mmagent import bundle, familiar, storage
 from mmagent.assembly import load_language
 from mmagent.calibration import Calibration
-from mmagent.predictor import PartError, Predictor
+from mmagent.familiar import Familiar
+from mmagent.predictor import PartError, Predictor, modalities_of
 from mmagent.record import Record
 from mmagent.shards import Dataset, DatasetError
 from mmagent.text import TextEncoder
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from jobs.loop import Plan
 
 _GOLDEN = 8
+_FAMILIAR, _PASS = 512, 32  # validation rows; of one forward pass
 
 
 def export(
@@ -65,8 +68,11 @@ def export(
         origin=origin,
     )
     del weights, trained, encoder  # before the bundle is read again: nothing is held twice
-    golden = _golden(Predictor.load(path, device="cpu"), plan.golden_source)
+    predictor = Predictor.load(path, device="cpu")
+    golden = _golden(predictor, plan.golden_source)
     files: dict[str, str | bytes] = {"golden.jsonl": "".join(json.dumps(row) + "\n" for row in golden)}
+    if known := _familiar(predictor, plan.golden_source, plan.config.seed):
+        files[familiar.FILE] = familiar.packed(known)
     if plan.config.data.memory_rows and (learned := _learned(plan)) is not None:
         files[replay.MEMORY] = replay.remembered([learned], plan.config.data.memory_rows, plan.config.seed)
     bundle.add(path, files)
@@ -96,6 +102,36 @@ def _golden(predictor: Predictor, shards: Sequence[Path]) -> list[dict[str, Any]
         {"record": jsonable(record), "answer": answer.to_dict(timings=False)}
         for record, answer in zip(records, predictor.predict(records), strict=True)
     ]
+
+
+def _familiar(predictor: Predictor, shards: Sequence[Path], seed: int) -> dict[str, Familiar]:
+    """What validation rows look like to the bundle's encoders, by kind of input."""
+    samples = []
+    for row in _rows(shards, _FAMILIAR):
+        with contextlib.suppress(PartError):
+            samples.append(predictor.prepare(Record.from_row(row)))
+    found: dict[str, list[tuple[Any, str]]] = {}
+    for at in range(0, len(samples), _PASS):
+        part = samples[at : at + _PASS]
+        for sample, states in zip(part, predictor.states(part), strict=True):
+            for kind, vector in states.items():
+                found.setdefault(kind, []).append((vector, modalities_of(sample)))
+    made = {
+        kind: familiar.learned(np.stack([vector for vector, _ in each]), [mode for _, mode in each], seed)
+        for kind, each in found.items()
+    }
+    return {kind: each for kind, each in made.items() if each is not None}
+
+
+def _rows(shards: Sequence[Path], count: int) -> Iterator[dict[str, Any]]:
+    """The first rows of shards, as many from each."""
+    for file in shards:
+        left = max(1, count // len(shards))
+        for part in pq.ParquetFile(file).iter_batches(batch_size=64):
+            yield from part.to_pylist()[:left]
+            left -= part.num_rows
+            if left <= 0:
+                break
 
 
 def jsonable(record: Record) -> dict[str, Any]:

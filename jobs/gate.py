@@ -1,6 +1,9 @@
 """Sets a candidate beside the bundle that answers now: the same questions asked of both on Ray, judged by the rules of
 `mmagent.gate`.
 
+Robustness is asked with a modality taken away, and with each made noisy (`mmagent.disturbed`). Gaps between groups,
+answers that change with words swapped, and repeated training texts are checks as well.
+
 Writes gate.json, what was found check by check, and gate.html, a page that stands alone.
 """
 
@@ -10,19 +13,24 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs import counterfactual, verbatim
 from jobs.answers import Answerer
-from mmagent import examples, gate, gate_page, predictions, storage
+from mmagent import disturbed, examples, gate, gate_page, metrics, predictions, storage, succession
 from mmagent.bundle import Bundle
 from mmagent.examples import Example
 from mmagent.gate import Check, Rules
+from mmagent.media import Limits
 from mmagent.predictor import PartError, Predictor
 from mmagent.record import SCHEMA, Record
+from mmagent.shards import Dataset, DatasetError
 from mmagent.tasks import make_all
 
 _BATCH_ROWS = 64
@@ -48,11 +56,21 @@ def judge(
         sets: questions with their right answers, by `gate.FIXED`, `gate.NEW`, `gate.EARLIER`.
         feedback: what became of it, to be told.
         workers: processes that answer.
+
+    Raises:
+        MisfitError: the candidate was built for something else.
     """
+    succession.check(succession.of_bundle(before), succession.of_bundle(after))
+    words = counterfactual.load(Path(rules.swap)) if rules.swap else None
     asked = [replace(record, id=f"{name}:{record.id}") for name, records in sets.items() for record in records]
+    noisy = _noisy(sets.get(gate.FIXED, ()), rules, after.config.data.media, seed)
     missing = next((kind for kind in _MODALITIES if any(kind in each.modalities for each in asked)), None)
-    was, now = (_answers(each, asked, rules, missing, workers, threads) for each in (before, after))
-    checks = gate.compare(was, now, rules, seed=seed)
+    tables = [_answers(each, [*asked, *noisy], rules, missing, workers, threads) for each in (before, after)]
+    checks = gate.compare(*(_told_noisy(each) for each in tables), rules, seed=seed)
+    was, now = (each.filter(pc.invert(pc.starts_with(each["set"], gate.NOISY))) for each in tables)
+    checks += gate.gaps(was, now, make_all(after.tasks), rules, seed=seed)
+    audit, more = _audited((before, after), (was, now), sets.get(gate.FIXED, ()), words, rules, workers, threads, seed)
+    checks += more
     if (timed := _timed(before, after, asked, rules)) is not None:
         checks.append(timed)
     flips = gate.flips(was, now, seed=seed)
@@ -67,11 +85,80 @@ def judge(
         "checks": [each.to_dict() for each in checks],
         "flips": {"gained": changed.count(1), "lost": changed.count(-1)},
         **({"feedback": dict(feedback)} if feedback else {}),
+        **({"audit": audit} if audit else {}),
     }
     storage.publish_json(out / "gate.json", verdict)
     shown = _shown(now, after, asked, flips)
     storage.publish(out / "gate.html", gate_page.page(verdict, shown, after.config.data.media))
     return verdict, now
+
+
+def _noisy(fixed: Sequence[Record], rules: Rules, limits: Limits, seed: int) -> list[Record]:
+    """Questions of the fixed test set with one kind of input made worse, of each kind as many as the rules say."""
+    out = []
+    order = np.random.default_rng([seed, 1]).permutation(len(fixed))
+    for kind in disturbed.KINDS:
+        having = (fixed[index] for index in order if kind in fixed[index].modalities)
+        made = (disturbed.disturbed(record, kind, limits, seed) for record in having)
+        found = islice((each for each in made if each is not None), rules.noisy_rows)
+        out += [replace(each, id=f"{gate.NOISY}{kind}:{each.id}") for each in found]
+    return out
+
+
+def _told_noisy(table: pa.Table) -> pa.Table:
+    """The table with noisy questions as questions of the fixed test set that are asked in another way."""
+    noisy = pc.starts_with(table["set"], gate.NOISY)
+    table = table.filter(pc.invert(pc.and_(noisy, pc.not_equal(table["without"], ""))))  # both at once is no check
+    noisy = pc.starts_with(table["set"], gate.NOISY)
+    ways = pc.if_else(noisy, table["set"], table["without"])
+    table = table.set_column(table.column_names.index("without"), "without", ways)
+    names = pc.if_else(noisy, gate.FIXED, table["set"])
+    return table.set_column(table.column_names.index("set"), "set", names)
+
+
+def _audited(
+    pair: tuple[Bundle, Bundle], tables: tuple[pa.Table, pa.Table], fixed: Sequence[Record],
+    words: Mapping[str, str] | None, rules: Rules, workers: int, threads: int, seed: int,
+) -> tuple[dict[str, Any], list[Check]]:  # fmt: skip
+    """What swapped words change, and what is repeated of training texts: of the candidate as `jobs.evaluate` tells it,
+    and as checks beside the present bundle's."""
+    parts = [each.filter(pc.equal(each["set"], gate.FIXED)) for each in tables]
+    audit: dict[str, Any] = {}
+    checks = []
+    if words:
+        was, now = (
+            counterfactual.changed(str(found.path), fixed, part, words, {}, workers=workers, threads=threads, seed=seed)
+            for found, part in zip(pair, parts, strict=True)
+        )
+        audit["counterfactual"] = now
+        if now["changed"] and was["changed"]:
+            name = f"{gate.FIXED}, answers that change with words swapped"
+            before = was["changed"]["value"]
+            checks.append(gate.bounded(name, now["n"], before, now["changed"], rules.max_swapped, "max_swapped"))
+    for task in (name for name, info in pair[1].tasks.items() if info.kind == "generate"):
+        found = [_copied(bundle, part, fixed, task) for bundle, part in zip(pair, parts, strict=True)]
+        if found[1] is None or not found[1]["n"]:
+            continue
+        audit.setdefault("verbatim", {})[task] = found[1]
+        shares = [metrics.share(_hits(each), seed=seed) if each and each["n"] else None for each in found]
+        before = shares[0]["value"] if shares[0] else 0.0
+        name = f"{gate.FIXED}, {task}, answers that repeat training text"
+        checks.append(gate.bounded(name, found[1]["n"], before, shares[1], rules.max_verbatim, "max_verbatim"))
+    return audit, checks
+
+
+def _copied(found: Bundle, table: pa.Table, asked: Sequence[Record], task: str) -> dict[str, Any] | None:
+    """Of `jobs.verbatim`; none where what a bundle learned from is not here."""
+    try:
+        learned = Dataset.open(storage.folder("data", str(found.manifest.get("data"))))
+    except (DatasetError, storage.StorageError):
+        return None
+    return verbatim.repeated(table.filter(pc.equal(table["task"], task)), asked, learned, task)
+
+
+def _hits(found: Mapping[str, Any]) -> np.ndarray:
+    """(n,) 1.0 for each answer that repeats something."""
+    return (np.arange(found["n"]) < found["repeated"]).astype(float)
 
 
 def _answers(

@@ -7,9 +7,10 @@
 
 The service (--url, or the one that `serve.start` recorded for the channel) loads the bundle beside the present one,
 asks its golden examples through the whole serving path, compares the answers with those that were stored when it was
-exported (same labels, probabilities within 1e-4), and moves traffic where they hold. Its API key, of the scope admin,
-comes from MMAGENT_API_KEY. Where no service follows the channel, the golden examples are asked here, and the channel is
-written.
+exported (same labels, probabilities within 1e-4), and moves traffic where they hold. A bundle that was built for
+something else, which lacks a task, a label or a kind of input of the present one, is refused before anything is asked,
+unless --other-task says that it is meant. The service's API key, of the scope admin, comes from MMAGENT_API_KEY. Where
+no service follows the channel, the golden examples are asked here, and the channel is written.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmagent import bundle as bundles
-from mmagent import channels, storage
+from mmagent import channels, storage, succession
 from mmagent.arguments import Parser
 from mmagent.bundle import Bundle, BundleError
 from mmagent.channels import ChannelError
 from mmagent.golden import difference
 from mmagent.predictor import Predictor
 from mmagent.rows import parse
+from mmagent.succession import MisfitError
 
 KEY_VARIABLE = "MMAGENT_API_KEY"
 EXIT_REFUSED = 3  # the gate said no
@@ -73,6 +75,8 @@ def _promote(args: argparse.Namespace) -> None:
     if not 0 < share <= 1:
         raise PromoteError(f"--canary is {share:g}, but a share above 0 and up to 1 is wanted")
     if url is None:
+        if not args.other_task:
+            _check_place(args.channel, found)
         if share < 1:
             raise PromoteError(f"no service follows the channel {args.channel!r}, so there is no traffic to share out")
         worst = _ask_golden(found)
@@ -84,7 +88,7 @@ def _promote(args: argparse.Namespace) -> None:
             f"follows it: python -m serve.start --channel {args.channel}"
         )
         return
-    body = {"bundle": str(found.path), "channel": args.channel, "share": share}
+    body = {"bundle": str(found.path), "channel": args.channel, "share": share, "other_task": args.other_task}
     told = call(url, "POST", "/admin/bundles", body)
     what = f"a canary of {share:.0%} is {told['canary']}" if told.get("canary") else f"{told['bundle']} answers"
     replicas = told["replicas"]
@@ -92,6 +96,24 @@ def _promote(args: argparse.Namespace) -> None:
         f"channel {args.channel}: {what}; {told['golden_asked']} golden examples within "
         f"{told['worst_probability_difference']:.1g}; {replicas['follow']} of {replicas['alive']} replicas follow"
     )
+
+
+def _check_place(channel: str, found: Bundle) -> None:
+    """
+    Raises:
+        RefusedError: the channel has a bundle, and this one was built for something else.
+    """
+    if not channels.file(channel).is_file():
+        return
+    try:
+        present = bundles.load(channels.read(channel).bundle)
+    except BundleError as error:
+        print(f"note: the bundle that answers cannot be compared: {error}", file=sys.stderr)
+        return
+    try:
+        succession.check(succession.of_bundle(present), succession.of_bundle(found))
+    except MisfitError as error:
+        raise RefusedError(f"{error}; --other-task moves the channel all the same") from error
 
 
 def _rollback(args: argparse.Namespace) -> None:
@@ -167,7 +189,7 @@ def call(url: str, method: str, path: str, body: Mapping[str, Any] | None = None
             told = json.loads(error.read())["error"]
         except (ValueError, KeyError, TypeError):
             told = {"message": f"{url} answers {error.code}", "code": ""}
-        if told["code"] == "parity_failed":
+        if told["code"] in ("parity_failed", "other_task"):
             raise RefusedError(told["message"]) from error
         more = f" (set {KEY_VARIABLE} to a key of the scope admin)" if error.code in (401, 403) else ""
         raise PromoteError(f"{told['message']}{more}") from error
@@ -185,6 +207,9 @@ def _parser() -> Parser:
     parser.add_argument("--channel", default="production", help="the channel to move (%(default)s)")
     parser.add_argument("--bundle", help="a bundle folder, or the name of a run or search")
     parser.add_argument("--canary", type=float, metavar="SHARE", help="of conversations, in place of all")
+    parser.add_argument(
+        "--other-task", action="store_true", help="also where it lacks a task or label of the present bundle"
+    )
     parser.add_argument("--rollback", action="store_true", help="end the canary, or go back to the bundle before")
     parser.add_argument("--show", action="store_true", help="print the channel's history")
     parser.add_argument("--url", help="of the service; that of the channel, where not given")

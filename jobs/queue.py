@@ -16,11 +16,8 @@ from mmagent.record import Record
 from mmagent.targets import kind
 
 FORMATS = ("jsonl", "csv", "label-studio")
+_COLUMN_OF = {"text": "text_answer"}  # the question's own words have the column text
 _FIELDS = ("label", "labels", "value", "text_answer", "spans")
-_FIELD_OF = {
-    "classify": "label", "relate": "label", "match": "label", "multilabel": "labels", "regress": "value",
-    "generate": "text_answer", "extract": "text_answer", "tag": "spans",
-}  # fmt: skip
 _SUFFIXES = {
     b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg",
 }  # fmt: skip
@@ -74,7 +71,8 @@ def _row(each: Question, answer: Answer, score: float, file: Path) -> dict[str, 
             place = media / f"{each.answer}.{name}{number}{_suffix(part.read())}"
             storage.publish(place, part.read())
             row[f"{name}{number or ''}"] = str(place)
-    return row | {_FIELD_OF[kind(each.record.task)]: ""}
+    field = feedback.FIELD_OF[kind(each.record.task)]
+    return row | {_COLUMN_OF.get(field, field): ""}
 
 
 def _suffix(data: bytes) -> str:

@@ -11,12 +11,14 @@ row, contradicts itself or comes from a suspicious key (`jobs.cleaning`), and di
 learn from, to validate with and to test with. The training begins with the bundle (`start.bundle`), on the new rows and
 on replayed ones of what it learned from before (`jobs.replay`). What holds it near what it knew, says --hold: distil
 draws answers to replayed rows to those that the bundle gave; l2_sp and ewc hold its weights; lora:R learns products of
-small rank alone; none. The gate (`jobs.gate`) asks both bundles the fixed test set and the new questions, and judges by
---rules (jobs/recipes/gate.yaml).
+small rank alone; none. --search N tries other learning rates around the recipe's own on the round's data, and takes
+the one that is best on validation. The gate (`jobs.gate`) asks both bundles the fixed test set and the new questions,
+and judges by --rules (jobs/recipes/gate.yaml).
 
-ROOT/data/CHANNEL-rNNN is what was trained on, ROOT/runs/CHANNEL-rNNN the run with the candidate's bundle,
-ROOT/refine/CHANNEL/rNNN holds round.json, aside.jsonl (feedback that was set aside, and why), gate.json and gate.html.
-A round that was stopped goes on with the same command. Its exit status is 3 where the gate refuses.
+ROOT/data/CHANNEL-rNNN is what was trained on, ROOT/runs/CHANNEL-rNNN (with --search ROOT/search/CHANNEL-rNNN) the run
+with the candidate's bundle, ROOT/refine/CHANNEL/rNNN holds round.json, aside.jsonl (feedback that was set aside, and
+why), gate.json and gate.html. A round that was stopped goes on with the same command. Its exit status is 3 where the
+gate refuses.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ from mmagent.bundle import Bundle, BundleError
 from mmagent.channels import ChannelError
 from mmagent.config import Config, ConfigError
 from mmagent.gate import Rules
+from mmagent.predictions import EvaluationError
 from mmagent.record import Record
 from mmagent.shards import Dataset
+from mmagent.succession import MisfitError
 
 RULES = cluster.CHECKOUT / "jobs/recipes/gate.yaml"
 EXIT_REFUSED = 3
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return refine(args)
-    except user_errors(ChannelError, BundleError, promote.PromoteError) as error:
+    except user_errors(ChannelError, EvaluationError, BundleError, MisfitError, promote.PromoteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -66,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def refine(args: argparse.Namespace) -> int:
     """A round; the exit status."""
     rules = gate.load(args.rules)
+    if args.search < 0 or args.search == 1:
+        raise ConfigError(f"--search is {args.search}, but 2 trials or more are wanted: the recipe's own rate is one")
     scrub = scrubbing.load(args.scrub) if args.scrub else None
     if args.least or args.drift is not None:
         words = _waits(args)
@@ -91,10 +97,11 @@ def refine(args: argparse.Namespace) -> int:
         if told is None:
             return 0
         config = _paced(config, Dataset.open(storage.folder("data", name)), args)
-        if not watch.complete(config, storage.folder("runs", name), test=False):
+        home = _trained(config, name, args.search)
+        if home is None:
             return watch.EXIT_STOPPED
-        candidate = bundles.load(storage.folder("runs", name) / "bundle")
-        verdict = _judged(found, candidate, rules, place, name, told, config)
+        candidate = bundles.load(home / "bundle")
+        verdict = _judged(found, candidate, rules, place, home, told, config)
         storage.publish_json(place / rounds.FILE, {**told, "state": "accepted" if verdict["accepted"] else "refused"})
         print("\n".join(gate.told(verdict)))
         print(f"report  {place / 'gate.html'}")
@@ -102,6 +109,15 @@ def refine(args: argparse.Namespace) -> int:
             print(f"refused: {candidate.path} stays where it is, and {found.name} answers on", file=sys.stderr)
             return EXIT_REFUSED
         return _promoted(args, candidate)
+
+
+def _trained(config: Config, name: str, trials: int) -> Path | None:
+    """The folder of the run, or of the search, that made the candidate; none: it was stopped."""
+    from jobs import rates
+
+    if trials:
+        return storage.folder("search", name) if rates.searched(config, name, trials) else None
+    return storage.folder("runs", name) if watch.complete(config, storage.folder("runs", name), test=False) else None
 
 
 def _waits(args: argparse.Namespace) -> str:
@@ -176,14 +192,18 @@ def _round(args: argparse.Namespace, found: Bundle) -> Path:
 
 
 def _asked(args: argparse.Namespace) -> list[str]:
-    return [args.hold, f"{args.replay:g}", str(args.grow), args.scrub or "", *sorted(args.trusted), *args.overrides]
+    searched = [f"--search {args.search}"] if args.search else []
+    return [
+        args.hold, f"{args.replay:g}", str(args.grow), args.scrub or "", *searched, *sorted(args.trusted),
+        *args.overrides,
+    ]  # fmt: skip
 
 
 # -- after it ----------------------------------------------------------------------------------------------------------
 
 
 def _judged(
-    found: Bundle, candidate: Bundle, rules: Rules, place: Path, name: str, told: Mapping[str, Any], config: Config
+    found: Bundle, candidate: Bundle, rules: Rules, place: Path, home: Path, told: Mapping[str, Any], config: Config
 ) -> dict[str, Any]:
     from jobs import answers, page, replay
     from jobs import gate as gates
@@ -193,7 +213,7 @@ def _judged(
     if (place / "gate.json").is_file() and (place / "gate.html").is_file():
         verdict: dict[str, Any] = json.loads((place / "gate.json").read_text())
         return verdict
-    dataset = Dataset.open(storage.folder("data", name))
+    dataset = Dataset.open(storage.folder("data", home.name))
     trained = {answers.question(record) for record in _records(dataset, "train")}
     sets: dict[str, list[Record]] = {gate.FIXED: [], gate.EARLIER: [], gate.NEW: []}
     for record in _records(dataset, "test"):
@@ -215,8 +235,8 @@ def _judged(
         result = evaluation.evaluate(
             table.drop_columns(["set"]), make_all(candidate.tasks), candidate.task, bundle=candidate.name,
             data=dataset.name, split="test", seed=config.seed,
-        )  # fmt: skip
-        storage.publish_json(storage.folder("runs", name) / "evaluation.json", result)
+        ) | verdict.get("audit", {})  # fmt: skip
+        storage.publish_json(home / "evaluation.json", result)
         page.describe(candidate.path, dataset, result)
     return verdict
 
@@ -245,6 +265,9 @@ def _parser() -> Parser:
     parser.add_argument("--grow", action="store_true", help="learn labels that the bundle does not have")
     parser.add_argument(
         "--trusted", type=_names, default=(), metavar="KEY,KEY", help="keys whose word decides, and is not doubted"
+    )
+    parser.add_argument(
+        "--search", type=int, default=0, metavar="N", help="search the learning rate in so many trials (jobs.search)"
     )
     parser.add_argument("--rules", type=Path, default=RULES, help="the gate's (default: jobs/recipes/gate.yaml)")
     parser.add_argument("--scrub", metavar="MODULE:FUNCTION", help="takes personal data out of texts")

@@ -117,7 +117,7 @@ def prepare(
     tasks = defaults.described(config, dataset)
     if begun is not None:
         tasks = inheritance.described(tasks, begun)
-    anchor.check(config, tasks)
+    anchor.check(config)
     parts, takes = _check_model(config, tasks)
     if config.model.join == "native":
         _check_media(config, dataset, takes)

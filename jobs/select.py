@@ -4,7 +4,7 @@
     python -m jobs.select --channel production --labels labelled.jsonl            # of the same form, answers filled in
 
 Asked are the questions that the service kept (--keep of serve.start) and nobody has corrected yet, over the service's
-admin address (an API key of the scope admin in MMAGENT_API_KEY). How they are chosen says `jobs.choosing`.
+admin address (an API key of the scope admin in MMAGENT_API_KEY). How they are chosen says `mmagent.choosing`.
 
 A row of the queue: answer (the id of the answer), task, text, answered (what was said), confidence, files of its
 pictures and sounds below OUT.media/, and an empty label (labels of multilabel, separated by |; value of regress;
@@ -24,15 +24,17 @@ from jobs import promote, queue
 from jobs.progress import Progress
 from jobs.promote import PromoteError
 from jobs.queue import Question, QueueError
-from mmagent import channels, feedback, storage
+from mmagent import channels, choosing, feedback, storage
 from mmagent.arguments import Parser, positive
 from mmagent.bundle import BundleError
 from mmagent.channels import ChannelError
-from mmagent.predictor import Answer, PartError, Predictor
+from mmagent.choosing import Weighed
+from mmagent.predictor import Predictor
 from mmagent.record import Record
 
 _ASKED = 5000  # kept questions that are looked at, the newest
 _PAGE = 200
+_PASS = 32
 
 
 class SelectError(RuntimeError):
@@ -61,45 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _selected(args: argparse.Namespace) -> str:
-    from jobs import choosing
-
     if args.out is None:
         raise SelectError("--out FILE is wanted for the queue, or --labels FILE to take one back")
     asked = _open_questions(args)
     if not asked:
         return f"no question of {args.channel} waits for a label: none is kept, or all are corrected"
     state = channels.read(args.channel)
-    now = Predictor.load(state.bundle)
-    before = _loaded(state.before())
-    scores: list[float] = []
-    vectors: list[Any] = []
-    kept: list[tuple[Question, Answer]] = []
+    now, before = Predictor.load(state.bundle), _loaded(state.before())
+    found: list[tuple[Question, Weighed]] = []
     with Progress("select", len(asked), "questions") as progress:
-        for at in range(0, len(asked), 32):
-            part = asked[at : at + 32]
-            records = [each.record for each in part]
-            answers = now.attempt(records)
-            others = before.attempt(records) if before is not None else [None] * len(part)
-            for each, answer, other in zip(part, answers, others, strict=True):
-                progress.add()
-                if isinstance(answer, PartError):
-                    continue
-                was = other if isinstance(other, Answer) else None
-                scores.append(choosing.score(answer, was))
-                vectors.append(now.embed([now.prepare(each.record)])[0])
-                kept.append((each, answer))
-    chosen = choosing.choose(scores, _even(vectors), args.n, args.seed)
+        for at in range(0, len(asked), _PASS):
+            part = asked[at : at + _PASS]
+            weighed = choosing.weigh([each.record for each in part], now, before)
+            found += [(each, made) for each, made in zip(part, weighed, strict=True) if made is not None]
+            progress.add(len(part))
+    chosen = [found[index] for index in choosing.best([made for _, made in found], args.n, args.seed)]
     place: Path = args.out
-    queue.write([kept[index] for index in chosen], [scores[index] for index in chosen], place, args.format)
+    queue.write([(each, made.answer) for each, made in chosen], [made.score for _, made in chosen], place, args.format)
     return f"{len(chosen)} of {len(asked)} questions to label: {place}"
-
-
-def _even(vectors: Sequence[Any]) -> Any:
-    """(questions, channels); vectors of words alone are shorter than those with media, and filled up."""
-    import numpy as np
-
-    width = max(len(each) for each in vectors)
-    return np.stack([np.pad(each, (0, width - len(each))) for each in vectors])
 
 
 def _loaded(path: str | None) -> Predictor | None:

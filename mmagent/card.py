@@ -37,6 +37,10 @@ _TEXT_PIPELINES = {  # of the other kinds, where text is all that comes in
     "generate": "text-generation",
 }
 _HUB_METRICS = {"macro_f1": "f1", "micro_f1": "f1"}  # as the hub calls them
+_GAPS = {
+    "accuracy": "right answers", "demographic_parity": "how often a label is answered",
+    "equalized_odds": "how often it is answered where it is right, or is not",
+}  # fmt: skip
 _LABELS_SHOWN = 30
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # the hub refuses a base model that is a folder
 
@@ -70,6 +74,7 @@ def render(
         _calibration(evaluation),
         _data(manifest, dataset),
         _training(manifest, config),
+        _audit(evaluation),
         _limits(manifest, tasks, evaluation),
         _licence_section(config, licence),
     ]
@@ -242,11 +247,46 @@ Run `{manifest.get("run", "?")}`, exported on {_day(manifest["created_ms"])}.{st
 """
 
 
+def _audit(evaluation: Mapping[str, Any] | None) -> str:
+    """Gaps between groups, answers that hang on words that should not matter, training text that comes back."""
+    if not evaluation:
+        return ""
+    rows: list[tuple[str, str, str]] = []
+    for task, block in blocks(evaluation).items():
+        for column, each in _grouped(block).items():
+            rows += [
+                (f"`{task}`: {_GAPS[what]}, between {len(each['groups'])} groups of {column}", *_interval(each[what]))
+                for what in _GAPS
+                if what in each
+            ]
+    swapped = evaluation.get("counterfactual")
+    if swapped and swapped["changed"]:
+        rows.append((f"answers that change with words swapped, of {swapped['n']}", *_interval(swapped["changed"])))
+    for task, each in evaluation.get("verbatim", {}).items():
+        share = each["repeated"] / max(1, each["n"])
+        rows.append(
+            (f"`{task}`: answers that hold {each['words']} words or more of a training text", f"{share:.1%}", "")
+        )
+    return "## Audit\n\n" + _table(["what", "value", "95 % interval"], rows) if rows else ""
+
+
+def _grouped(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The gaps between groups of people or things: kinds of input are none."""
+    return {column: each for column, each in block.get("gaps", {}).items() if column != "modalities"}
+
+
+def _interval(number: Mapping[str, float]) -> tuple[str, str]:
+    return f"{number['value']:.1%}", f"{number['low']:.1%} to {number['high']:.1%}"
+
+
 def _limits(manifest: Mapping[str, Any], tasks: Mapping[str, TaskInfo], evaluation: Mapping[str, Any] | None) -> str:
     lines = [
         "The numbers hold for data like the test split; other voices, cameras, languages or wordings may be worse.",
-        "Decisions about people need more than this: no test for fairness among groups was made.",
     ]
+    if any(map(_grouped, blocks(evaluation).values()) if evaluation else ()):
+        lines.append("Decisions about people need more than the gaps between groups that are told above.")
+    else:
+        lines.append("Decisions about people need more than this: no test for fairness among groups was made.")
     if any(info.kind in ("classify", "relate", "match") for info in tasks.values()):
         lines.insert(0, "It always gives one of its answers, also where none is right: look at the confidence.")
     for block in blocks(evaluation).values() if evaluation else ():

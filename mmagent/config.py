@@ -240,7 +240,7 @@ class StartConfig(_Section):
     strength: float = Field(0.01, ge=0, description="of that penalty")
     distil: float = Field(
         0.0, ge=0, description="weight of a loss that draws answers to replayed rows (meta source=replay) to those "
-        "that the bundle gave (arXiv:1606.09282); of classify, relate, multilabel, regress and tag",
+        "that the bundle gave (arXiv:1606.09282), token by token where those are written",
     )  # fmt: skip
     temperature: float = Field(2.0, gt=0, description="of distil's probabilities")
 

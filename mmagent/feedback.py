@@ -22,6 +22,10 @@ from mmagent.targets import TargetError, kind
 
 SOURCE = "feedback"  # a record's meta source
 DELETED = "deleted"
+FIELD_OF = {
+    "classify": "label", "relate": "label", "match": "label", "multilabel": "labels", "regress": "value",
+    "generate": "text", "extract": "text", "tag": "spans",
+}  # fmt: skip  # where a right answer stands, by the kind of its task
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,13 @@ import pyarrow.compute as pc
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmagent import metrics
+from mmagent import fairness, metrics
 from mmagent.config import ConfigError
 from mmagent.predictions import slice_masks
+from mmagent.tasks import Task
 
 _RESAMPLES = 2000
+NOISY = "noisy "  # in front of a modality, in the column without
 FIXED, NEW, EARLIER = "fixed", "new", "earlier"  # sets of questions: the test split; of this feedback; of that before
 
 
@@ -45,6 +47,23 @@ class Rules(BaseModel):
         None, ge=0, description="as max_loss, where a modality was taken away; none: that is told, and not judged, "
         "since a model that never trained without it guesses there",
     )  # fmt: skip
+    max_noisy_loss: float | None = Field(
+        None, ge=0, description="as max_loss, where a modality is noisy (see `mmagent.disturbed`); none: that is told, "
+        "and not judged",
+    )  # fmt: skip
+    noisy_rows: int = Field(300, ge=0, description="of the fixed test set that are asked with each modality noisy")
+    max_gap: float | None = Field(
+        None, ge=0, le=1, description="between groups of a slice column, of each of `mmagent.fairness`: a candidate is "
+        "refused where the interval lies above this; none: that is told, and not judged",
+    )  # fmt: skip
+    swap: str | None = Field(
+        None, description="a list of pairs of words (see `jobs.counterfactual`), beside this file: also asks with "
+        "words swapped",
+    )  # fmt: skip
+    max_swapped: float = Field(0.05, ge=0, le=1, description="of answers that change with them, as max_gap")
+    max_verbatim: float | None = Field(
+        0.02, ge=0, le=1, description="share of written answers that hold a run of training text; none: not judged"
+    )
     max_slowdown: float = Field(1.5, gt=0, description="of the time of one answer, to the present bundle's")
     test_rows: int = Field(2000, gt=0, description="of the fixed test set that are asked, drawn by the seed")
     slices: tuple[str, ...] = Field(("modalities",), description="keys of meta whose values are judged apart")
@@ -54,7 +73,7 @@ class Rules(BaseModel):
 class Check:
     """One comparison, and what the rules say of it."""
 
-    name: str
+    name: str  # of what all are asked alike; of a part of it, behind a comma
     rows: int
     before: float
     after: float
@@ -76,7 +95,8 @@ def load(file: Path) -> Rules:
         ConfigError: no such file, not YAML, an unknown key, with the nearest right one, or a value out of range.
     """
     try:
-        return Rules.model_validate(yaml.safe_load(file.read_text()) or {})
+        rules = Rules.model_validate(yaml.safe_load(file.read_text()) or {})
+        return rules if rules.swap is None else rules.model_copy(update={"swap": str(file.parent / rules.swap)})
     except OSError as error:
         raise ConfigError(f"cannot read the gate's rules {file}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
@@ -120,10 +140,50 @@ def compare(before: pa.Table, after: pa.Table, rules: Rules, *, seed: int = 0) -
     for taken in sorted({*without} - {""}):
         mask = (sets == FIXED) & (without == taken)
         if mask.sum() >= rules.min_rows:
-            out.append(pair.blind(f"{FIXED}, without {taken}", mask))
+            noisy = taken.startswith(NOISY)
+            key = "max_noisy_loss" if noisy else "max_blind_loss"
+            out.append(pair.hard(f"{FIXED}, {'with' if noisy else 'without'} {taken}", mask, key))
     if (error := _calibration(before, after, (sets == FIXED) & whole, rules)) is not None:
         out.append(error)
     return out
+
+
+def gaps(before: pa.Table, after: pa.Table, tasks: Mapping[str, Task], rules: Rules, *, seed: int = 0) -> list[Check]:
+    """The checks of gaps between groups of the fixed test set, for each slice column but the kinds of input."""
+    out = []
+    for name, task in tasks.items():
+        for column in rules.slices:
+            if column == "modalities":
+                continue
+            sides = [_gap(table, name, task, column, seed) for table in (before, after)]
+            if sides[0] is None or sides[1] is None:
+                continue
+            rows = sum(group["n"] for group in sides[1]["groups"].values())
+            for what in ("accuracy", "demographic_parity", "equalized_odds"):
+                if what in sides[1] and what in sides[0]:
+                    told = f"{FIXED}, {name}, gap of {what.replace('_', ' ')} between groups of {column}"
+                    out.append(bounded(told, rows, sides[0][what]["value"], sides[1][what], rules.max_gap, "max_gap"))
+    return out
+
+
+def _gap(table: pa.Table, name: str, task: Task, column: str, seed: int) -> Mapping[str, Any] | None:
+    plain = pc.and_(pc.equal(table["set"], FIXED), pc.equal(table["without"], ""))
+    mine = table.filter(pc.and_(pc.and_(plain, pc.is_null(table["error"])), pc.equal(table["task"], name)))
+    return fairness.gaps(mine, task, column, seed) if mine.num_rows else None
+
+
+def bounded(name: str, rows: int, before: float, after: Mapping[str, float], most: float | None, key: str) -> Check:
+    """The check of something that should be small, as it is after, with its interval.
+
+    Args:
+        after: value, low, high.
+        most: refused where the interval lies above it; none: it is told alone.
+    """
+    low, high = (float(after[side] - before) for side in ("low", "high"))
+    if most is None:
+        return Check(name, rows, before, after["value"], low, high, f"told alone: {key} is not given", None)
+    rule = f"not surely above {most:g}"
+    return Check(name, rows, before, after["value"], low, high, rule, bool(after["low"] <= most))
 
 
 def slower(before_ms: float, after_ms: float, rules: Rules) -> Check:
@@ -175,12 +235,13 @@ class _Pair:
         low, high = self.interval(name, mask)
         return self._made(name, mask, low, high, rule, bool(high >= least))
 
-    def blind(self, name: str, mask: np.ndarray) -> Check:
-        most = self._rules.max_blind_loss
+    def hard(self, name: str, mask: np.ndarray, key: str) -> Check:
+        """Of questions that lack something, or are noisy; judged where the rules have a number for that."""
+        most: float | None = getattr(self._rules, key)
         if most is not None:
             return self.check(name, mask, _loss_rule(most), -most)
         low, high = self.interval(name, mask)
-        return self._made(name, mask, low, high, "told alone: max_blind_loss is not given", None)
+        return self._made(name, mask, low, high, f"told alone: {key} is not given", None)
 
     def gain(self, name: str, mask: np.ndarray) -> Check:
         rules = self._rules

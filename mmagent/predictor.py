@@ -67,6 +67,7 @@ class Answer:
     stopped: bool = True  # a text came to an end by itself, not for its length
     novelty: float | None = None  # see `Decision`
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    states: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)  # where they are wanted
 
     def to_dict(self, *, timings: bool = True) -> dict[str, Any]:
         """As JSON has it, without the fields of other tasks."""
@@ -110,6 +111,7 @@ class Predictor:
         self.tasks, self.task = dict(tasks), task
         self.manifest = dict(manifest or {})
         self.path = path  # of the bundle's folder
+        self.tells_states = False  # whether answers come with `Answer.states`
         self.calibration = {name: (calibration or {}).get(name) or Calibration() for name in tasks}
         self.device = torch.device(place)
         data = config.data if cache_mb is None else config.data.model_copy(update={"cache_mb": cache_mb})
@@ -202,9 +204,13 @@ class Predictor:
     def answer(self, samples: Sequence[Sample]) -> list[Answer]:
         """One forward pass over all samples."""
         started = time.perf_counter()
-        raws = self.raws(samples)
+        states: dict[int, Mapping[str, np.ndarray]] = {}
+        raws = self.raws(samples, states if self.tells_states else None)
         timings = {"forward": round(1000 * (time.perf_counter() - started), 3)}
-        return [self._answer(raw, sample, timings) for raw, sample in zip(raws, samples, strict=True)]
+        return [
+            self._answer(raw, sample, timings, states.get(index, {}))
+            for index, (raw, sample) in enumerate(zip(raws, samples, strict=True))
+        ]
 
     def predict(self, rows: Iterable[Mapping[str, Any] | Record], *, batch_size: int = 32) -> list[Answer]:
         """Answers rows (see `mmagent.rows.parse`: the short or the long form, media as paths, base64 or bytes).
@@ -231,13 +237,21 @@ class Predictor:
             return error
 
     @torch.inference_mode()
-    def raws(self, samples: Sequence[Sample]) -> list[Any]:
-        """What each sample's task makes of the model's output (`Task.raw`), before calibration."""
+    def raws(self, samples: Sequence[Sample], states: dict[int, Mapping[str, np.ndarray]] | None = None) -> list[Any]:
+        """What each sample's task makes of the model's output (`Task.raw`), before calibration.
+
+        Args:
+            states: takes `Answer.states` of each, by its place.
+        """
         written = [index for index, sample in enumerate(samples) if self.tasks[sample.task].generates]
         found = dict(zip(written, self._written([samples[index] for index in written]), strict=True))
+        if states is not None and written:
+            states |= zip(written, self.states([samples[index] for index in written]), strict=True)
         if others := [index for index in range(len(samples)) if index not in found]:
             batch = self._encoded([samples[index] for index in others])
             out = self.model(batch)
+            if states is not None:
+                states |= zip(others, self._states_of(batch, len(others)), strict=True)
             rows = batch["sample_row"].cpu().numpy()
             for place, index in enumerate(others):
                 sample = samples[index]
@@ -289,6 +303,34 @@ class Predictor:
         out: np.ndarray = torch.cat(self.model.features(self.tensors(samples)), dim=1).float().cpu().numpy()
         return out
 
+    @torch.inference_mode()
+    def states(self, samples: Sequence[Sample]) -> list[dict[str, np.ndarray]]:
+        """What the encoders make of each sample, by kind of input that it has: the mean of its tokens' states,
+        (channels,); of the words of a language model that reads media too, of its input embeddings."""
+        return self._states_of(self._encoded(samples), len(samples))
+
+    def _states_of(self, batch: Mapping[str, torch.Tensor], count: int) -> list[dict[str, np.ndarray]]:
+        sample = batch["sample_row"]
+        if "text_states" in batch:
+            words, kept = batch["text_states"], batch["mask"].bool()
+        else:
+            assert self.model.backbone is not None
+            kept = batch["mask"].bool() & (batch["ids"] >= 0)
+            words = self.model.backbone.model.get_input_embeddings()(batch["ids"].clamp(min=0))
+        mask = kept[..., None].to(words.dtype)
+        parts = {"text": ((words * mask).sum(1) / mask.sum(1).clamp(min=1), sample[batch["has_words"].bool()],
+                          batch["has_words"].bool())}  # fmt: skip
+        for kind in ("image", "audio"):
+            if f"{kind}_tokens" in batch and f"{kind}_real" in batch:
+                real = batch[f"{kind}_real"].bool()
+                parts[kind] = (batch[f"{kind}_tokens"].mean(1), sample[batch[f"{kind}_row"][real]], real)
+        out: list[dict[str, np.ndarray]] = [{} for _ in range(count)]
+        for kind, (vectors, owners, real) in parts.items():
+            arrays, mine = vectors[real].float().cpu().numpy(), owners.cpu().numpy()
+            for index in np.unique(mine):
+                out[index][kind] = arrays[mine == index].mean(0)
+        return out
+
     def _encoded(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """`tensors`, with what the towers make of pictures and sounds: each different one is computed once."""
         batch = self.tensors(samples)
@@ -337,7 +379,9 @@ class Predictor:
         except records.RecordError as error:
             raise records.RecordError(f"row {index}: {error}", error.field) from error
 
-    def _answer(self, raw: Any, sample: Sample, timings_ms: Mapping[str, float]) -> Answer:
+    def _answer(
+        self, raw: Any, sample: Sample, timings_ms: Mapping[str, float], states: Mapping[str, np.ndarray]
+    ) -> Answer:
         calibration = self.calibration[sample.task]
         said = self.tasks[sample.task].decide(raw, sample.record, calibration, modalities_of(sample))
         return Answer(
@@ -359,6 +403,7 @@ class Predictor:
             stopped=said.stopped,
             novelty=said.novelty,
             timings_ms=timings_ms,
+            states=states,
         )
 
 

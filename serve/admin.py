@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmagent import feedback, storage
 from mmagent.bundle import BundleError
 from mmagent.channels import ChannelError
+from mmagent.succession import MisfitError
 from serve import logs
 from serve.asking import ERRORS, key_of
 from serve.errors import ApiError
@@ -24,6 +25,7 @@ class Deployment(BaseModel):
     bundle: str = Field(max_length=4096, description="a bundle folder, or a run's or search's name")
     channel: str | None = Field(None, description="the channel that is meant; another than this service's is refused")
     share: float = Field(1.0, gt=0, le=1, description="of conversations that meet it; below 1 it is a canary")
+    other_task: bool = Field(False, description="also where it lacks a task, a label or an input of the present one")
 
 
 class Back(BaseModel):
@@ -61,12 +63,16 @@ def add(app: FastAPI, service: Service) -> None:
     @app.post("/admin/bundles", responses=ERRORS, tags=["admin"])
     async def deploy(body: Deployment, request: Request) -> dict[str, Any]:
         """Loads a bundle beside the present one, asks its golden examples through the whole serving path, and where
-        their stored answers come back (probabilities within 1e-4) moves traffic: at once, or a share as a canary."""
+        their stored answers come back (probabilities within 1e-4) moves traffic: at once, or a share as a canary. One
+        that was built for something else is refused before anything is asked."""
         _check_channel(service, body.channel)
         key = key_of(request)
         _audit("deploy", request, bundle=body.bundle, share=body.share)
         try:
-            verdict, followed = await service.deploy(body.bundle, body.share, by=key.id)
+            verdict, followed = await service.deploy(body.bundle, body.share, by=key.id, other_task=body.other_task)
+        except MisfitError as error:
+            message = f"{_public(error)}; `other_task: true` (--other-task of jobs.promote) deploys it all the same"
+            raise ApiError(409, message, code="other_task", param="bundle") from error
         except BundleError as error:
             raise ApiError(422, _public(error), code="invalid_bundle", param="bundle") from error
         except ChannelError as error:

@@ -14,7 +14,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 import mmagent
-from serve import admin, asking, errors, speaking, state
+from serve import admin, asking, errors, learning, speaking, state
 from serve.guard import Guard
 from serve.service import Service
 from serve.trail import Trail
@@ -67,6 +67,6 @@ def build(service: Service) -> FastAPI:
         )
     errors.install(app)
     app.add_middleware(Trail, metrics=service.metrics)
-    for room in (asking, speaking, state, admin):
+    for room in (asking, speaking, state, admin, learning):
         room.add(app, service)
     return app

@@ -1,9 +1,13 @@
 """How far what is asked now lies from what the bundle was made for: of its inputs, of its answers, of how sure it is;
 for each kind of input.
 
+    features.text, features.image, features.audio
+                distance of what the bundle's encoders make of words, pictures and sounds to what they made of
+                validation's, in its deviations, beyond chance (see `mmagent.familiar`)
     inputs      mean novelty of answers less a half, which validation data have (see `mmagent.tasks.Decision.novelty`)
     labels      population stability index of the labels that are answered, to those of training rows: sum over labels
-                of (now - then) ln(now / then); above 0.2 is usually called a shift
+                of (now - then) ln(now / then), less what chance makes of so few answers; above 0.2 is usually called a
+                shift
     confidence  median confidence that validation had less the median now
 
 Each over the last `OVER` answers of a kind of input; nothing is told of fewer than `FEWEST`.
@@ -15,8 +19,12 @@ import math
 import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
 
 from mmagent.calibration import Calibration
+from mmagent.familiar import Familiar
 from mmagent.predictor import Answer
 from mmagent.targets import TaskInfo
 
@@ -30,22 +38,48 @@ class Drift:
 
     Args:
         infos, calibration: the bundle's, by task.
+        known: what validation looked like, by kind of input.
     """
 
-    def __init__(self, infos: Mapping[str, TaskInfo], calibration: Mapping[str, Calibration]) -> None:
-        self._infos, self._calibration = infos, calibration
+    def __init__(
+        self,
+        infos: Mapping[str, TaskInfo],
+        calibration: Mapping[str, Calibration],
+        known: Mapping[str, Familiar] | None = None,
+    ) -> None:
+        self._infos, self._calibration, self._known = infos, calibration, dict(known or {})
+        self._placed: dict[tuple[str, str], deque[np.ndarray]] = defaultdict(lambda: deque(maxlen=OVER))
         self._seen: dict[str, deque[Answer]] = defaultdict(lambda: deque(maxlen=OVER))
 
     def add(self, answer: Answer, modalities: str) -> None:
+        placed = {
+            part: familiar.placed(answer.states[part][None])[0]
+            for part, familiar in self._known.items()
+            if part in answer.states
+        }
+        bare = replace(answer, states={})  # what lies in memory is small
         for kind in (_ALL, modalities):
-            self._seen[kind].append(answer)
+            self._seen[kind].append(bare)
+            for part, vector in placed.items():
+                self._placed[kind, part].append(vector)
 
     def told(self) -> dict[str, dict[str, float]]:
         """By kind of input (and ``all``) what can be told of it."""
         out = {}
         for kind, answers in self._seen.items():
-            if len(answers) >= FEWEST and (found := self._of([*answers])):
+            if len(answers) >= FEWEST and (found := self._features(kind) | self._of([*answers])):
                 out[kind] = found
+        return out
+
+    def _features(self, kind: str) -> dict[str, float]:
+        """Of a kind of input against validation rows of the same kind."""
+        out = {}
+        for part, familiar in self._known.items():
+            rows = self._placed.get((kind, part))
+            if rows is not None:
+                distance = familiar.distance(np.stack(rows), None if kind == _ALL else kind)
+                if distance is not None:
+                    out[f"features.{part}"] = distance
         return out
 
     def _of(self, answers: list[Answer]) -> dict[str, float]:
@@ -72,7 +106,15 @@ class Drift:
             then = (counts.get(label, 0) + _SMOOTH) / (before + _SMOOTH * len(labels))
             share = (said.get(label, 0) + _SMOOTH) / (now + _SMOOTH * len(labels))
             found += (share - then) * math.log(share / then)
-        return round(found, 4)
+        return round(max(0.0, found - _chance(len(labels), before, now)), 4)
+
+
+def _chance(labels: int, before: int, now: int) -> float:
+    """What the index hardly ever exceeds where nothing has changed: it is as chi-squared of labels - 1 degrees, times 1
+    / before + 1 / now (Yurdakul and Naranjo 2020, "Statistical properties of the population stability index"); its
+    mean and three deviations."""
+    degrees = labels - 1
+    return (degrees + 3 * math.sqrt(2 * degrees)) * (1 / before + 1 / now)
 
 
 def _median(calibration: Calibration | None) -> float | None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mmagent import storage
+from mmagent import familiar, storage
 from mmagent.bundle import MANIFEST
 from mmagent.predictor import Answer, Predictor, Sample
 from mmagent.record import Message, Record, Target
@@ -40,7 +40,10 @@ class Loaded:
     ) -> None:
         self.predictor, self.config, self.seal = predictor, config, seal
         self.created_s = int(predictor.manifest.get("created_ms", 0)) // 1000
-        self.drift = Drift({name: task.info for name, task in predictor.tasks.items()}, predictor.calibration)
+        known = familiar.load(predictor.path) if predictor.path is not None else {}
+        predictor.tells_states = bool(known)
+        infos = {name: task.info for name, task in predictor.tasks.items()}
+        self.drift = Drift(infos, predictor.calibration, known)
         self.is_warm = False
         self.work = ThreadPoolExecutor(1, thread_name_prefix="explain")  # what is asked for one answer alone
 

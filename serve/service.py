@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmagent import channels, explain, storage
+from mmagent import channels, explain, storage, succession
 from mmagent.agent import policy as policies
 from mmagent.agent import tools as agent_tools
 from mmagent.agent.mcp import Server
@@ -377,17 +377,26 @@ class Service:
 
     # -- deploying -------------------------------------------------------------------------------------------------
 
-    async def deploy(self, bundle: str, share: float, by: str) -> tuple[Verdict, tuple[int, int] | None]:
+    async def deploy(
+        self, bundle: str, share: float, by: str, *, other_task: bool = False
+    ) -> tuple[Verdict, tuple[int, int] | None]:
         """Loads a bundle beside what answers, asks its golden examples, and where they hold writes the channel. The
         verdict, and of how many replicas how many follow (none: the verdict was no).
 
+        Args:
+            other_task: also one that was built for something else than the present bundle.
+
         Raises:
             BundleError, ChannelError: see `mmagent.bundle.load` and `mmagent.channels.read`.
+            MisfitError: it was built for something else.
         """
         from mmagent import bundle as bundle_folders
 
         assert self.channel is not None
         place = await self.stored(bundle_folders.find, bundle)
+        if not other_task:
+            offered = succession.of_bundle(await self.stored(bundle_folders.load, place))
+            succession.check(succession.of_predictor(self.predictor), offered)
         staged = await self.bundles.stage(place)
         try:
             golden = await self.stored(lambda: bundle_folders.load(place).golden())

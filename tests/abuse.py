@@ -334,7 +334,7 @@ def _keys() -> Iterator[Case]:
     for key, status in (("none", 401), ("wrong", 401), ("expired", 401), ("revoked", 401), ("feedback", 403)):
         yield Case(f"key: {key} asks", (status,), body=said(), key=key)
     for key, status in (("none", 401), ("wrong", 401), ("ask", 403), ("feedback", 403)):
-        for path in ("/admin/status", "/metrics", "/admin/audit", "/admin/handovers"):
+        for path in ("/admin/status", "/metrics", "/admin/audit", "/admin/handovers", "/admin/queue", "/admin/rounds"):
             yield Case(f"key: {key} at {path}", (status,), path, method="GET", key=key)
         yield Case(f"key: {key} deploys", (status,), "/admin/bundles", body={"bundle": "x"}, key=key)
         yield Case(f"key: {key} goes back", (status,), "/admin/rollback", body={}, key=key)

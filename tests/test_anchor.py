@@ -20,7 +20,10 @@ from mmagent.batch import Inputs, Sample
 from mmagent.config import Config, ConfigError, resolve
 from mmagent.frozen import FrozenStates
 from mmagent.record import Record
+from mmagent.rows import parse
+from mmagent.targets import TaskInfo
 from mmagent.tasks import make_all
+from mmagent.tasks.task import IGNORED
 
 CPU = torch.device("cpu")
 
@@ -28,10 +31,11 @@ CPU = torch.device("cpu")
 class Begun:
     """A model that begins with a bundle, its batches and its anchor."""
 
-    def __init__(self, source: Path, **start: Any) -> None:
-        raw = {"data": {"name": "tiny"}, "model": {"backbone": "x"}, "train": {"micro_batch": 8}}
+    def __init__(self, source: Path, strategy: str = "connector", **start: Any) -> None:
+        data = {"name": "tiny", "max_text_tokens": 24, "max_answer_tokens": 12}
+        raw = {"data": data, "model": {"backbone": "x"}, "train": {"micro_batch": 8}}
         raw["start"] = {"bundle": str(source), **start}
-        self.config: Config = inheritance.settle(resolve(raw, {"freeze.strategy": "connector"}))
+        self.config: Config = inheritance.settle(resolve(raw, {"freeze.strategy": strategy}))
         self.tasks = make_all(bundle.load(source).tasks)
         encoder = load_language(self.config.model, self.tasks)
         inputs = Inputs(self.config.model, self.config.data, load_reading(self.config.model), self.tasks, encoder)
@@ -125,6 +129,107 @@ def test_distillation_asks_for_replayed_rows_alone(
     assert made.extra(made.samples([*new, *old])).item() == pytest.approx(alone, rel=1e-4)
 
 
+def softened(scores: Any, temperature: float) -> torch.Tensor:
+    return torch.softmax(torch.as_tensor(scores, dtype=torch.float32) / temperature, -1)
+
+
+def apart(said: Any, wanted: Any, temperature: float = 2.0) -> float:
+    """Kullback-Leibler divergence of what is said from what is wanted, times the temperature's square."""
+    p, q = softened(wanted, temperature), softened(said, temperature)
+    return float((p * (p.log() - q.log())).sum() * temperature**2)
+
+
+def test_starts_and_ends_are_taught_of_extract() -> None:
+    task = make_all({"extract": TaskInfo("extract")})["extract"]
+    said, taught = (torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    batch = {"extract/inside": torch.tensor([[True] * 4, [False] * 4])}  # the second row is another task's
+    found = task.distance(said, taught, batch, 2.0)
+    wanted = (apart(said[0, :, 0], taught[0, :, 0]) + apart(said[0, :, 1], taught[0, :, 1])) / 2
+    assert found is not None
+    assert found.tolist() == pytest.approx([wanted, 0.0], rel=1e-4)
+
+
+def test_each_token_is_taught_of_generate() -> None:
+    task = make_all({"generate": TaskInfo("generate")})["generate"]
+    said, taught = (torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3))
+    batch = {"generate/reply": torch.tensor([[IGNORED, 4, 6], [1, 2, 3]])}
+    found = task.distance(said, taught, batch, 2.0)
+    wanted = [
+        sum(apart(said[row, at], taught[row, at]) for at in places) / len(places)
+        for row, places in ((0, (1, 2)), (1, (0, 1, 2)))
+    ]
+    assert found is not None
+    assert found.tolist() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_candidates_scores_are_taught_of_match() -> None:
+    task = make_all({"match": TaskInfo("match")})["match"]
+    said, taught = torch.tensor([[1.0], [-2.0], [0.5], [9.0]]), torch.tensor([[0.0], [1.0], [-1.0], [3.0]])
+    batch = {"match/known": torch.tensor([1.0, 1.0, 1.0, 0.0]), "sample_row": torch.tensor([0, 0, 1, 2])}
+    found = task.distance(said, taught, batch, 2.0)
+    single = [apart([one, 0.0], [other, 0.0]) for one, other in ((1.0, 0.0), (-2.0, 1.0), (0.5, -1.0))]
+    listed = apart([1.0, -2.0], [0.0, 1.0])
+    wanted = [(single[0] + listed) / 2, (single[1] + listed) / 2, single[2] / 2, 0.0]
+    assert found is not None
+    assert found.tolist() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_nearest_of_the_batch_is_taught_where_match_reads_apart() -> None:
+    task = make_all({"match": TaskInfo("match", dual=True)})["match"]
+    said, taught = (torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)) for seed in (4, 5))
+    batch = {
+        "match/offered": torch.tensor([False, True, False, True]), "match/mine": torch.tensor([True] * 4),
+        "match/right": torch.tensor([False, True, False, True]), "match/key": torch.arange(4),
+        "weight": torch.tensor([0.5] * 4), "sample_row": torch.tensor([0, 0, 1, 1]),
+    }  # fmt: skip
+    found = task.distance(said, taught, batch, 2.0)
+    wanted = [apart(said[row] @ said[[1, 3]].T, taught[row] @ taught[[1, 3]].T) for row in (0, 2)]
+    assert found is not None
+    # A row's weight is a half of its record's: what the record is taught counts whole.
+    assert found.tolist() == pytest.approx([2 * wanted[0], 0.0, 2 * wanted[1], 0.0], rel=1e-4, abs=1e-6)
+
+
+def test_a_bundle_that_extracts_and_matches_teaches(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """The real model and its teacher: nothing to say before a step, and something after one, of replayed rows alone."""
+    infos = {"extract": TaskInfo("extract"), "match": TaskInfo("match")}
+    made = Begun(make_bundle(tmp_path / "many", infos, "extract"), distil=1.0)
+    made.model.eval()
+    rows = [
+        parse({"id": "a", "task": "extract", "text": "what color?", "context": "a red circle", "target": {
+            "texts": ["red"], "spans": [{"start": 2, "end": 5, "label": ""}]}}),
+        parse({"id": "b", "task": "match", "text": "what color?", "candidates": [{"content": "red"}, {"content":
+            "blue"}], "target": {"labels": ["1"]}}),
+    ]  # fmt: skip
+    old = made.samples(replays(rows))
+    assert made.extra(old).item() == pytest.approx(0.0, abs=1e-5)
+    made.move(size=0.5)
+    both = made.extra(old).item()
+    assert both > 1e-3
+    assert made.extra(made.samples(rows)).item() == 0.0
+    assert made.extra(old[:1]).item() + made.extra(old[1:]).item() == pytest.approx(both, rel=1e-3)
+
+
+def test_a_bundle_that_writes_teaches(writers: dict[str, Path], tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    config = resolve(tiny_recipe, {"model.backbone": str(writers["decoder"]), "model.join": "input"})
+    infos = {"generate": TaskInfo("generate")}
+    tasks = make_all(infos)
+    encoder = load_language(config.model, tasks)
+    model = supervised.build(config, tasks, encoder)
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+    bundle.save(
+        tmp_path / "writer", name="writer", config=config, tasks=infos, task="generate", state=state, backbone=encoder,
+        tokenizer=load_reading(config.model), calibration={}, origin={},
+    )  # fmt: skip
+    made = Begun(tmp_path / "writer", "all", distil=1.0)
+    made.model.eval()
+    rows = [parse({"id": "a", "task": "generate", "text": "what is there", "answer": "red circle"})]
+    old = made.samples(replays(rows))
+    assert made.extra(old).item() == pytest.approx(0.0, abs=1e-5)
+    made.move(size=0.1)
+    assert made.extra(old).item() > 1e-4
+    assert made.extra(made.samples(rows)).item() == 0.0
+
+
 def test_what_distillation_says_draws_answers_back(
     tiny_bundle: Path, make_records: Callable[..., list[Record]]
 ) -> None:
@@ -154,4 +259,4 @@ def test_what_cannot_be_had_is_told(
 ) -> None:  # fmt: skip
     config = resolve({"data": {"name": "tiny"}, "model": {"backbone": "x"}}, overrides)
     with pytest.raises(ConfigError, match=words):
-        anchor.check(config, bundle.load(tiny_bundle).tasks)
+        anchor.check(config)

@@ -105,6 +105,24 @@ def test_without_an_evaluation_it_promises_nothing(config: Config) -> None:
     assert "not stated in its folder" in text
 
 
+def test_what_was_audited_stands_in_a_table(config: Config) -> None:
+    plain = card.render(MANIFEST, config, tasks=TASKS, evaluation=evaluation())
+    assert "## Audit" not in plain
+    assert "no test for fairness among groups was made" in plain
+    apart = {"groups": {"a": {}, "b": {}}, "accuracy": number(0.12), "demographic_parity": number(0.2)}
+    made = evaluation() | {
+        "gaps": {"region": apart, "modalities": apart},
+        "counterfactual": {"pairs": 2, "n": 50, "changed": number(0.04), "examples": []},
+        "verbatim": {"generate": {"words": 8, "n": 40, "repeated": 1, "examples": []}},
+    }
+    text = card.render(MANIFEST, config, tasks=TASKS, evaluation=made)
+    assert "| `classify`: right answers, between 2 groups of region | 12.0% | 11.0% to 13.0% |" in text
+    assert "| answers that change with words swapped, of 50 | 4.0% | 3.0% to 5.0% |" in text
+    assert "| `generate`: answers that hold 8 words or more of a training text | 2.5% |  |" in text
+    assert "groups of modalities" not in text
+    assert "no test for fairness" not in text
+
+
 def test_a_backbone_that_is_a_folder_is_no_base_model_of_the_hub() -> None:
     config = resolve({"data": {"name": "shop"}, "model": {"backbone": "package:some_model/model"}}, {})
     assert "base_model" not in front(card.render(MANIFEST, config, tasks=TASKS))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import choosing
+from mmagent import choosing
 from mmagent.predictor import Answer
 
 

@@ -12,6 +12,8 @@ import pytest
 from mmagent import gate, predictions
 from mmagent.config import ConfigError
 from mmagent.gate import Rules
+from mmagent.targets import TaskInfo
+from mmagent.tasks import make_all
 
 
 def table(right: dict[str, np.ndarray], *, labels: int = 2, sure: float = 0.9, without: str = "") -> pa.Table:
@@ -94,6 +96,53 @@ def test_calibration_and_missing_modalities_are_judged() -> None:
     assert checks(*pair, max_blind_loss=0.1)["fixed, without image"].passed is False
 
 
+def test_noisy_questions_are_told_and_judged_by_a_rule() -> None:
+    fine = table({gate.FIXED: answers(0.9, 500, 0)})
+    was, now = (table({gate.FIXED: answers(share, 300, 1)}, without=f"{gate.NOISY}image") for share in (0.8, 0.5))
+    pair = pa.concat_tables([fine, was]), pa.concat_tables([fine, now])
+    assert checks(*pair)["fixed, with noisy image"].passed is None
+    assert checks(*pair, max_noisy_loss=0.1)["fixed, with noisy image"].passed is False
+    assert checks(*pair, max_noisy_loss=0.6)["fixed, with noisy image"].passed is True
+    assert not any("without noisy" in name for name in checks(*pair))
+
+
+def grouped(shares: dict[str, float]) -> pa.Table:
+    """Right answers by a slice column of groups, of one label each second time."""
+    rows = []
+    for seed, (group, share) in enumerate(shares.items()):
+        for index, fine in enumerate(answers(share, 300, seed)):
+            label = f"l{index % 2}"
+            row = {
+                "set": gate.FIXED, "id": f"{group}{index}", "group": f"{group}{index}", "task": "classify",
+                "without": "", "label": label, "predicted": label if fine else "l2", "right": bool(fine),
+                "slice.region": group,
+            }  # fmt: skip
+            rows.append(row)
+    schema = predictions.schema(("region",)).append(pa.field("set", pa.string()))
+    return pa.Table.from_pylist(rows, schema)
+
+
+def test_a_gap_between_groups_can_stand_in_the_rules() -> None:
+    tasks = make_all({"classify": TaskInfo("classify", ("l0", "l1", "l2"))})
+    before, after = grouped({"north": 0.9, "south": 0.9}), grouped({"north": 0.95, "south": 0.6})
+
+    def found(now: pa.Table, most: float | None) -> gate.Check:
+        rules = Rules(slices=("modalities", "region"), max_gap=most)
+        each = {one.name: one for one in gate.gaps(before, now, tasks, rules)}
+        assert len(each) == 3  # accuracy, demographic parity, equalized odds
+        return each["fixed, classify, gap of accuracy between groups of region"]
+
+    assert (found(after, 0.1).passed, found(after, 0.5).passed, found(after, None).passed) == (False, True, None)
+    assert found(before, 0.1).passed is True
+    assert found(after, 0.1).after == pytest.approx(0.35, abs=0.08)
+
+
+def test_what_should_be_small_is_refused_where_that_is_sure() -> None:
+    number = {"value": 0.1, "low": 0.06, "high": 0.14}
+    made = [gate.bounded("n", 50, 0.02, number, most, "max_swapped").passed for most in (0.05, 0.08, None)]
+    assert made == [False, True, None]
+
+
 def test_a_slower_answer_is_refused() -> None:
     assert gate.slower(10.0, 14.0, Rules()).passed is True
     assert gate.slower(10.0, 16.0, Rules()).passed is False
@@ -129,6 +178,8 @@ def test_rules_are_read_and_mistakes_told(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match=words):
             gate.load(file)
+    file.write_text("swap: words.csv")
+    assert gate.load(file).swap == str(tmp_path / "words.csv")
     with pytest.raises(ConfigError, match="cannot read"):
         gate.load(tmp_path / "nowhere.yaml")
 

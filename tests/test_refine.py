@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs import cluster, refine, rounds
+from jobs import cluster, refine, rounds, submission
 from jobs.lock import locked
 from mmagent import bundle, channels, feedback
 from mmagent.predictor import Predictor
@@ -70,10 +70,13 @@ def run(*arguments: str) -> int:
 
 @pytest.mark.timeout(600)
 def test_a_round_learns_a_new_label_and_takes_no_poison(
-    ray_cluster: cluster.Cluster, said: Callable[..., None], storage: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    ray_cluster: cluster.Cluster, said: Callable[..., None], storage: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     said(shades(200, keys=(*KEYS, "eve"), liar="eve"))
-    assert run("--grow", "--promote") == 0
+    (tmp_path / "words.csv").write_text("color,circle\n")
+    (tmp_path / "rules.yaml").write_text("slices: [modalities, form]\nswap: words.csv\nmax_swapped: 1.0\n")
+    assert run("--grow", "--promote", "--rules", str(tmp_path / "rules.yaml")) == 0
     shown = capsys.readouterr().out
     place = storage / "refine" / "production" / "r001"
     aside = [json.loads(row) for row in (place / "aside.jsonl").read_text().splitlines()]
@@ -86,6 +89,10 @@ def test_a_round_learns_a_new_label_and_takes_no_poison(
     assert verdict["accepted"]
     checks = {each["name"]: each for each in verdict["checks"]}
     assert checks["new"]["after"] > checks["new"]["before"] + 0.3
+    assert checks["fixed, with noisy image"]["rows"] == 40
+    assert checks["fixed, with noisy image"]["passed"] is None
+    assert "fixed, answers that change with words swapped" in checks
+    assert "fixed, classify, gap of accuracy between groups of form" in checks
     assert verdict["flips"]["gained"] > verdict["flips"]["lost"]
     assert "Answers that changed" in (place / "gate.html").read_text()
     # The candidate answers the channel now, knows the new label, and says where it comes from.
@@ -95,6 +102,7 @@ def test_a_round_learns_a_new_label_and_takes_no_poison(
     assert len(Predictor.load(found.path, device="cpu").labels) == 5
     assert "channel production: production-r001" in shown
     assert (found.path / "memory.parquet").is_file()
+    assert "answers that change with words swapped" in (found.path / "README.md").read_text()
     # The same feedback teaches nothing a second time.
     assert run("--grow") == 0
     assert "nothing new for production" in capsys.readouterr().out
@@ -117,6 +125,7 @@ def test_what_is_wrong_is_told_before_anything_is_trained(
         ("--rules", "/nowhere.yaml"): "cannot read the gate's rules",
         ("optim.lrr=1",): "did you mean 'optim.lr'",
         ("--scrub", "nothing"): "MODULE:FUNCTION is wanted",
+        ("--search", "1"): "2 trials or more are wanted",
     }
     for arguments, words in cases.items():
         assert run(*arguments) == 2
@@ -125,6 +134,42 @@ def test_what_is_wrong_is_told_before_anything_is_trained(
         assert run() == 2
     assert "'production' is being worked on by process" in capsys.readouterr().err
     assert not list((storage / "refine" / "production").glob("r*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_learning_rate_is_searched(
+    ray_cluster: cluster.Cluster, said: Callable[..., None], storage: Path
+) -> None:  # fmt: skip
+    said([each for each in shades(60) if each[1] != "white"])
+    assert run("--search", "2", "train.epochs=6") in (0, refine.EXIT_REFUSED)
+    place = storage / "search" / "production-r001"
+    trials = json.loads((place / "trials.json").read_text())
+    assert len({trial["sample"]["optim.lr"] for trial in trials}) == 2
+    assert 0.005 in {trial["sample"]["optim.lr"] for trial in trials}
+    found = bundle.load(place / "bundle")
+    assert found.name == "production-r001"
+    assert found.config.start.distil == 1.0
+    assert (storage / "refine" / "production" / "r001" / "gate.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_as_a_submitted_job(
+    ray_cluster: cluster.Cluster, said: Callable[..., None], storage: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Through Ray's job submission: in a copy of the working directory, told by its exit status and its logs."""
+    said([each for each in shades(60) if each[1] != "white"])
+    rules = storage / "rules.yaml"
+    rules.write_text("max_loss: 1\nmin_gain: -1\nmax_ece_rise: 1\nmax_slowdown: 1000\n")  # whatever it learns
+    command = ["python", "-m", "jobs.refine", "--channel", "production", "--replay", "0.5", "--rules", str(rules)]
+    small = ["cluster.workers=1", "train.micro_batch=16", "optim.lr=0.005", "train.epochs=20"]
+    submission.run(ray_cluster.dashboard, [*command, *small], cluster.CHECKOUT)
+    assert "round r001 of production" in capfd.readouterr().out
+    assert bundle.load(storage / "runs" / "production-r001" / "bundle").name == "production-r001"
+    told = json.loads((storage / "refine" / "production" / "r001" / "round.json").read_text())
+    assert told["state"] == "accepted"
+    assert run("--replay", "0.5") == 0  # here: nothing is left to learn
 
 
 @pytest.mark.slow

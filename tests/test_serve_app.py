@@ -184,7 +184,7 @@ def test_models_health_and_documentation(client: TestClient) -> None:
         "/v1/chat/completions", "/v1/predict", "/v1/embeddings", "/v1/models", "/v1/models/{name}", "/healthz",
         "/v1/conversations/{id}", "/v1/answers/{id}", "/v1/feedback", "/v1/audio/speech", "/metrics",
         "/admin/status", "/admin/bundles", "/admin/rollback", "/admin/handovers", "/admin/handovers/done",
-        "/admin/questions", "/admin/audit",
+        "/admin/questions", "/admin/audit", "/admin/queue", "/admin/rounds", "/admin/labels",
     }  # fmt: skip
     assert schema["components"]["schemas"]["ChatRequest"]["examples"]
     example, *_ = schema["components"]["schemas"]["PredictRequest"]["examples"]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from mmagent import channels, feedback
 from mmagent.predictor import Predictor
+from mmagent.targets import TaskInfo
 from serve import keys
 from serve.config import ServeConfig
 from serve.service import Service
@@ -27,6 +30,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installe
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=20_000)  # a crowded machine is no mistake of the page
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -37,6 +41,24 @@ def browser() -> Iterator[Browser]:
 def address(tiny_bundle: Path, storage: Path) -> Iterator[str]:
     channels.append("production", tiny_bundle, share=1, act="promote", by="test")
     with running(Service(Predictor.load(tiny_bundle), ServeConfig(), "production")) as found:
+        yield found
+
+
+@pytest.fixture
+def address_of_many(make_bundle: Callable[..., Path], storage: Path) -> Iterator[str]:
+    """Of a service that was asked a question of several kinds; the text begins outside the Basic Multilingual Plane."""
+    infos = {
+        name: TaskInfo(name, ("blue", "green", "red"), mean=3.0, deviation=2.0)
+        for name in ("tag", "multilabel", "regress", "extract")
+    }
+    made = make_bundle(storage / "many", infos, "tag")
+    with running(Service(Predictor.load(made, device="cpu"), ServeConfig())) as found:
+        for name in infos:
+            body = {"text": "😀 is the red circle?", "task": name}
+            body |= {"context": "a red circle, not a blue one"} if name == "extract" else {}
+            httpx.post(f"{found}/v1/predict", json=body).raise_for_status()
+        while len(httpx.get(f"{found}/admin/questions").json()["data"]) < len(infos):
+            time.sleep(0.02)
         yield found
 
 
@@ -194,6 +216,111 @@ def test_administrators_see_and_act(page: Page, address: str) -> None:
     expect(page.locator("#deployed")).to_contain_text("there is no bundle 'nothing'")
     page.get_by_role("button", name="Roll back").click()
     expect(page.locator("#deployed")).to_contain_text("no bundle before")
+
+
+def test_administrators_label_what_teaches_most(
+    page: Page, tmp_path: Path, make_png: Callable[..., bytes], storage: Path
+) -> None:
+    """By keyboard: what is saved is feedback, with the question and its picture."""
+    for number, colour in enumerate(("red", "green", "blue")):
+        (tmp_path / f"{number}.png").write_bytes(make_png(colour, (24, 24)))
+        page.locator("#file").set_input_files(tmp_path / f"{number}.png")
+        expect(page.locator("#parts li")).to_have_count(1)
+        asked(page, f"what color is number {number}?")
+    page.get_by_role("button", name="Admin").click()
+    expect(page.locator("#drift")).to_contain_text("nothing is told of so few answers")
+    expect(page.locator("#rounds")).to_contain_text("No round yet")
+    page.get_by_role("button", name="Show what teaches most").press("Enter")
+    expect(page.locator("#label-state")).to_have_text("3 questions wait for a label.")
+    expect(page.locator("#label-question")).to_contain_text("what color is number")
+    assert page.evaluate("document.querySelector('#label-question img').naturalWidth") == 24
+    expect(page.locator("#label-said")).to_contain_text("% sure")
+    expect(page.get_by_label("The right label")).to_be_focused()
+    page.keyboard.type("black")
+    page.keyboard.press("Enter")
+    expect(page.locator("#label-state")).to_have_text("1 labelled. 2 more are here.")
+    expect(page.get_by_label("The right label")).to_be_focused()
+    said = re.search("“(.*)”", page.locator("#label-said").inner_text())
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="The model is right")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#label-state")).to_have_text("2 labelled. 1 more are here.")
+    page.get_by_role("button", name="Skip").press("Enter")
+    expect(page.locator("#label-state")).to_have_text("2 labelled. Thank you.")
+    expect(page.get_by_role("button", name="Show what teaches most")).to_be_focused()
+    rows = [feedback.record(each) for each in feedback.read(feedback.folder()).said]
+    assert said is not None
+    assert [row.target.label for row in rows] == ["black", said[1]]
+    assert all(row.images for row in rows)
+    page.get_by_role("button", name="Show what teaches most").click()
+    expect(page.locator("#label-state")).to_have_text("1 questions wait for a label.")
+
+
+def test_rounds_and_drift_are_shown(browser: Browser, make_bundle: Callable[..., Path], storage: Path) -> None:
+    labels = ("red", "green")
+    info = TaskInfo("classify", labels, dict.fromkeys(labels, 500))
+    made = make_bundle(storage / "counted", {"classify": info}, "classify")
+    channels.append("production", made, share=1, act="promote", by="test")
+    place = storage / "refine" / "production" / "r001"
+    place.mkdir(parents=True)
+    told = {"state": "refused", "said": 9, "train": 7, "replayed": 14, "aside": {"unknown label": 2}}
+    (place / "round.json").write_text(json.dumps(told))
+    check = {"name": "fixed", "before": 0.9, "after": 0.5, "rule": "not surely below -0.02", "passed": False}
+    (place / "gate.json").write_text(json.dumps({"checks": [check]}))
+    with running(Service(Predictor.load(made, device="cpu"), ServeConfig(), "production")) as address:
+        body = {"inputs": [{"text": "what is it?"} for _ in range(60)]}
+        httpx.post(f"{address}/v1/predict", json=body, timeout=60).raise_for_status()
+        for page in opened(browser, address):
+            page.get_by_role("button", name="Admin").click()
+            round = page.locator("#rounds summary")
+            words = "production-r001: refused by the gate (1 checks); 7 new rows, 14 replayed, 2 set aside"
+            expect(round).to_have_text(words)
+            round.press("Enter")
+            expect(page.locator("#rounds td").nth(3)).to_have_text("not surely below -0.02")
+            expect(page.locator("#drift tr")).to_have_count(2)  # of all, and of text
+            shift = float(page.locator("#drift tr").first.locator("td").nth(3).inner_text())
+            assert shift > 0.5  # one label alone is answered
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_every_kind_of_answer_is_labelled_on_a_phone(browser: Browser, address_of_many: str, scheme: Any) -> None:
+    seen = set()
+    context = {"viewport": {"width": 360, "height": 640}, "color_scheme": scheme, "has_touch": True}
+    for page in opened(browser, address_of_many, **context):
+        page.get_by_role("button", name="Admin").click()
+        page.get_by_role("button", name="Show what teaches most").click()
+        expect(page.locator("#label-state")).to_have_text("4 questions wait for a label.")
+        for left in (3, 2, 1, 0):
+            box = page.locator("#label-answer")
+            task = page.locator("#label-said").inner_text().split(":")[0]
+            seen.add(task)
+            if task == "tag":
+                box.get_by_label("The text").evaluate("each => each.setSelectionRange(10, 13)")
+                box.get_by_label("Label", exact=True).fill("red")
+                box.get_by_role("button", name="Mark the selection").click()
+                expect(box.locator("li")).to_contain_text("red (red)")
+            elif task == "multilabel":
+                box.get_by_label("green").check()
+                box.get_by_label("blue").check()
+            elif task == "regress":
+                box.get_by_label("The right value").fill("2.5")
+            else:
+                box.get_by_label("The right text").fill("red circle")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360
+            ground, ink = page.evaluate(
+                "(each => [getComputedStyle(each).backgroundColor, getComputedStyle(each).color])"
+                "(document.querySelector('#label-question'))"
+            )
+            assert contrast(ground, ink) > 7
+            page.get_by_role("button", name="Save the right answer").click()
+            expect(page.locator("#label-state")).to_contain_text(f"{left} more" if left else "Thank you.")
+    assert seen == {"tag", "multilabel", "regress", "extract"}
+    rows = {row.task: row.target for row in map(feedback.record, feedback.read(feedback.folder()).said)}
+    assert rows["tag"].spans == ({"start": 9, "end": 12, "label": "red"},)
+    assert rows["multilabel"].labels == ("blue", "green")
+    assert rows["regress"].value == 2.5
+    assert rows["extract"].texts == ("red circle",)
 
 
 def test_a_key_is_asked_for(page: Page, storage: Path) -> None:

@@ -22,7 +22,7 @@ from mmagent.reading import Reader, View
 from mmagent.record import Record
 from mmagent.targets import TargetError
 from mmagent.tasks.match import Match, content_of
-from mmagent.tasks.task import Decision, Fused, Outcome, Placed
+from mmagent.tasks.task import Decision, Fused, Outcome, Placed, divergence
 
 _CHANNELS = 128  # of a vector
 _SCALE = 10.0  # of the cosines at first; it is learnt
@@ -89,6 +89,18 @@ class DualMatch(Match):
         right = scores.masked_fill(~own, lowest).logsumexp(1)
         each = torch.where(own.any(1), whole - right, torch.zeros_like(whole))
         return (each * weight).sum() / size + output.sum() * 0.0
+
+    def distance(self, output: Tensor, taught: Tensor, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
+        """The divergence of which of the micro-batch's candidates is nearest to what a record asks."""
+        asked, said, _, _ = self._compared(output.float(), batch)
+        wanted = self._compared(taught.float(), batch)[1]
+        out = torch.zeros_like(batch["weight"])
+        if said.numel():
+            # A row's weight is its share of the record's, which the row that asks speaks for.
+            whole = torch.zeros_like(out).index_add(0, batch["sample_row"], batch["weight"])[batch["sample_row"]]
+            share = whole[asked] / batch["weight"][asked]
+            out = out.index_put((asked,), divergence(said, wanted, temperature) * share)
+        return out
 
     def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Whether a right candidate is the nearest among those of the micro-batch."""

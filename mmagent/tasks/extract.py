@@ -18,7 +18,7 @@ from mmagent.calibration import Calibration
 from mmagent.metrics import Number
 from mmagent.reading import Reader, View
 from mmagent.record import Record
-from mmagent.tasks.task import IGNORED, Decision, Fused, Outcome, Task, focus, indexes
+from mmagent.tasks.task import IGNORED, Decision, Fused, Outcome, Task, divergence, focus, indexes
 
 _MAX_TOKENS = 40  # of an answer
 _BEST = 20  # starts and ends that are paired
@@ -68,6 +68,12 @@ class Extract(Task):
             for side, name in enumerate(("start", "end"))
         ]
         return ((each[0] + each[1]) / 2 * batch["weight"]).sum() / size
+
+    def distance(self, output: Tensor, taught: Tensor, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
+        """The mean of the starts' divergence and the ends'."""
+        mine = batch[self.key("inside")].any(1).float()
+        each = [divergence(output[..., side], taught[..., side], temperature) for side in range(2)]
+        return (each[0] + each[1]) / 2 * mine
 
     def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         known = (batch[self.key("start")] >= 0) & (batch["weight"] > 0)

@@ -21,7 +21,7 @@ from mmagent.calibration import Calibration
 from mmagent.metrics import Number
 from mmagent.reading import Reader, View
 from mmagent.record import Record
-from mmagent.tasks.task import IGNORED, Decision, Outcome, Task
+from mmagent.tasks.task import IGNORED, Decision, Outcome, Task, divergence
 
 _SURE = 1e-6  # the least doubt of a text, so that its odds are a number
 
@@ -81,6 +81,12 @@ class Generate(Task):
         ).view_as(reply)  # fmt: skip
         count = (reply != IGNORED).sum(1).clamp(min=1)
         return (each.sum(1) / count * batch["weight"]).sum() / size
+
+    def distance(self, output: Tensor, taught: Tensor, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
+        """The mean over the right answer's tokens of the divergence of what comes next (arXiv:1606.07947, section
+        3.1)."""
+        known = (batch[self.key("reply")] != IGNORED).float()
+        return (divergence(output, taught, temperature) * known).sum(1) / known.sum(1).clamp(min=1)
 
     def outputs(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """(rows, reply, 4): of each token the logarithm of its probability and of the likeliest one's, whether it is

@@ -18,7 +18,7 @@ from mmagent.metrics import Number
 from mmagent.reading import Reader, View
 from mmagent.record import Record, segments
 from mmagent.targets import TargetError
-from mmagent.tasks.task import AnswerHead, Decision, Outcome, Task
+from mmagent.tasks.task import AnswerHead, Decision, Outcome, Task, divergence
 
 _CUTS = (1, 5)  # of recall
 
@@ -64,6 +64,18 @@ class Match(Task):
                 whole = scores[mine].logsumexp(0) - scores[mine & (right > 0)].logsumexp(0)
                 listed = listed + mine * whole
         return (single + (listed * weight).sum()) / 2 / size
+
+    def distance(self, output: Tensor, taught: Tensor, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
+        """As the loss the mean of two: the divergence of whether each candidate fits, and of which of a record's fits
+        best."""
+        mine, record = batch[self.key("known")], batch["sample_row"]
+        said, wanted = output[:, 0].float(), taught[:, 0].float()
+        single = divergence(_odds(said), _odds(wanted), temperature)
+        listed = torch.zeros_like(single)
+        for index in record[mine > 0].unique():
+            own = record == index
+            listed = listed + own * divergence(said[own], wanted[own], temperature)
+        return (single + listed) / 2 * mine
 
     def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         known = (batch[self.key("known")] > 0) & (batch["weight"] > 0)
@@ -138,6 +150,11 @@ class Match(Task):
             order = list(outcome.decision.probabilities)
             out.append(1 + min(order.index(label) for label in outcome.gold))
         return out
+
+
+def _odds(scores: Tensor) -> Tensor:
+    """(rows,) -> (rows, 2): logits of yes and no."""
+    return torch.stack([scores, torch.zeros_like(scores)], -1)
 
 
 def _from_sums(sums: np.ndarray) -> dict[str, np.ndarray]:

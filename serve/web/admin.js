@@ -1,5 +1,6 @@
 // The view for administrators: what answers, where, how much; deploying, going back, and who waits for a person.
 import { call, problem, withKey } from "./service.js";
+import "./label.js";
 
 const at = (id) => document.getElementById(id);
 let timer = null;
@@ -40,6 +41,10 @@ async function refresh() {
   at("replicas").replaceChildren(...status.replicas.map((each) => row([each.replica, each.bundle, each.canary, each.trouble])));
   const traffic = [...metrics.matchAll(/^mmagent_requests_total\{route="([^"]*)",status="(\d+)"\} ([\d.e+]+)/gm)];
   at("traffic").replaceChildren(...traffic.map(([, route, code, count]) => row([route, code, Math.round(Number(count))])));
+  at("drift").replaceChildren(...Object.entries(status.drift).map(([kind, found]) =>
+    row([kind, features(found), ...["inputs", "labels", "confidence"].map((of) => found[of]?.toFixed(2))])));
+  if (!status.drift.all) at("drift").replaceChildren(row(["nothing is told of so few answers"]));
+  await rounds();
   const waiting = (await (await call("admin/handovers")).json()).data;
   at("handovers").replaceChildren(...waiting.map((each) => {
     const item = document.createElement("li");
@@ -50,6 +55,39 @@ async function refresh() {
     item.append(done);
     return item;
   }));
+}
+
+const features = (found) => Object.entries(found).filter(([of]) => of.startsWith("features.")).map(([of, far]) => `${of.slice(9)} ${far.toFixed(2)}`).join(", ") || null;
+
+let shown = ""; // the rounds as they are on the page: what is open stays open until they change
+
+async function rounds() {
+  const answer = await call("admin/rounds");
+  if (!answer.ok) return;
+  const found = (await answer.json()).data;
+  if (JSON.stringify(found) === shown) return;
+  shown = JSON.stringify(found);
+  at("rounds").replaceChildren(...found.map(round));
+  if (!found.length) at("rounds").append(node("li", "No round yet: python -m jobs.refine makes one."));
+}
+
+function round(each) {
+  const item = document.createElement("li"), box = document.createElement("details");
+  const verdict = { accepted: "accepted by the gate", refused: `refused by the gate (${each.failed} checks)` }[each.state] || each.state;
+  box.append(node("summary", `${each.name}: ${verdict}; ${each.train} new rows, ${each.replayed} replayed, ${each.aside} set aside`));
+  const table = document.createElement("table"), head = table.createTHead().insertRow();
+  for (const name of ["Check", "Before", "After", "Rule", "Holds"]) head.append(node("th", name));
+  const body = table.createTBody();
+  for (const one of each.checks) body.append(row([one.name, one.before.toFixed(3), one.after.toFixed(3), one.rule, { true: "yes", false: "no" }[one.passed] || "not judged"]));
+  box.append(table);
+  item.append(box);
+  return item;
+}
+
+function node(tag, words) {
+  const made = document.createElement(tag);
+  made.textContent = words;
+  return made;
 }
 
 function total(metrics, name) {
