@@ -83,7 +83,7 @@ class Dataset:
             )
         for split in splits.values():
             for shard in split["shards"]:
-                _check_shard(folder / shard["file"], shard["bytes"])
+                _check_shard(f"{folder}/{shard['file']}", shard["bytes"])
         return cls(folder, info)
 
     @property
@@ -256,9 +256,9 @@ def _leaf_columns() -> list[str]:
     return [schema.column(index).path for index in range(len(schema))]
 
 
-def _check_shard(file: Path, size: int) -> None:
+def _check_shard(file: str, size: int) -> None:
     try:
-        found = file.stat().st_size
+        found = os.stat(file).st_size
     except OSError as error:
         raise DatasetError(f"the shard {file} is missing; prepare the data set again with --replace") from error
     if found != size:

@@ -17,7 +17,7 @@ _LOOK_S = 0.002  # a tiny model's steps take some hundredths of a second, and on
 
 # Ray 2.60 listens on the loopback alone where it takes itself for a Ray of one machine (see `cluster.LOOPBACK`), and
 # its command refuses to add one then. The command alone is told otherwise.
-_JOIN = """
+JOIN = """
 import sys
 from ray.scripts import scripts
 
@@ -34,7 +34,7 @@ sys.exit(scripts.main())
 
 def join(head: cluster.Cluster, cpus: int = 4) -> None:
     """Adds a machine; `cluster.stop` ends it with the others."""
-    command = [sys.executable, "-c", _JOIN, "start", f"--address={head.address}", f"--num-cpus={cpus}"]
+    command = [sys.executable, "-c", JOIN, "start", f"--address={head.address}", f"--num-cpus={cpus}"]
     command += [f"--node-ip-address={cluster.HOST}", "--object-store-memory=100000000", "--disable-usage-stats"]
     environment = {**os.environ, **head.environment, cluster.MARK: head.id}
     run = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
