@@ -121,7 +121,8 @@ class Machines:
             cluster.MARK: self.id, PLACE: machine.name, "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._folder / "token"), "RAY_ADDRESS": self.address,
             LOCAL_ONLY: "1" if self.apart else "0", "PYTHONPATH": str(cluster.CHECKOUT), "OMP_NUM_THREADS": "1",
-            "RAY_worker_maximum_startup_concurrency": "4",
+            "RAY_worker_maximum_startup_concurrency": "4", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",
         }  # fmt: skip
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
         return env

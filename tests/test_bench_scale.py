@@ -34,13 +34,13 @@ def test_what_never_grows_has_no_limit() -> None:
 def test_the_bottleneck_is_what_fewest_nodes_reach() -> None:
     parts = {each.name: each for each in scale.PARTS}
     listing = scale.Found(parts["shards"], [(10_000, 1.0), (100_000, 10.0)], law=fit([(10_000, 1.0), (100_000, 10.0)]))
-    head = scale.Found(parts["gcs_share"], [(10, 0.1), (50, 0.5)], ["x"], fit([(10, 0.1), (50, 0.5)]))
+    head = scale.Found(parts["nodes"], [(10, 0.1), (50, 0.5)], ["x"], fit([(10, 0.1), (50, 0.5)]))
     rows = {row.id: row for row in scale.figures([listing, head])}
     assert rows["scale.shards.nodes"].value == pytest.approx(600)  # 60 s, a thousand objects for each
-    assert rows["scale.gcs_share.at_1000"].value == pytest.approx(10)
+    assert rows["scale.nodes.at_1000"].value == pytest.approx(10)
     assert rows["scale.bottleneck"].value == pytest.approx(100)
-    assert "gcs_share, Ray's" in rows["scale.bottleneck"].what
-    assert "left out: x" in rows["scale.gcs_share.at_1000"].what
+    assert "nodes, Ray's" in rows["scale.bottleneck"].what
+    assert "left out: x" in rows["scale.nodes.at_1000"].what
 
 
 def test_a_point_that_would_not_fit_is_left_out(storage: Path) -> None:

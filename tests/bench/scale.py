@@ -6,9 +6,10 @@
   comparing, reading back, the report), and through all of `jobs.trials` with Ray Tune's Tuner.
 - objects: 10,000, 100,000, 1,000,000 objects below the storage root, in listings of ours: shards of a data set that is
   opened, files of frozen parts' states that are counted, runs (of four objects each) that `jobs.status` tells.
-- replicas: 1, 8, 64 replicas of Ray Serve that do nothing: until all are ready.
-- nodes: 10, 50 nodes of Ray without resources, raylets on this machine: the head's share of a core while nothing goes
-  on, and how long it takes to list them.
+- replicas: 1, 8, 64 replicas of Ray Serve that do nothing: what its controller takes of a core.
+- nodes: 10, 50 nodes of Ray without resources, raylets on this machine: what the head's GCS takes of a core.
+
+The first three are seconds of CPU, which a busy machine does not change.
 
 Every part has its share of the minutes and of the free memory: a point that would not fit, by the points before it, is
 left out and said. `scale.PART.N` is a point, `scale.PART.at_1000` what its law says of a cluster of 1,000 nodes with a
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -57,19 +59,19 @@ class Part:
 
 
 PARTS = (
-    Part("own", (10, 100, 1000), points.Bookkeeping, "s", "our bookkeeping of a search", 60.0,
+    Part("own", (10, 100, 1000), points.Bookkeeping, "s", "of CPU: our bookkeeping of a search", 60.0,
          "a minute of a search's time", share=0.5, ours=True, small=(10, 40)),
-    Part("trials", (10, 100, 1000), points.Trials, "s", "a search through Tune's Tuner", 600.0,
-         "trials of ten minutes, one on each node, all begun before the first ends", share=2.5, small=(2, 6)),
-    Part("shards", (10_000, 100_000, 1_000_000), points.Shards, "s", "to open a data set of so many shards", 60.0,
+    Part("trials", (10, 100, 1000), points.Trials, "s", "of CPU of a search's process, with Tune's Tuner",
+         600.0, "trials of ten minutes, one on each node, all begun before the first ends", share=2.5, small=(2, 6)),
+    Part("shards", (10_000, 100_000, 1_000_000), points.Shards, "s", "of CPU to open a data set of so many shards",
+         60.0, "a minute before a run", each=1000.0, share=0.6, ours=True, small=(100, 1000)),
+    Part("states", (10_000, 100_000, 1_000_000), points.States, "s", "of CPU to count files of kept states", 60.0,
          "a minute before a run", each=1000.0, share=0.6, ours=True, small=(100, 1000)),
-    Part("states", (10_000, 100_000, 1_000_000), points.States, "s", "to count files of kept states", 60.0,
-         "a minute before a run", each=1000.0, share=0.6, ours=True, small=(100, 1000)),
-    Part("status", (10_000, 100_000, 1_000_000), points.Status, "s", "of jobs.status, runs of four objects each", 60.0,
-         "a minute for an answer", each=1000.0, share=1.2, ours=True, small=(100, 1000)),
-    Part("replicas", (1, 8, 64), points.Replicas, "s", "until replicas that do nothing are ready", 600.0,
-         "ten minutes to be ready", share=2.0, small=(1, 2)),
-    Part("gcs_share", (10, 50), points.Nodes, "cores", "that the head's GCS takes of idle nodes", 1.0,
+    Part("status", (10_000, 100_000, 1_000_000), points.Status, "s", "of CPU of jobs.status, of runs of four objects",
+         60.0, "a minute for an answer", each=1000.0, share=1.2, ours=True, small=(100, 1000)),
+    Part("replicas", (1, 8, 64), points.Replicas, "cores", "of Serve's controller, replicas that do nothing", 1.0,
+         "its one loop", share=2.0, small=(1, 2)),
+    Part("nodes", (10, 50), points.Nodes, "cores", "of the head's GCS, nodes that do nothing", 1.0,
          "its one thread", share=2.5, small=(1, 2)),
 )  # fmt: skip
 
@@ -109,28 +111,35 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
 def measure(part: Part, seconds: float) -> Found:
     """The points of a part that fit into so many seconds and the free memory."""
     out, deadline = Found(part), time.monotonic() + seconds
-    took, before = 0.0, 0
-    with part.begin() as at:
-        for count in part.small if SMALL else part.counts:
-            free = psutil.virtual_memory().available
-            needs_s = took * count / before if before else 0.0
-            needs_bytes = at.bytes_each * (count - before)
-            if time.monotonic() + needs_s > deadline:
-                out.left_out.append(f"{count:,} would take {needs_s:.0f} s more")
-            elif needs_bytes + _SPARE_BYTES > free and before:
-                out.left_out.append(f"{count:,} want {needs_bytes / 2**30:.1f} GB, and {free / 2**30:.1f} are free")
-            else:
-                began = time.monotonic()
-                cost = at.measure(count)
-                took, before = time.monotonic() - began, count
-                out.points.append((count, cost))
-                print(f"{part.name} {count:,}: {cost:.4g} {part.unit} (made and measured in {took:.0f} s)", flush=True)
-                continue
-            print(f"{part.name}: left out: {out.left_out[-1]}", flush=True)
-            break
+    try:
+        with part.begin() as at:
+            _measure(out, at, deadline)
+    except (RuntimeError, subprocess.SubprocessError, OSError, ValueError) as error:  # Ray does not start, say
+        out.left_out.append(f"it failed: {str(error).strip().splitlines()[-1]:.200}")
+    for line in out.left_out:
+        print(f"{part.name}: left out: {line}", flush=True)
     if len(out.points) > 1:
         out.law = fit(out.points)
     return out
+
+
+def _measure(out: Found, at: points.Points, deadline: float) -> None:
+    took, before, part = 0.0, 0, out.part
+    for count in part.small if SMALL else part.counts:
+        free = psutil.virtual_memory().available
+        needs_s = took * count / before if before else 0.0
+        needs_bytes = at.bytes_each * (count - before)
+        if time.monotonic() + needs_s > deadline:
+            out.left_out.append(f"{count:,} would take {needs_s:.0f} s more")
+            return
+        if before and needs_bytes + _SPARE_BYTES > free:
+            out.left_out.append(f"{count:,} want {needs_bytes / 2**30:.1f} GB, and {free / 2**30:.1f} are free")
+            return
+        began = time.monotonic()
+        cost = at.measure(count)
+        took, before = time.monotonic() - began, count
+        out.points.append((count, cost))
+        print(f"{part.name} {count:,}: {cost:.4g} {part.unit} (made and measured in {took:.0f} s)", flush=True)
 
 
 def figures(found: Sequence[Found]) -> list[Row]:

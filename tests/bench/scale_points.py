@@ -28,6 +28,7 @@ from mmagent.space import Sample, Space
 
 _REPORTS = 4  # of a trial
 _IDLE_S = 15.0  # in which the head's share of a core is measured
+_SETTLED_S = 5.0  # what comes with starting is over
 _OBJECTS_OF_A_RUN = 4
 _DIMENSIONS: dict[str, Any] = {
     "optim.lr": {"loguniform": [1e-4, 1e-2]},
@@ -285,12 +286,12 @@ for line in sys.stdin:
 
 
 class Replicas:
-    """Each count is reached from the one before; the cost is what all of them take."""
+    """Each count is reached from the one before; the cost is what Serve's controller takes of a core afterwards."""
 
     bytes_each = 0.0
 
     def __enter__(self) -> Self:
-        self._stack = contextlib.ExitStack()
+        self._stack, self._had = contextlib.ExitStack(), 0
         self._head = cluster.start(num_cpus=4, object_store_bytes=200_000_000)
         self._stack.callback(cluster.stop, self._head)
         pipe = subprocess.PIPE
@@ -300,7 +301,6 @@ class Replicas:
         )  # fmt: skip
         self._stack.callback(self._driver.wait, 30)
         self._stack.callback(self._driver.kill)
-        self._took = 0.0
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -312,9 +312,15 @@ class Replicas:
         free = psutil.virtual_memory().available
         self._driver.stdin.write(f"{count}\n")
         self._driver.stdin.flush()
-        self._took += float(json.loads(self._driver.stdout.readline()))
-        self.bytes_each = max(0.0, (free - psutil.virtual_memory().available) / count)
-        return self._took
+        ready_s = float(json.loads(self._driver.stdout.readline()))
+        print(f"replicas: {count} are ready after {ready_s:.1f} s", flush=True)
+        self.bytes_each = max(0.0, (free - psutil.virtual_memory().available) / (count - self._had))
+        self._had = count
+        for process in cluster.marked(self._head.id):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any("ServeController" in word for word in process.cmdline()):
+                    return _share(process)
+        raise RuntimeError("Serve has no controller")
 
 
 _LISTED = """
@@ -354,10 +360,7 @@ class Nodes:
         self.bytes_each = max(0.0, (free - psutil.virtual_memory().available) / (count - before))
         gcs = next(each.find() for each in self._head.processes if each.name == "gcs_server")
         assert gcs is not None
-        time.sleep(5.0)  # what comes with joining is over
-        began, used = time.monotonic(), _cpu_s(gcs)
-        time.sleep(_IDLE_S)
-        return max(1e-4, (_cpu_s(gcs) - used) / (time.monotonic() - began))
+        return _share(gcs)
 
 
 # As `tests.machines.join`, many in one process.
@@ -380,6 +383,11 @@ for _ in range(count):
 """
 
 
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def _share(process: psutil.Process) -> float:
+    """Of a core, while nothing goes on."""
+    time.sleep(_SETTLED_S)
+    began, before = time.monotonic(), process.cpu_times()
+    time.sleep(_IDLE_S)
+    after = process.cpu_times()
+    used_s = after.user + after.system - before.user - before.system
+    return max(1e-4, float(used_s / (time.monotonic() - began)))

@@ -41,27 +41,25 @@ class Seen:
 @contextlib.contextmanager
 def between(host: str, target: tuple[str, int], weather: Weather) -> Iterator[Seen]:
     """A proxy that listens on a free port of `host` for as long as the block lasts."""
-    seen, ready = Seen(), threading.Event()
-    loop = asyncio.new_event_loop()
+    seen, ready, stop = Seen(), threading.Event(), asyncio.Event()
+    loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
         server = await asyncio.start_server(lambda *ends: _connection(*ends, target, weather, seen), host, 0)
         seen.port = server.sockets[0].getsockname()[1]
         ready.set()
+        await stop.wait()  # connections that are open are cancelled with the loop
+        server.close()
 
-    def run() -> None:
-        asyncio.set_event_loop(loop)
-        loop.run_until_complete(serve())
-        loop.run_forever()
-
-    thread = threading.Thread(target=run, daemon=True, name="weather")
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True, name="weather")
     thread.start()
     if not ready.wait(10):
         raise RuntimeError(f"the proxy does not listen on {host}")
     try:
         yield seen
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loops[0].call_soon_threadsafe(stop.set)
         thread.join(10)
 
 

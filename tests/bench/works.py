@@ -35,7 +35,7 @@ _LOOK_S = 0.1
 _STARTS = 4  # of a command, at the most
 _ENDS_S = 420.0  # in which a command comes to its end
 _SETUP = "stage 1, connector"  # what is frozen is not sent around
-_KEY = "a key for the measurement alone"
+_KEY = "a-key-for-the-measurement-alone"
 _TRIES = 4  # of a request: the client's own, each at another machine
 _CLIENTS, _PAUSE_S = 3, 0.3
 
@@ -310,10 +310,12 @@ class Service:
         command = [sys.executable, "-m", "serve.start", "--bundle", str(self._bundle), "--host", host]
         command += ["--port", str(SERVE_PORT), "--store", self._machines.store(self.store_port), "--cpus", "0.1"]
         command += ["--min-replicas", str(self._replicas), "--max-replicas", str(self._replicas)]
-        with open(self._said, "wb") as said:
-            process = self._machines.run(self._machines.head, command, said, MMAGENT_API_KEYS=_KEY.replace(" ", "-"))
-            if process.wait(400):
-                raise RuntimeError(f"the service did not start: {self._said.read_text()[-2000:]}")
+        for _ in range(_STARTS):  # Serve waits a minute for its proxies, which a busy machine may not be enough for
+            with open(self._said, "wb") as said:
+                process = self._machines.run(self._machines.head, command, said, MMAGENT_API_KEYS=_KEY)
+                if process.wait(400) == 0:
+                    return
+        raise RuntimeError(f"the service did not start: {self._said.read_text()[-2000:]}")
 
     def begin(self) -> None:
         self._asked, self._stop = [], threading.Event()
@@ -379,7 +381,7 @@ class Service:
 
     @property
     def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {_KEY.replace(' ', '-')}"}
+        return {"Authorization": f"Bearer {_KEY}"}
 
     def own(self) -> list[str]:
         hosts = [each.host for each in self._machines.others] if self._machines.apart else [self._machines.head.host]
