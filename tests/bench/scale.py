@@ -97,23 +97,23 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
     args = parser.parse_args(argv)
     wanted = [each for each in PARTS if each.name in args.only]
     shares, left_s = sum(each.share for each in wanted), 60 * args.minutes
-    found = []
+    found: list[Found] = []
+    rows: list[Row] = []
     for part in wanted:
         began = time.monotonic()
         found.append(measure(part, left_s * part.share / shares))
         left_s, shares = left_s - (time.monotonic() - began), shares - part.share
-    rows = figures(found)
-    publish("scale", rows, checkout, keep=len(wanted) < len(PARTS))
+        publish("scale", rows := figures(found), checkout, keep=len(wanted) < len(PARTS))
     print(table(rows))
     return 0
 
 
 def measure(part: Part, seconds: float) -> Found:
     """The points of a part that fit into so many seconds and the free memory."""
-    out, deadline = Found(part), time.monotonic() + seconds
+    out = Found(part)
     try:
         with part.begin() as at:
-            _measure(out, at, deadline)
+            _measure(out, at, time.monotonic() + seconds)
     except (RuntimeError, subprocess.SubprocessError, OSError, ValueError) as error:  # Ray does not start, say
         out.left_out.append(f"it failed: {str(error).strip().splitlines()[-1]:.200}")
     for line in out.left_out:

@@ -192,6 +192,8 @@ class _Objects(_Plain):
     """Files below a storage root of their own, more with each point."""
 
     def __enter__(self) -> Self:
+        from jobs import states, status  # noqa: F401  what they bring takes longer than a point
+
         self._before = storage.root()
         self._root = Path(tempfile.mkdtemp(prefix=".scale-", dir=self._before))
         storage.use(self._root)
