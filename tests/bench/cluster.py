@@ -34,7 +34,6 @@ from mmagent.arguments import Parser
 from mmagent.measurement import Row, publish, table
 from tests import network
 from tests.bench import lab, weather, works
-from tests.bench.hurt import Groups
 from tests.bench.weather import Weather
 from tests.bench.works import Search, Service, Told, Training
 from tests.network import SERVE_PORT, Machine, Machines
@@ -86,13 +85,7 @@ class Bench:
         began = time.monotonic()
         training = Training(self.machines, self._backbone, f"cluster_{name}", 16 if SMALL else Training.EPOCHS)
         search = Search(self.machines, self._backbone, f"cluster_{name}") if "search" in self._wanted else None
-        reference = None
-        if "train" in self._wanted:
-            groups = Groups()
-            try:
-                reference = training.reference(groups)
-            finally:
-                groups.close()
+        reference = training.reference() if "train" in self._wanted else None
         at_work = [each for each, kind in ((training, "train"), (search, "search"), (self.service, "serve"))
                    if each is not None and kind in self._wanted]  # fmt: skip
         with FAULTS[name](self) as fault:

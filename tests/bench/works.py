@@ -177,7 +177,7 @@ class Training:
     def steps(self) -> int:
         return lab.ROWS * self._epochs // lab.BATCH
 
-    def reference(self, groups: Groups) -> lab.Trace:
+    def reference(self) -> lab.Trace:
         """Of a run that nobody hurt, without Ray; kept."""
         import torch
 
@@ -188,7 +188,11 @@ class Training:
             shutil.rmtree(place, ignore_errors=True)
             plan = run.prepare(self.config, place, export=False).plan
             torch.save(plan, place / "plan.pt")
-            ended = groups.run(place / "plan.pt", 2, None, place / "said", 300.0)
+            groups = Groups()
+            try:
+                ended = groups.run(place / "plan.pt", 2, None, place / "said", _ENDS_S)
+            finally:
+                groups.close()
             if any(ended.statuses):
                 raise RuntimeError(f"nobody hurt it, and it ended with {ended.statuses}: see {place}/said")
             (place / "whole").touch()
