@@ -174,7 +174,7 @@ class Machines:
             if not done.returncode:
                 return
             processes.end(self.processes(machine), grace_s=3.0)
-        raise RuntimeError(f"Ray did not start on {machine.name}: {done.stdout[-2000:]}")
+        raise RuntimeError(f"Ray did not start on {machine.name}: {done.stdout[:4000]}")
 
     def kill(self, machine: Machine) -> None:
         """The machine is gone: its link goes silent, then its processes end, and nobody is told goodbye."""
@@ -201,7 +201,7 @@ class Machines:
         )
 
     def node_id(self, machine: Machine) -> str:
-        raylet = next(each for each in self.processes(machine) if each.name() == "raylet")
+        raylet = next(each for each in self.processes(machine) if each.is_running() and each.name() == "raylet")
         return next(word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--node_id="))
 
     def processes(self, machine: Machine) -> list[psutil.Process]:
@@ -233,13 +233,17 @@ class Machines:
             time.sleep(1.0)
 
     def close(self) -> None:
-        running = processes.family(processes.marked(cluster.MARK, self.id))
-        raylets = [each for each in running if each.name() == "raylet"]
-        processes.end(raylets, grace_s=5.0)  # while the head can be told goodbye
-        processes.end([each for each in running if each not in raylets], grace_s=5.0)
-        if self._redis is not None:
-            self._redis.kill()
-            self._redis.wait()
+        try:
+            raylets, others = [], []
+            for process in processes.family(processes.marked(cluster.MARK, self.id)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    (raylets if process.name() == "raylet" else others).append(process)
+            processes.end(raylets, grace_s=5.0)  # while the head can be told goodbye
+            processes.end(others, grace_s=5.0)
+        finally:
+            if self._redis is not None:
+                self._redis.kill()
+                self._redis.wait()
 
     def _start_redis(self) -> None:
         command = [_redis(), "--port", str(self.redis), "--bind", self._outside, "--requirepass", self._password]
