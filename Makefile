@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format docs doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search bench-serve bench-confidence bench-continual test-abuse test-faults figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format docs doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search bench-serve bench-confidence bench-continual bench-cluster bench-scale test-abuse test-faults figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -97,6 +97,12 @@ bench-confidence: $(STAMP) ## what confidence and evidence are worth: writes run
 
 bench-continual: $(STAMP) ## learning from corrections: gained, forgotten, for how much, and poisoned (an hour): writes runs/bench/continual.json
 	@$(PY) -m tests.bench.continual
+
+bench-cluster: $(STAMP) ## machines of a Ray that die, restart, lose their link: what is lost (20 min; root for links): writes runs/bench/cluster.json
+	@$(PY) -m tests.bench.cluster
+
+bench-scale: $(STAMP) ## what the control plane costs as it grows, extended to 1,000 nodes (10 min): writes runs/bench/scale.json
+	@$(PY) -m tests.bench.scale
 
 test-abuse: $(STAMP) ## 400 hostile and broken requests, each with its right status: writes runs/bench/abuse.json
 	@$(PY) -m tests.bench.abuse

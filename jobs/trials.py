@@ -143,7 +143,7 @@ def run(
     # Tune's populations draw from these.
     random.seed(seed)
     np.random.seed(seed)
-    began = [_read(place) for place in sorted((folder / "trials").glob("t*"))]
+    began = [_read(place) for place in sorted((folder / "trials").glob("t*"), key=lambda place: _order(place.name))]
     population = space.method == "population"
     proposals = Proposals(space, dims, first, trials, seed, began)
     watching = _Watch(desk, stages, trials, tell)
@@ -176,7 +176,8 @@ def run(
     )
     grid = tuner.fit()
     errors = {str(result.path): result.error for result in (grid[index] for index in range(len(grid)))}
-    return [_found(folder, trial, errors, stages) for trial in sorted(watching.trials, key=_name)]
+    ended = sorted(watching.trials, key=lambda trial: _order(_name(trial)))
+    return [_found(folder, trial, errors, stages) for trial in ended]
 
 
 def _name(trial: Any) -> str:
@@ -184,6 +185,11 @@ def _name(trial: Any) -> str:
     of the config that the trial began with."""
     known: str | None = trial.custom_trial_name
     return known or f"t{int(trial.config[_TRIAL]['number']):03d}"
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Trials by number: the thousandth comes after t999, not after t100."""
+    return len(name), name
 
 
 def _scheduler(space: Space, dims: Sequence[Dimension], stages: Stages, trials: int) -> TrialScheduler:

@@ -34,6 +34,7 @@ from mmagent.config import Config
 __all__ = ["Final", "Group", "WorkersFailed", "room", "run", "stay"]
 
 _RELEASE_TIMEOUT_S = 30.0
+_START = ".start"  # in a run's folder: which of its starts may write there
 _DATA_CPUS = 1.6  # left for the tasks of a stream: reading asks for 1
 
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
@@ -41,6 +42,10 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 
 class WorkersFailed(RuntimeError):
     """The training workers failed; the message is theirs."""
+
+
+class Superseded(RuntimeError):
+    """Another start of the same run has begun meanwhile: these workers are left over, and write nothing any more."""
 
 
 class Final(RuntimeError):
@@ -113,6 +118,7 @@ def run(
     placement.check_storage()
     _release_orphans()
     start, count = uuid.uuid4().hex[:8], 0
+    storage.publish(folder / _START, start)
     while True:
         try:
             final = _fit(work, config, folder, streams, start)
@@ -278,7 +284,7 @@ def _entry(spec: dict[str, Any]) -> str:
                 world=context.get_world_size(),
                 blocks=lambda name: stream.rank_steps(ray.train.get_dataset_shard(name), rank),
                 report=_report,
-                asked=lambda: "SIGTERM" if sigterm else "",
+                asked=functools.partial(_asked, sigterm, spec["folder"], spec["start"], rank),
                 drained=lambda: get_train_context().preemption_context.preemption_info is not None,
                 failure=failures.last(spec["folder"], spec["start"]),
             )
@@ -289,6 +295,18 @@ def _entry(spec: dict[str, Any]) -> str:
         sigterm.close()
         storage.send(spec["folder"])
     return ""
+
+
+def _asked(sigterm: Sigterm, folder: Path, start: str, rank: int) -> str:
+    """Why this rank's process shall end, or nothing. When a head dies with its driver and controller, their workers on
+    other machines train on until Ray (2.60) notices, a minute later; the same command was given again by then.
+
+    Raises:
+        Superseded: the run has begun anew. The ranks beside lose their connection, and end as well.
+    """
+    if rank == 0 and (folder / _START).exists() and (newer := (folder / _START).read_text()) != start:
+        raise Superseded(f"the run {folder.name!r} was started anew ({newer} after {start}): this start is over")
+    return "SIGTERM" if sigterm else ""
 
 
 def _report(metrics: dict[str, float]) -> bool:

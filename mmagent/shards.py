@@ -84,7 +84,7 @@ class Dataset:
             )
         for split in splits.values():
             for shard in split["shards"]:
-                _check_shard(folder / shard["file"], shard["bytes"])
+                _check_shard(f"{folder}/{shard['file']}", shard["bytes"])
         return cls(folder, info)
 
     @property
@@ -257,7 +257,7 @@ def _leaf_columns() -> list[str]:
     return [schema.column(index).path for index in range(len(schema))]
 
 
-def _check_shard(file: Path, size: int) -> None:
+def _check_shard(file: str, size: int) -> None:
     try:
         found = storage.size(file)
     except OSError as error:

@@ -19,7 +19,7 @@ _LOOK_S = 0.002  # a tiny model's steps take some hundredths of a second, and on
 
 # Ray 2.60 listens on the loopback alone where it takes itself for a Ray of one machine (see `cluster.LOOPBACK`), and
 # its command refuses to add one then. The command alone is told otherwise.
-_JOIN = """
+JOIN = """
 import sys
 from ray.scripts import scripts
 
@@ -43,7 +43,7 @@ def join(
         labels: of the machine.
         hides: a folder in whose place it sees an empty one; wants root.
     """
-    command = [sys.executable, "-c", _JOIN, "start", f"--address={head.address}", f"--num-cpus={cpus}"]
+    command = [sys.executable, "-c", JOIN, "start", f"--address={head.address}", f"--num-cpus={cpus}"]
     command += [f"--node-ip-address={cluster.HOST}", "--object-store-memory=100000000", "--disable-usage-stats"]
     if labels:
         command.append("--labels=" + ",".join(f"{key}={value}" for key, value in labels.items()))

@@ -104,3 +104,8 @@ def test_what_a_report_is_worth(metric: tuple[str, bool], worth: float) -> None:
 def test_a_metric_that_is_not_reported_names_those_that_are() -> None:
     with pytest.raises(TrialFailed, match=r"metric=bleu is not reported; there are loss, score$"):
         trials.quality({"score": 0.5, "loss": 1.5, "step": 3.0, "total_steps": 9.0, "done": 0.0}, ("bleu", True))
+
+
+def test_trials_are_in_order_beyond_a_thousand() -> None:
+    names = ["t1000", "t101", "t999", "t000", "t1001"]
+    assert sorted(names, key=trials._order) == ["t000", "t101", "t999", "t1000", "t1001"]

@@ -14,6 +14,7 @@ import ray.data
 
 from jobs import workers
 from jobs.workers import Group, WorkersFailed
+from mmagent import storage as storages
 from mmagent.config import Config, resolve
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -73,3 +74,17 @@ def test_a_group_that_failed_is_counted_and_starts_again(config: Config, tmp_pat
     for rank in range(2):
         lines = (tmp_path / f"seen_{rank}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == [{"rank": rank, "world": 2, "stream": 2}] * 2
+
+
+def test_workers_that_are_left_over_end_when_their_run_begins_anew(tmp_path: Path) -> None:
+    sigterm = workers.Sigterm()
+    try:
+        assert workers._asked(sigterm, tmp_path, "one", 0) == ""  # a run of before there was such a file
+        storages.publish(tmp_path / ".start", "one")
+        assert workers._asked(sigterm, tmp_path, "one", 0) == ""
+        storages.publish(tmp_path / ".start", "two")
+        assert workers._asked(sigterm, tmp_path, "one", 1) == ""  # the first rank speaks for all
+        with pytest.raises(workers.Superseded, match="two after one"):
+            workers._asked(sigterm, tmp_path, "one", 0)
+    finally:
+        sigterm.close()
