@@ -88,7 +88,10 @@ class Service:
         self.answers = Answers(self.store, config)
         self.conversations = Conversations(self.store, config, self._storing)
         self.feedback = FeedbackLog(self.store, self.replica, self._storing, config.keep_days)
-        self.handovers = Handovers(self.store, self.policy.handover.webhook, config.keep_days, self._storing)
+        self.handovers = Handovers(
+            self.store, self.policy.handover.webhook, config.keep_days, self._storing,
+            on_delivery=lambda ended: self.metrics.webhook.labels(ended).inc(),
+        )  # fmt: skip
         self.tools: dict[str, Tool] = {}
         self.knowledge: KnowledgeBase | None = None
         self._servers: list[Server] = []
@@ -148,6 +151,7 @@ class Service:
             self.knowledge = await self.stored(KnowledgeBase.open, self.policy.knowledge.name)
         await self.bundles.current.warm_up()
         self.bundles.start()
+        self.handovers.start()
         self._ready = True
 
     async def close(self) -> None:
@@ -361,10 +365,14 @@ class Service:
         except Exception:
             logger.exception("%s does worse (%s), and could not be taken back", new.name, words)
 
-    def hand_over(self, answered: Answered, key: Key) -> None:
-        """Puts a request into the queue of those that a person answers."""
+    async def hand_over(self, answered: Answered, key: Key) -> None:
+        """Puts a request into the queue of those that a person answers; who asked is told so when it is there.
+
+        Raises:
+            StoreError: it is not.
+        """
         words = [message.content for message in answered.record.messages if message.role == "user"]
-        self.handovers.put(
+        await self.handovers.put(
             {
                 "answer": answered.id,
                 "conversation": answered.conversation,

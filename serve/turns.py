@@ -355,7 +355,7 @@ class TurnTaker:
         service.answers.note(answered.id, Trace(self._key.id, trace, answered.record if keeps else None))
         service.observe(answered)
         if told.outcome == "handover":
-            service.hand_over(answered, self._key)
+            await service.hand_over(answered, self._key)
         if answered.conversation is not None and self._chat is not None:
             await service.conversations.add(answered.conversation, self._key, self._turn(answered))
 
