@@ -282,6 +282,7 @@ class Clock:
         with socket.create_server(("127.0.0.1", 0)) as held:
             self.port = held.getsockname()[1]
         file.write_text(SERVER)
+        self.form = form
         self._command = [sys.executable, str(file), str(self.port), form]
         self.url = f"http://127.0.0.1:{self.port}/mcp"
         self.log = file.with_suffix(".log")
@@ -343,8 +344,9 @@ def test_time_and_size_are_limited_over_http(clock: Clock) -> None:
         await server.close()
 
     done(story())
-    end = time.monotonic() + 10
-    while "nobody waits" not in clock.log.read_text():  # the server is told
+    end = time.monotonic() + 20
+    # Where it answers in events the server sees that nobody waits; its plain answers do not look (mcp 2.3).
+    while clock.form == "events" and "nobody waits" not in clock.log.read_text():
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -356,7 +358,7 @@ def test_a_server_that_dies_in_between_costs_the_calls_it_had(clock: Clock) -> N
         lost = await asyncio.gather(run(slow, {"seconds": 15}), run(dies, {}))
         assert all(each.error and each.ms < 15_000 for each in lost), lost
         clock.process.wait()
-        assert "cannot be reached" in (await run(add, {"a": 1, "b": 1})).error or (await run(add, {})).error
+        assert "cannot be reached" in (await run(add, {"a": 1, "b": 1})).error
         clock.start()
         results = [await run(add, {"a": 1, "b": 1}) for _ in range(2)]
         assert results[-1].value == 2

@@ -26,8 +26,8 @@ def test_the_slope_is_of_what_comes_after_the_warm_up() -> None:
 @pytest.mark.slow
 def test_it_runs_and_loses_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "MMAGENT_STORAGE": str(tmp_path / "storage"), "SCALE": "small"}
-    command = [sys.executable, "-c", f"from tests.bench import soak; from pathlib import Path; "
-               f"soak.main(['--bundle', {str(tiny_bundle)!r}], Path({str(tmp_path)!r}))"]  # fmt: skip
+    script = "import pathlib, sys; from tests.bench import soak; soak.main(sys.argv[2:], pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", script, str(tmp_path), "--bundle", str(tiny_bundle)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     rows = {row["id"]: row for row in json.loads((tmp_path / "runs" / "bench" / "soak.json").read_text())["rows"]}
