@@ -79,9 +79,10 @@ class ServeConfig(BaseModel):
         0.1, gt=0, le=1, description="a canary, or a bundle that was promoted while this service runs, is taken back "
         "where surely more answers are called wrong, or unsure, than of the bundle before, by more than this share"
     )  # fmt: skip
-    explain: Literal["integrated_gradients", "rollout"] = Field(
-        "integrated_gradients", description="how evidence is found where a request says explain"
-    )
+    explain: Literal["auto", "integrated_gradients", "rollout", "occlusion"] = Field(
+        "auto", description="how evidence is found where a request says explain: by integrated gradients where the "
+        "model joins at the output, else by occlusion, which takes many passes; see mmagent.explain"
+    )  # fmt: skip
     voice: str = Field("en-us", description="of what is spoken, where nobody says another")
 
     @field_validator("allow_media_hosts")

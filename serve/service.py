@@ -289,7 +289,8 @@ class Service:
         """
 
         def find() -> dict[str, Any]:
-            found = explain.explain(loaded.predictor, sample, answer, self.config.explain)
+            method = None if self.config.explain == "auto" else self.config.explain
+            found = explain.explain(loaded.predictor, sample, answer, method)
             limits = loaded.predictor.limits
             seconds = [_seconds(audio.read(), limits) for audio in draft.audios]
             pictures = [image.read() for image in draft.images]

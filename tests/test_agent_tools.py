@@ -304,7 +304,7 @@ class Clock:
         self.process.wait()
 
 
-@pytest.fixture(scope="module", params=["events", "json"])
+@pytest.fixture(scope="module", params=["events", pytest.param("json", marks=pytest.mark.slow)])
 def clock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clock]:
     found = Clock(tmp_path_factory.mktemp("clock") / "server.py", request.param)
     yield found
