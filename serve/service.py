@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -231,12 +232,13 @@ class Service:
         return task
 
     def threshold(self, answer: Answer, task: str) -> float:
-        """The confidence below which an answer of a task counts as abstained."""
+        """The confidence below which an answer of a task counts as abstained; above 1 where validation came to the
+        wanted accuracy at no confidence, so that no answer is sure enough."""
         loaded = next((each for each in self.bundles.all if each.name == answer.bundle), self.bundles.current)
         calibration = loaded.predictor.calibration[task]
         if self.config.target_accuracy is not None:
             found = calibration.threshold(self.config.target_accuracy)
-            return 1.0 if found is None else found
+            return math.nextafter(1.0, 2.0) if found is None else found
         return calibration.abstain_below
 
     # -- requests --------------------------------------------------------------------------------------------------

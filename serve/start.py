@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tls.check(config)
             folder = _bundle(args)
             _check_agent(config, folder)
+            _check_target(config, folder)
             connect()
             deploy(folder, args.channel, config, args.name)
             if args.channel:
@@ -244,6 +245,25 @@ def _check_agent(config: ServeConfig, folder: Path) -> None:
             f"there is no knowledge {policy.knowledge.name!r}: python -m jobs.index --docs FOLDER --name "
             f"{policy.knowledge.name} makes it"
         )
+
+
+def _check_target(config: ServeConfig, folder: Path) -> None:
+    """Says where a bundle cannot keep what is asked of it; it is served all the same, and answers nothing surely."""
+    if config.target_accuracy is None:
+        return
+    from mmagent import bundle
+
+    found = bundle.load(folder)
+    for name in found.tasks:
+        calibration = found.calibration.get(name)
+        if calibration is None or calibration.threshold(config.target_accuracy) is None:
+            best = max((right for *_, right in calibration.curve), default=None) if calibration else None
+            known = "has no accuracy by confidence" if best is None else f"came to {best:.3f} at most"
+            print(
+                f"warning: validation of the task {name} {known}, and --target-accuracy is {config.target_accuracy:g}: "
+                "every answer of it will count as abstained",
+                file=sys.stderr,
+            )
 
 
 def _name_of(folder: Path) -> str:

@@ -232,7 +232,8 @@ class TurnTaker:
                     422, "tool_choice is required, but none of the tools has the name of one of this bundle's labels",
                     code="not_supported", param="tool_choice",
                 )  # fmt: skip
-        if named is None and answer.label in theirs and not answer.abstained:
+        sure = answer.confidence >= self._service.threshold(answer, answer.task)
+        if named is None and answer.label in theirs and sure:
             named = answer.label
         if named is None:
             return None
