@@ -110,9 +110,12 @@ class Handovers:
         on_the_way: dict[str, asyncio.Task[None]] = {}
 
         async def attempt(id: str, tries: int) -> None:
-            async with free:
-                await self._attempt(id, tries)
-            self._due.set()
+            try:
+                async with free:
+                    await self._attempt(id, tries)
+            finally:
+                del on_the_way[id]
+                self._due.set()
 
         try:
             while True:
@@ -124,18 +127,17 @@ class Handovers:
                         if left_s > 0:
                             wait_s = min(wait_s, left_s)
                         elif id not in on_the_way:
-                            task = asyncio.create_task(attempt(id, letter["tries"]))
-                            on_the_way[id] = task
-                            task.add_done_callback(lambda _, id=id: on_the_way.pop(id, None))
+                            on_the_way[id] = asyncio.create_task(attempt(id, letter["tries"]))
                 except StoreError as error:
                     logger.error("the letters to the webhook cannot be read: %s", error)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):  # not wait_for: Python 3.11's loses a cancellation at the end
                         await self._due.wait()
         finally:
-            for task in on_the_way.values():
+            left = list(on_the_way.values())
+            for task in left:
                 task.cancel()
-            await asyncio.gather(*on_the_way.values(), return_exceptions=True)
+            await asyncio.gather(*left, return_exceptions=True)
 
     def _letters(self) -> list[tuple[str, dict[str, Any]]]:
         """Those that are not delivered yet, the oldest first."""

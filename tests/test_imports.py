@@ -49,6 +49,8 @@ DISTRIBUTIONS = {
     "anyio": "fastapi",
     "pydantic_core": "pydantic",
     "grpc": "ray",
+    "httpx2": "mcp",
+    "mcp_types": "mcp",
 }
 
 

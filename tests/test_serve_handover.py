@@ -86,7 +86,7 @@ class Told:
     def __init__(self, store: Store, webhook: str | None, **more: Any) -> None:
         self.ended: list[Delivery] = []
         self._thread = ThreadPoolExecutor(2)
-        options: dict[str, Any] = {"pauses_s": PAUSES_S, "timeout_s": 1.0, **more}
+        options: dict[str, Any] = {"pauses_s": PAUSES_S, "timeout_s": 20.0, **more}
         self.handovers = Handovers(store, webhook, 1.0, self._thread, on_delivery=self.ended.append, **options)
 
     async def __aenter__(self) -> Told:
@@ -98,7 +98,7 @@ class Told:
         self._thread.shutdown()
 
 
-async def until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(holds: Callable[[], bool], seconds: float = 40.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not come to that"
