@@ -40,7 +40,7 @@ MINUTES = 0.4 if SMALL else 10.0
 WARM_SHARE = 0.2  # of the time, in which caches fill
 LOOK_S = 1.0 if SMALL else 5.0
 CLIENTS = 8
-CACHE_MB = 8  # full well before the warm-up ends
+CACHE_MB = 1  # full before the warm-up ends, also where what is kept of a question are some kilobytes
 GOAL = "" if SMALL else "<= 1"  # MB/min; seconds tell no slope
 # Each of a kind does so much of the load; what follows an answer (trace, feedback) is among it.
 KINDS = {
