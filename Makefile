@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format docs doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search bench-serve bench-confidence bench-continual bench-cluster bench-scale test-abuse test-faults figures clean
+.PHONY: help setup demo demo-search serve stop test test-slow lint format docs doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search bench-serve bench-soak bench-confidence bench-continual bench-cluster bench-scale test-abuse test-faults figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,8 +89,11 @@ bench-memory: $(STAMP) ## memory by ZeRO stage beside its formula, and by size o
 bench-mfu: $(STAMP) ## share of a GPU's arithmetic that a LoRA fine-tune of a decoder uses: writes runs/bench/mfu.json
 	@$(PY) -m tests.bench.mfu
 
-bench-serve: $(STAMP) ## requests per second beside the bare model and other servers; swaps, scaling, faults, memory (25 min): writes runs/bench/serve.json
+bench-serve: $(STAMP) ## requests per second beside the bare model and other servers; swaps, scaling, faults (15 min): writes runs/bench/serve.json
 	@$(PY) -m tests.bench.serve
+
+bench-soak: $(STAMP) ## the service's memory over ten minutes of mixed load: writes runs/bench/soak.json
+	@$(PY) -m tests.bench.soak
 
 bench-confidence: $(STAMP) ## what confidence and evidence are worth: writes runs/bench/confidence.json
 	@$(PY) -m tests.bench.confidence

@@ -5,6 +5,8 @@
   its mean frame.
 - ``rollout`` (S. Abnar, W. Zuidema 2020, arXiv:2005.00928): the attention of the fusion layers to each token,
   multiplied through. One forward pass; blind to what the answer is.
+- ``occlusion``: what the answer's score loses where a part is taken away (see `mmagent.occlusion`); for every model,
+  and the only one for those that join at the input or are native. Many forward passes.
 
 Evidence is found on a decoded sample, so it costs no second decoding; `without` takes evidence away again, which is how
 its worth is measured (`tests.bench.confidence`).
@@ -12,161 +14,71 @@ its worth is measured (`tests.bench.confidence`).
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mmagent import text
+from mmagent import occlusion, text
 from mmagent.batch import Sample
-from mmagent.media import Limits, decode_image
+from mmagent.evidence import BINS, GRID, Evidence, ExplainError, Word, part, scaled
 from mmagent.model import MultimodalModel
 from mmagent.predictor import Answer, Predictor
 from mmagent.reading import without as without_places
 from mmagent.towers import Block
 
-Method = Literal["integrated_gradients", "rollout"]
-GRID = 8  # regions of a picture, in each direction
-BINS = 20  # stretches of a sound
+Method = Literal["integrated_gradients", "rollout", "occlusion"]
 _STEPS = 24  # of the integral
-_SHOWN_PIXELS = 512  # of a drawn picture's longer side
 
 
-class ExplainError(ValueError):
-    """A model or task for which no evidence can be found; says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Word:
-    """A word of what was read, and the tokens it is made of."""
-
-    text: str
-    start: int
-    end: int
-    tokens: tuple[int, ...]
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """The largest weight of all is 1; what speaks against the answer, or is nothing to it, has none."""
-
-    method: str
-    target: str
-    words: tuple[Word, ...]
-    images: tuple[np.ndarray, ...]  # (GRID, GRID) each
-    audios: tuple[np.ndarray, ...]  # (BINS,) each
-
-    def units(self) -> list[tuple[float, tuple[str, int, int]]]:
-        """Weight, and (kind, which, place), of all that can be taken away."""
-        found = [(word.weight, ("word", 0, place)) for place, word in enumerate(self.words)]
-        for which, grid in enumerate(self.images):
-            found += [(float(weight), ("image", which, place)) for place, weight in enumerate(grid.ravel())]
-        for which, bins in enumerate(self.audios):
-            found += [(float(weight), ("audio", which, place)) for place, weight in enumerate(bins)]
-        return found
-
-    def to_dict(self, seconds: Sequence[float], pictures: Sequence[bytes], limits: Limits) -> dict[str, Any]:
-        """As the service says it.
-
-        Args:
-            seconds: how long each sound is.
-            pictures: the encoded pictures, to draw on.
-        """
-        return {
-            "method": self.method,
-            "target": self.target,
-            "tokens": [
-                {"text": word.text, "start": word.start, "end": word.end, "weight": round(word.weight, 4)}
-                for word in self.words
-            ],
-            "images": [
-                {"grid": np.round(grid, 4).tolist(), "picture": drawn(data, grid, limits)}
-                for grid, data in zip(self.images, pictures, strict=True)
-            ],
-            "audios": [
-                {
-                    "spans": [
-                        [round(long * at / BINS, 3), round(long * (at + 1) / BINS, 3), round(float(weight), 4)]
-                        for at, weight in enumerate(bins)
-                    ]
-                }
-                for bins, long in zip(self.audios, seconds, strict=True)
-            ],
-        }
-
-
-def explain(predictor: Predictor, sample: Sample, answer: Answer, method: Method = "integrated_gradients") -> Evidence:
+def explain(predictor: Predictor, sample: Sample, answer: Answer, method: Method | None = None) -> Evidence:
     """
+    Args:
+        method: none: the first of the list above that the model has.
+
     Raises:
         ExplainError: see the class.
     """
     model = predictor.model
-    if not isinstance(model, MultimodalModel):
-        raise ExplainError("evidence is found for models that join at the output (model.join=output)")
-    if len(sample.views) > 1:
-        sample = _viewed(sample, answer)
+    if method is None:
+        method = "integrated_gradients" if isinstance(model, MultimodalModel) else "occlusion"
     with torch.inference_mode(False):
+        if method == "occlusion":
+            return scaled(method, answer.words, *occlusion.find(predictor, sample, answer))
+        if not isinstance(model, MultimodalModel):
+            raise ExplainError(
+                f"{method} is for models that join at the output (model.join=output); this one joins elsewhere, where "
+                "occlusion finds evidence: serve with --explain occlusion, or without --explain"
+            )
+        if len(sample.views) > 1:
+            sample = _viewed(sample, answer)
         batch = {key: value.clone() for key, value in predictor.tensors([sample]).items()}
         if method == "rollout":
-            found = _rollout(model, batch)
+            words, images, audios = _rollout(model, batch)
         else:
-            found = _integrated(predictor, model, sample, batch, answer)
-    words, images, audios = found
-    read = _words(predictor, sample, words)
+            words, images, audios = _integrated(predictor, model, sample, batch, answer)
     grids = [_grid(image) for image in images] if sample.images else []
     bins = [_binned(audio) for audio in audios] if sample.audios else []
-    most = max([1e-12, *(word.weight for word in read), *(float(each.max()) for each in (*grids, *bins))])
-    return Evidence(
-        method,
-        answer.words,
-        tuple(replace(word, weight=word.weight / most) for word in read),
-        tuple(grid / most for grid in grids),
-        tuple(each / most for each in bins),
-    )
+    return scaled(method, answer.words, _words(predictor, sample, words), grids, bins)
 
 
-def without(sample: Sample, evidence: Evidence, units: Sequence[tuple[str, int, int]]) -> Sample:
+def without(predictor: Predictor, sample: Sample, evidence: Evidence, units: Sequence[tuple[str, int, int]]) -> Sample:
     """A sample with some of its units taken away: words left out, regions of a picture filled with its mean colour,
     stretches of sound with its mean frame."""
-    gone = {word for kind, _, place in units if kind == "word" for word in evidence.words[place].tokens}
-    [view] = sample.views
-    keep = [at for at in range(len(view.ids)) if at not in gone]
-    images, audios = [image.copy() for image in sample.images], [audio.copy() for audio in sample.audios]
-    for kind, which, place in units:
-        if kind == "image":
-            image = images[which]
-            rows, columns = (_part(size, at, GRID) for size, at in zip(image.shape, divmod(place, GRID), strict=False))
-            image[rows, columns] = sample.images[which].mean((0, 1)).astype(image.dtype)
-        elif kind == "audio":
-            audios[which][_part(len(audios[which]), place, BINS)] = sample.audios[which].mean(0)
-    return replace(
-        sample, views=(replace(view, ids=view.ids[keep], offsets=None),), images=tuple(images), audios=tuple(audios)
-    )
-
-
-def drawn(data: bytes, grid: np.ndarray, limits: Limits) -> str:
-    """A picture with evidence laid over it, as a data URI: what has none is dimmed, what has much stands out in warm
-    colour."""
-    image = decode_image(data, limits).convert("RGB")
-    image.thumbnail((_SHOWN_PIXELS, _SHOWN_PIXELS))
-    if max(image.size) < _SHOWN_PIXELS // 2:
-        scale = _SHOWN_PIXELS // 2 / max(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.NEAREST)
-    heat = Image.fromarray((np.clip(grid, 0, 1) * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
-    weight = np.asarray(heat, np.float32)[..., None] / 255  # (height, width, 1)
-    pixels = np.asarray(image, np.float32)
-    warm = np.array([255.0, 96.0, 0.0])
-    shown = pixels * (0.55 + 0.45 * weight) * (1 - 0.45 * weight) + warm * 0.45 * weight
-    out = io.BytesIO()
-    Image.fromarray(shown.clip(0, 255).astype(np.uint8)).save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    gone = [evidence.words[place] for kind, _, place in units if kind == "word"]
+    shown = occlusion.covered(sample, units)
+    if any(word.place is not None for word in gone):
+        less = predictor.prepare(occlusion.unsaid(sample.record, [word.place for word in gone if word.place]))
+        return replace(less, images=shown.images, audios=shown.audios)
+    if not gone:
+        return shown
+    [view] = shown.views
+    tokens = {token for word in gone for token in word.tokens}
+    keep = [at for at in range(len(view.ids)) if at not in tokens]
+    return replace(shown, views=(replace(view, ids=view.ids[keep], offsets=None),))
 
 
 _Found = tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]  # of tokens, of pixels (h, w), of frames; as they come
@@ -325,8 +237,4 @@ def _grid(values: np.ndarray) -> np.ndarray:
 def _binned(values: np.ndarray) -> np.ndarray:
     """(frames,) -> (BINS,)."""
     positive = np.maximum(values, 0)
-    return np.array([positive[_part(len(values), at, BINS)].sum() for at in range(BINS)], np.float32)
-
-
-def _part(size: int, at: int, parts: int) -> slice:
-    return slice(size * at // parts, max(size * (at + 1) // parts, size * at // parts + (size >= parts)))
+    return np.array([positive[part(len(values), at, BINS)].sum() for at in range(BINS)], np.float32)

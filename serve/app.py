@@ -1,6 +1,7 @@
 """The HTTP application around a `Service`: its layers and routes. Any ASGI server can run it.
 
-The layers, from outside: trail (ids, log, counts), shield (errors), CORS, guard (keys, limits, deadlines).
+The layers, from outside: trail (ids, log, counts), CORS, shield (errors), guard (keys, limits, deadlines). CORS lies
+around the shield, so that a web page of another host can read why it was refused.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from starlette.middleware.cors import CORSMiddleware
 import mmagent
 from serve import admin, asking, errors, learning, speaking, state
 from serve.guard import Guard
+from serve.limits import RATE_HEADERS
 from serve.service import Service
-from serve.trail import Trail
+from serve.trail import REQUEST_ID, Trail
 
 WEB = Path(__file__).parent / "web"
 
@@ -61,11 +63,15 @@ def build(service: Service) -> FastAPI:
         lifespan=life,
     )
     app.add_middleware(Guard, config=service.config, keys=service.keys, limits=service.limits)
+    errors.install(app)
     if service.config.allow_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(service.config.allow_origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(service.config.allow_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "retry-after", *RATE_HEADERS],
         )
-    errors.install(app)
     app.add_middleware(Trail, metrics=service.metrics)
     for room in (asking, speaking, state, admin, learning):
         room.add(app, service)

@@ -15,6 +15,8 @@ from serve import keys as key_file
 KEYS_VARIABLE = "MMAGENT_API_KEYS"
 _HOST = re.compile(r"(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:\d{1,5})?|\[[0-9a-f:]+\](:\d{1,5})?")
 
+_ORIGIN = re.compile(r"https?://([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])(:\d{1,5})?")
+
 
 class ServeConfig(BaseModel):
     """Keys are held as SHA-256 only, so that none lies readable in the cluster."""
@@ -50,7 +52,9 @@ class ServeConfig(BaseModel):
     body_timeout_s: float = Field(30.0, gt=0, description="for a request's body to come whole")
     max_seconds: float = Field(120.0, gt=0, description="for an answer; clients may ask for less")
     per_minute: int = Field(0, ge=0, description="requests a minute of a key that says nothing itself; 0: any number")
-    allow_origins: tuple[str, ...] = Field((), description="web pages of other hosts that may ask (CORS): https://HOST")
+    allow_origins: tuple[str, ...] = Field(
+        (), description="web pages of other hosts that may ask (CORS): https://HOST, or *"
+    )
     tls_cert: str = Field(
         "", description="PEM file of the certificate, the chain behind it: the service speaks TLS then"
     )
@@ -79,9 +83,10 @@ class ServeConfig(BaseModel):
         0.1, gt=0, le=1, description="a canary, or a bundle that was promoted while this service runs, is taken back "
         "where surely more answers are called wrong, or unsure, than of the bundle before, by more than this share"
     )  # fmt: skip
-    explain: Literal["integrated_gradients", "rollout"] = Field(
-        "integrated_gradients", description="how evidence is found where a request says explain"
-    )
+    explain: Literal["auto", "integrated_gradients", "rollout", "occlusion"] = Field(
+        "auto", description="how evidence is found where a request says explain: by integrated gradients where the "
+        "model joins at the output, else by occlusion, which takes many passes; see mmagent.explain"
+    )  # fmt: skip
     voice: str = Field("en-us", description="of what is spoken, where nobody says another")
 
     @field_validator("allow_media_hosts")
@@ -91,6 +96,17 @@ class ServeConfig(BaseModel):
         for host in lowered:
             if not _HOST.fullmatch(host):
                 raise ValueError(f"{host!r} is no host: example.com, example.com:8080 or *.example.com is wanted")
+        return lowered
+
+    @field_validator("allow_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        lowered = tuple(origin.lower() for origin in origins)
+        for origin in lowered:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin as browsers send it: https://HOST or https://HOST:PORT is wanted, or *"
+                )
         return lowered
 
     @model_validator(mode="after")

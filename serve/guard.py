@@ -20,6 +20,7 @@ from serve.limits import Limits
 _OPEN_PATHS = ("/", "/healthz", "/favicon.ico")
 _OPEN_PREFIX = "/web/"  # the page's own files
 _SUBPROTOCOL = "mmagent-key."  # browsers cannot set headers of a WebSocket: its protocols carry the key
+_READING = ("GET", "HEAD", "OPTIONS")
 _DRAIN_S = 2.0
 _MAX_HEADER_BYTES = 32_768
 _DEADLINE_MS = "x-request-timeout-ms"
@@ -42,6 +43,7 @@ class Guard:
             raise ApiError(431, message, code="headers_too_large", headers={"Connection": "close"})
         if path not in _OPEN_PATHS and not path.startswith(_OPEN_PREFIX):
             try:
+                self._check_origin(scope, headers)
                 self._admit(scope, headers)
             except ApiError:
                 if scope["type"] != "websocket":
@@ -52,6 +54,18 @@ class Guard:
             await self.app(scope, receive, send)
             return
         await self._served(scope, headers, receive, send)
+
+    def _check_origin(self, scope: Scope, headers: Headers) -> None:
+        """Where no key is wanted, any web page that its user's browser shows could ask and act (a browser sends such
+        requests, it only keeps their answers from the page): those of other hosts are refused, unless CORS names them.
+        """
+        origin = headers.get("origin", "").lower()
+        if not origin or self.keys.wanted or scope.get("method") in _READING:
+            return
+        allowed = self.config.allow_origins
+        if origin.partition("://")[2] != headers.get("host", "").lower() and not {origin, "*"} & set(allowed):
+            message = f"web pages of {origin!r:.100} may not ask here: --allow-origin {origin:.100} lets them"
+            raise ApiError(403, message, code="origin_not_allowed")
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         key = self._key(headers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,25 @@ def check_agent(config: ServeConfig, folder: Path) -> None:
             f"there is no knowledge {policy.knowledge.name!r}: python -m jobs.index --docs FOLDER --name "
             f"{policy.knowledge.name} makes it"
         )
+
+
+def check_target(config: ServeConfig, folder: Path) -> None:
+    """Says where a bundle cannot keep what is asked of it; it is served all the same, and answers nothing surely."""
+    if config.target_accuracy is None:
+        return
+    from mmagent import bundle
+
+    found = bundle.load(folder)
+    for name in found.tasks:
+        calibration = found.calibration.get(name)
+        if calibration is None or calibration.threshold(config.target_accuracy) is None:
+            best = max((right for *_, right in calibration.curve), default=None) if calibration else None
+            known = "has no accuracy by confidence" if best is None else f"came to {best:.3f} at most"
+            print(
+                f"warning: validation of the task {name} {known}, and --target-accuracy is {config.target_accuracy:g}: "
+                "every answer of it will count as abstained",
+                file=sys.stderr,
+            )
 
 
 def check_store(config: ServeConfig) -> None:

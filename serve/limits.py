@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from serve.errors import ApiError
 from serve.keys import Key
 
+RATE_HEADERS = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests")  # OpenAI's
 _DAY_S = 86_400
 
 
@@ -65,10 +66,7 @@ class Limits:
             wait_s = math.ceil((1 - bucket.tokens) * 60 / own)
             raise _too_many(f"more than {limit} requests a minute", "rate_limit_exceeded", wait_s)
         bucket.tokens -= 1
-        return {
-            "x-ratelimit-limit-requests": str(limit),
-            "x-ratelimit-remaining-requests": str(int(bucket.tokens)),
-        }
+        return dict(zip(RATE_HEADERS, (str(limit), str(int(bucket.tokens))), strict=True))
 
 
 def _too_many(message: str, code: str, wait_s: int) -> ApiError:

@@ -70,7 +70,10 @@ class Metrics:
             ["bundle", "of", "modalities"],
             multiprocess_mode="mostrecent" if folder is not None else "all", registry=registry,
         )  # fmt: skip
-
+        self.webhook = Counter(
+            "mmagent_webhook", "Attempts to tell the webhook of a handover: told, again, given up", ["ended"],
+            registry=registry,
+        )  # fmt: skip
         self.taken_back = Counter(
             "mmagent_taken_back", "Bundles taken back because they did worse in life", ["bundle"], registry=registry
         )

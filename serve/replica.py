@@ -19,7 +19,7 @@ from mmagent.predictor import Predictor
 from serve import logs
 from serve.app import build
 from serve.config import KEYS_VARIABLE, ServeConfig
-from serve.launch import StartError, check_agent, check_store, configured, folder_of, record
+from serve.launch import StartError, check_agent, check_store, check_target, configured, folder_of, record
 from serve.metrics import Metrics
 from serve.service import Service
 
@@ -117,6 +117,7 @@ def build_app(args: dict[str, Any]) -> Application:
     config = configured(given)
     folder = folder_of(bundle, channel)
     check_agent(config, folder)
+    check_target(config, folder)
     check_store(config)
     if url is not None:
         record(channel, url)

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +89,10 @@ class Service:
         self.answers = Answers(self.store, config)
         self.conversations = Conversations(self.store, config, self._storing)
         self.feedback = FeedbackLog(self.store, self.replica, self._storing, config.keep_days)
-        self.handovers = Handovers(self.store, self.policy.handover.webhook, config.keep_days, self._storing)
+        self.handovers = Handovers(
+            self.store, self.policy.handover.webhook, config.keep_days, self._storing,
+            on_delivery=lambda ended: self.metrics.webhook.labels(ended).inc(),
+        )  # fmt: skip
         self.tools: dict[str, Tool] = {}
         self.knowledge: KnowledgeBase | None = None
         self._servers: list[Server] = []
@@ -148,6 +152,7 @@ class Service:
             self.knowledge = await self.stored(KnowledgeBase.open, self.policy.knowledge.name)
         await self.bundles.current.warm_up()
         self.bundles.start()
+        self.handovers.start()
         self._ready = True
 
     async def close(self) -> None:
@@ -227,12 +232,13 @@ class Service:
         return task
 
     def threshold(self, answer: Answer, task: str) -> float:
-        """The confidence below which an answer of a task counts as abstained."""
+        """The confidence below which an answer of a task counts as abstained; above 1 where validation came to the
+        wanted accuracy at no confidence, so that no answer is sure enough."""
         loaded = next((each for each in self.bundles.all if each.name == answer.bundle), self.bundles.current)
         calibration = loaded.predictor.calibration[task]
         if self.config.target_accuracy is not None:
             found = calibration.threshold(self.config.target_accuracy)
-            return 1.0 if found is None else found
+            return math.nextafter(1.0, 2.0) if found is None else found
         return calibration.abstain_below
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -285,7 +291,8 @@ class Service:
         """
 
         def find() -> dict[str, Any]:
-            found = explain.explain(loaded.predictor, sample, answer, self.config.explain)
+            method = None if self.config.explain == "auto" else self.config.explain
+            found = explain.explain(loaded.predictor, sample, answer, method)
             limits = loaded.predictor.limits
             seconds = [_seconds(audio.read(), limits) for audio in draft.audios]
             pictures = [image.read() for image in draft.images]
@@ -361,10 +368,14 @@ class Service:
         except Exception:
             logger.exception("%s does worse (%s), and could not be taken back", new.name, words)
 
-    def hand_over(self, answered: Answered, key: Key) -> None:
-        """Puts a request into the queue of those that a person answers."""
+    async def hand_over(self, answered: Answered, key: Key) -> None:
+        """Puts a request into the queue of those that a person answers; who asked is told so when it is there.
+
+        Raises:
+            StoreError: it is not.
+        """
         words = [message.content for message in answered.record.messages if message.role == "user"]
-        self.handovers.put(
+        await self.handovers.put(
             {
                 "answer": answered.id,
                 "conversation": answered.conversation,

@@ -30,7 +30,7 @@ from mmagent import storage
 from mmagent.arguments import Parser
 from serve import tls
 from serve.config import ServeConfig, is_loopback
-from serve.launch import StartError, check_agent, check_store, configured, folder_of, record
+from serve.launch import StartError, check_agent, check_store, check_target, configured, folder_of, record
 from serve.switches import LOCAL_ONLY
 
 READY_TIMEOUT_S = 180.0
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tls.check(config)
             folder = folder_of(args.bundle, args.channel)
             check_agent(config, folder)
+            check_target(config, folder)
             connect()
             deploy(folder, args.channel, config, args.name)
             if args.channel:

@@ -46,7 +46,7 @@ class Store(Protocol):
         """
 
     def put(self, kind: str, id: str, owner: str, item: bytes, keep_s: float) -> None:
-        """One item in place of whatever was there."""
+        """One item in place of whatever was there, in one step: nobody finds nothing in between."""
 
     def read(self, kind: str, id: str) -> Held | None:
         """What is under an id; none: nothing, or it has ended."""
@@ -58,7 +58,7 @@ class Store(Protocol):
         """The newest ids of a kind; of those that sort before one, where it is given."""
 
     def count(self, kind: str, id: str, keep_s: float) -> int:
-        """Adds one to a counter, and says how many there are."""
+        """Adds one to a counter, and says how many there are; it ends `keep_s` after its first."""
 
     def close(self) -> None: ...
 
@@ -117,8 +117,7 @@ class SqliteStore:
                 raise NotYoursError(f"{kind} {id!r} belongs to another key")
             if found is None:
                 database.execute("delete from items where kind = ? and id = ?", (kind, id))
-            rows = [(kind, id, owner, item, now + keep_s) for item in items]
-            database.executemany("insert into items (kind, id, owner, item, ends_s) values (?, ?, ?, ?, ?)", rows)
+            self._insert(database, kind, id, owner, items, now + keep_s)
             database.execute("update items set ends_s = ? where kind = ? and id = ?", (now + keep_s, kind, id))
             if now - self._swept_s > _SWEEP_EVERY_S:
                 self._swept_s = now
@@ -127,8 +126,16 @@ class SqliteStore:
 
     @_told
     def put(self, kind: str, id: str, owner: str, item: bytes, keep_s: float) -> None:
-        self.delete(kind, id)
-        self.append(kind, id, owner, [item], keep_s)
+        with _Transaction(self._connection()) as database:
+            database.execute("delete from items where kind = ? and id = ?", (kind, id))
+            self._insert(database, kind, id, owner, [item], time.time() + keep_s)
+
+    @staticmethod
+    def _insert(
+        database: sqlite3.Connection, kind: str, id: str, owner: str, items: Sequence[bytes], ends_s: float
+    ) -> None:
+        rows = [(kind, id, owner, item, ends_s) for item in items]
+        database.executemany("insert into items (kind, id, owner, item, ends_s) values (?, ?, ?, ?, ?)", rows)
 
     @_told
     def read(self, kind: str, id: str) -> Held | None:
@@ -151,11 +158,13 @@ class SqliteStore:
 
     @_told
     def count(self, kind: str, id: str, keep_s: float) -> int:
+        now = time.time()
         with _Transaction(self._connection()) as database:
+            database.execute("delete from counts where kind = ? and id = ? and ends_s < ?", (kind, id, now))
             row = database.execute(
                 "insert into counts values (?, ?, 1, ?) on conflict (kind, id) do update set count = count + 1 "
                 "returning count",
-                (kind, id, time.time() + keep_s),
+                (kind, id, now + keep_s),
             ).fetchone()
         return int(row[0])
 
@@ -199,9 +208,10 @@ class RedisStore:
     # Owner and items in one step, so that two first turns of one id cannot both win.
     _APPEND = """
         local owner = redis.call('get', KEYS[1])
-        if owner and owner ~= ARGV[1] then return 0 end
+        if ARGV[3] == 'replace' then redis.call('del', KEYS[2])
+        elseif owner and owner ~= ARGV[1] then return 0 end
         redis.call('set', KEYS[1], ARGV[1], 'PX', ARGV[2])
-        for i = 3, #ARGV do redis.call('rpush', KEYS[2], ARGV[i]) end
+        for i = 4, #ARGV do redis.call('rpush', KEYS[2], ARGV[i]) end
         redis.call('pexpire', KEYS[2], ARGV[2])
         return 1
     """
@@ -215,17 +225,19 @@ class RedisStore:
 
     @_told
     def append(self, kind: str, id: str, owner: str, items: Sequence[bytes], keep_s: float) -> None:
+        self._add(kind, id, owner, items, keep_s, "append")
+
+    @_told
+    def put(self, kind: str, id: str, owner: str, item: bytes, keep_s: float) -> None:
+        self._add(kind, id, owner, [item], keep_s, "replace")
+
+    def _add(self, kind: str, id: str, owner: str, items: Sequence[bytes], keep_s: float, how: str) -> None:
         keys = [f"mmagent:{kind}:{{{id}}}:owner", f"mmagent:{kind}:{{{id}}}:items"]
-        if not self._append(keys=keys, args=[owner, int(keep_s * 1000), *items]):
+        if not self._append(keys=keys, args=[owner, int(keep_s * 1000), how, *items]):
             raise NotYoursError(f"{kind} {id!r} belongs to another key")
         index = f"mmagent:{kind}"
         self._redis.zadd(index, {id: time.time() + keep_s})
         self._redis.zremrangebyscore(index, "-inf", time.time())
-
-    @_told
-    def put(self, kind: str, id: str, owner: str, item: bytes, keep_s: float) -> None:
-        self.delete(kind, id)
-        self.append(kind, id, owner, [item], keep_s)
 
     @_told
     def read(self, kind: str, id: str) -> Held | None:

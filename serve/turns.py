@@ -232,7 +232,8 @@ class TurnTaker:
                     422, "tool_choice is required, but none of the tools has the name of one of this bundle's labels",
                     code="not_supported", param="tool_choice",
                 )  # fmt: skip
-        if named is None and answer.label in theirs and not answer.abstained:
+        sure = answer.confidence >= self._service.threshold(answer, answer.task)
+        if named is None and answer.label in theirs and sure:
             named = answer.label
         if named is None:
             return None
@@ -355,7 +356,7 @@ class TurnTaker:
         service.answers.note(answered.id, Trace(self._key.id, trace, answered.record if keeps else None))
         service.observe(answered)
         if told.outcome == "handover":
-            service.hand_over(answered, self._key)
+            await service.hand_over(answered, self._key)
         if answered.conversation is not None and self._chat is not None:
             await service.conversations.add(answered.conversation, self._key, self._turn(answered))
 

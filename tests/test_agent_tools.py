@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -203,6 +206,7 @@ def test_documents_that_do_not_fit_are_told(crm: tuple[Path, str], monkeypatch: 
 # -- MCP ---------------------------------------------------------------------------------------------------------------
 SERVER = '''
 import os, sys
+import anyio
 from mcp.server import MCPServer
 server = MCPServer("clock")
 @server.tool()
@@ -221,7 +225,27 @@ def fails() -> str:
 def seen() -> list[str]:
     """The environment."""
     return sorted(os.environ)
-server.run(*sys.argv[1:])
+@server.tool()
+async def slow(seconds: float) -> str:
+    """Waits."""
+    try:
+        await anyio.sleep(seconds)
+    except BaseException:
+        print("nobody waits", flush=True)
+        raise
+    return "done"
+@server.tool()
+def large(size: int) -> str:
+    """Says much."""
+    return "x" * size
+@server.tool()
+def dies() -> str:
+    """Never comes back."""
+    os._exit(1)
+if len(sys.argv) == 1:
+    server.run()
+else:
+    server.run("streamable-http", port=int(sys.argv[1]), json_response=sys.argv[2] == "json")
 '''
 
 
@@ -244,8 +268,100 @@ def test_tools_of_a_server_that_is_started(tmp_path: Path, monkeypatch: pytest.M
         known = (await run(seen, {})).value
         assert "GIVEN" in known
         assert "SECRET_KEY" not in known
-        with pytest.raises(ToolError, match="no tool 'rm'; it has: add, fails, orders, seen"):
+        with pytest.raises(ToolError, match="no tool 'rm'; it has: add, dies, fails, large, orders, seen, slow"):
             await server.tools(["rm"], 10, 10_000)
+        await server.close()
+
+    done(story())
+
+
+class Clock:
+    """The same server over HTTP, in a process of its own."""
+
+    def __init__(self, file: Path, form: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as held:
+            self.port = held.getsockname()[1]
+        file.write_text(SERVER)
+        self.form = form
+        self._command = [sys.executable, str(file), str(self.port), form]
+        self.url = f"http://127.0.0.1:{self.port}/mcp"
+        self.log = file.with_suffix(".log")
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                return socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            except OSError:
+                time.sleep(0.1)
+        raise TimeoutError("the server does not listen")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module", params=["events", pytest.param("json", marks=pytest.mark.slow)])
+def clock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clock]:
+    found = Clock(tmp_path_factory.mktemp("clock") / "server.py", request.param)
+    yield found
+    found.end()
+
+
+def test_tools_of_a_server_over_http(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # is nobody's business
+
+    async def story() -> None:
+        server = Server(None, clock.url, [])
+        add, orders, fails = await server.tools(["add", "orders", "fails"], 10, 10_000)
+        assert (await run(add, {"a": 2, "b": 3})).value == 5
+        assert "not of type 'integer'" in (await run(add, {"a": "x", "b": 3})).error
+        assert "IGNORE ALL RULES" in (await run(orders, {})).value
+        assert "fails" in (await run(fails, {})).error
+        many = await asyncio.gather(*(run(add, {"a": n, "b": 0}) for n in range(5)))
+        assert [each.value for each in many] == [0, 1, 2, 3, 4]
+        with pytest.raises(ToolError, match="no tool 'rm'; it has: add, dies"):
+            await server.tools(["rm"], 10, 10_000)
+        await server.close()
+
+    done(story())
+
+
+def test_time_and_size_are_limited_over_http(clock: Clock) -> None:
+    async def story() -> None:
+        server = Server(None, clock.url, [])
+        slow, large, add = await server.tools(["slow", "large", "add"], 0.5, 5_000)
+        began = time.monotonic()
+        assert "slow did not answer within 0.5 s" in (await run(slow, {"seconds": 60})).error
+        assert time.monotonic() - began < 10
+        assert (await run(large, {"size": 4_000})).value == "x" * 4_000
+        assert "max_bytes is 5000" in (await run(large, {"size": 6_000})).error
+        assert "imit" in (await run(replace(large, timeout_s=20), {"size": 5_000_000})).error  # is not read to its end
+        assert (await run(replace(add, timeout_s=20), {"a": 1, "b": 1})).value == 2
+        await server.close()
+
+    done(story())
+    end = time.monotonic() + 20
+    # Where it answers in events the server sees that nobody waits; its plain answers do not look (mcp 2.3).
+    while clock.form == "events" and "nobody waits" not in clock.log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_server_that_dies_in_between_costs_the_calls_it_had(clock: Clock) -> None:
+    async def story() -> None:
+        server = Server(None, clock.url, [])
+        dies, add, slow = await server.tools(["dies", "add", "slow"], 20, 10_000)
+        lost = await asyncio.gather(run(slow, {"seconds": 15}), run(dies, {}))
+        assert all(each.error and each.ms < 15_000 for each in lost), lost
+        clock.process.wait()
+        assert "cannot be reached" in (await run(add, {"a": 1, "b": 1})).error
+        clock.start()
+        results = [await run(add, {"a": 1, "b": 1}) for _ in range(2)]
+        assert results[-1].value == 2
         await server.close()
 
     done(story())

@@ -19,9 +19,9 @@ from mmagent.shards import Dataset
 from serve.config import ServeConfig
 from serve.service import Service
 from tests.serving import running
-from tests.test_serve_page import CHROMIUM, asked, browser, opened
+from tests.test_serve_page import CHROMIUM, asked, browser, opened, playwright
 
-__all__ = ["browser"]
+__all__ = ["browser", "playwright"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),

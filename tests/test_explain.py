@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmagent import explain
-from mmagent.explain import BINS, GRID, ExplainError
+from mmagent.evidence import BINS, GRID
 from mmagent.predictor import Predictor
 from mmagent.rows import parse
 
@@ -28,7 +28,7 @@ def sample_of(predictor: Predictor, **row: Any) -> tuple[Any, Any]:
     return sample, predictor.answer([sample])[0]
 
 
-@pytest.mark.parametrize("method", ["integrated_gradients", "rollout"])
+@pytest.mark.parametrize("method", ["integrated_gradients", "rollout", "occlusion"])
 def test_every_part_has_evidence(
     predictor: Predictor, make_png: Callable[..., bytes], make_wav: Callable[..., bytes], method: explain.Method
 ) -> None:
@@ -68,23 +68,13 @@ def test_what_is_taken_away_is_gone(
     image = sample.images[0].copy()
     image[: image.shape[0] // 2] = 0
     sample = replace(sample, images=(image,))
-    less = explain.without(sample, found, [("word", 0, 4), ("image", 0, 0), ("audio", 0, BINS - 1)])
+    less = explain.without(predictor, sample, found, [("word", 0, 4), ("image", 0, 0), ("audio", 0, BINS - 1)])
     assert len(less.views[0].ids) == len(sample.views[0].ids) - len(found.words[4].tokens)
     rows = image.shape[0] // GRID
     assert (less.images[0][:rows, :rows] == image.mean((0, 1)).astype(np.uint8)).all()
     assert (less.images[0][rows:] == image[rows:]).all()
     assert (less.audios[0][-1] == sample.audios[0].mean(0)).all()
     assert (less.audios[0][0] == sample.audios[0][0]).all()
-
-
-def test_a_model_that_joins_at_the_input_is_told(predictor: Predictor) -> None:
-    class Other(Predictor):
-        def __init__(self) -> None:
-            self.model = object()  # type: ignore[assignment]
-
-    sample, answer = sample_of(predictor, text=QUESTION)
-    with pytest.raises(ExplainError, match=r"model\.join=output"):
-        explain.explain(Other(), sample, answer)
 
 
 def test_words_of_several_tokens_are_one(predictor: Predictor) -> None:

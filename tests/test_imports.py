@@ -52,6 +52,8 @@ DISTRIBUTIONS = {
     "pydantic_core": "pydantic",
     "grpc": "ray",
     "mlflow": "mlflow-skinny",
+    "httpx2": "mcp",
+    "mcp_types": "mcp",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+import soundfile
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 from mmagent import channels, feedback
 from mmagent.predictor import Predictor
@@ -29,12 +33,17 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installe
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def playwright() -> Iterator[Playwright]:
     expect.set_options(timeout=20_000)  # a crowded machine is no mistake of the page
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with sync_playwright() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser(playwright: Playwright) -> Iterator[Browser]:
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
@@ -333,6 +342,42 @@ def test_a_key_is_asked_for(page: Page, storage: Path) -> None:
     page.get_by_role("textbox", name="Key").fill(secret)
     page.get_by_role("button", name="Use it").click()
     expect(page.locator(".turn .sure span")).to_contain_text("% sure")
+
+
+def test_the_microphone_is_recorded_and_asked_with(
+    playwright: Playwright, address: str, tmp_path: Path, make_wav: Callable[..., bytes]
+) -> None:
+    (tmp_path / "spoken.wav").write_bytes(make_wav(hz=700.0, seconds=3.0, rate_hz=48_000))
+    flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+             f"--use-file-for-fake-audio-capture={tmp_path / 'spoken.wav'}"]  # fmt: skip
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *flags])
+    for page in opened(browser, address, permissions=["microphone"]):
+        button = page.locator("#record")
+        button.click()
+        expect(button).to_have_attribute("aria-pressed", "true")
+        page.wait_for_timeout(1500)
+        button.click()
+        expect(button).to_have_attribute("aria-pressed", "false")
+        expect(page.locator("#parts li")).to_have_count(1)
+        with page.expect_request("**/v1/chat/completions") as sent:
+            turn = asked(page, "what is it?")
+        said = sent.value.post_data_json
+        expect(turn.locator(".spans span")).to_have_count(20)  # what of the sound speaks for the answer
+        expect(page.locator("#parts li")).to_have_count(0)
+    browser.close()
+    [heard] = [part for part in said["messages"][-1]["content"] if part["type"] == "input_audio"]
+    sound, rate_hz = soundfile.read(io.BytesIO(base64.b64decode(heard["input_audio"]["data"])))
+    assert (heard["input_audio"]["format"], rate_hz, sound.ndim) == ("wav", 16_000, 1)
+    assert 0.5 < len(sound) / rate_hz < 10
+    loudest = np.abs(np.fft.rfft(sound * np.hanning(len(sound)))).argmax() * rate_hz / len(sound)
+    assert loudest == pytest.approx(700, abs=15)
+
+
+def test_without_a_microphone_it_says_what_to_do(page: Page) -> None:
+    page.locator("#record").click()
+    expect(page.locator("#status")).to_contain_text("The microphone cannot be used")
+    expect(page.locator("#record")).not_to_have_attribute("aria-pressed", "true")
+    expect(asked(page, "what is it?").locator(".words")).not_to_have_class("words error")
 
 
 def test_a_spoken_answer_plays(page: Page) -> None:

@@ -7,9 +7,11 @@ import http.client
 import ipaddress
 import json
 import os
+import shutil
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ import pytest
 
 from jobs import cluster, processes
 from serve.switches import environment, free_ports
+from tests import machines
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "what color is the shape?"
@@ -236,6 +239,49 @@ def test_tls(tiny_bundle: Path, tmp_path: Path) -> None:
             Served(port, tiny_bundle).raw("GET", "/healthz")
     finally:
         cluster.stop(own)
+
+
+@pytest.mark.slow
+def test_on_two_machines_sqlite_is_refused_and_redis_serves_both(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A second raylet that is really there: each would keep conversations of its own in a file of its own."""
+    own = cluster.start(num_cpus=2, object_store_bytes=100_000_000)
+    [port, redis] = free_ports(2)
+    arguments = ["--bundle", str(tiny_bundle), "--port", str(port)]
+    try:
+        machines.join(own, cpus=2)
+        refused = start(*arguments, **own.environment)
+        assert refused.returncode == 2
+        assert "this Ray has 2 nodes" in refused.stderr
+        assert "--store redis://HOST:PORT/0" in refused.stderr
+        with pytest.raises(OSError, match="refused"):
+            http.client.HTTPConnection("127.0.0.1", port, timeout=5).connect()
+        binary = shutil.which("redis-server")
+        if binary is None:
+            pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+        command = [binary, "--port", str(redis), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as store:
+            try:
+                more = ["--store", f"redis://127.0.0.1:{redis}/0", "--min-replicas", "2", "--cpus", "1.5"]
+                done = start(*arguments, *more, **own.environment)
+                assert done.returncode == 0, done.stderr
+                _one_conversation_on_all_replicas(Served(port, tiny_bundle))
+            finally:
+                store.terminate()
+    finally:
+        cluster.stop(own)
+
+
+def _one_conversation_on_all_replicas(served: Served) -> None:
+    """Each of two replicas, whichever machine it is on, knows what was said to the other."""
+    end = time.monotonic() + 60
+    while len(served.raw("GET", "/admin/status")[1]["replicas"]) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    for turn in range(1, 11):
+        body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "conversation": "shared"})
+        assert served.raw("POST", "/v1/chat/completions", body, **{"Content-Type": "application/json"})[0] == 200
+        kept = served.raw("GET", "/v1/conversations/shared")[1]
+        assert len(kept["messages"]) == 2 * turn
 
 
 def certificate(folder: Path) -> tuple[str, str]:

@@ -77,6 +77,30 @@ def test_one_item_in_place_of_another(store: Store) -> None:
     assert len(store.ids("replica", 1)) == 1
 
 
+def test_in_place_of_another_in_one_step(store: Store) -> None:
+    store.put("replica", "r1", "service", b"0", 60)
+    over = threading.Event()
+
+    def put() -> None:
+        for n in range(200):
+            store.put("replica", "r1", "service", str(n).encode(), 60)
+        over.set()
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    while not over.is_set():
+        held = store.read("replica", "r1")
+        assert held is not None
+        assert len(held.items) == 1
+    thread.join()
+
+
+def test_a_counter_ends(store: Store) -> None:
+    assert [store.count("claim", "a", 0.2), store.count("claim", "a", 60)] == [1, 2]
+    time.sleep(0.3)
+    assert store.count("claim", "a", 60) == 1
+
+
 def test_counters_miss_nothing_when_many_count(store: Store) -> None:
     def count() -> None:
         for _ in range(25):

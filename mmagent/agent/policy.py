@@ -25,15 +25,17 @@ Unknown keys are refused with the nearest right one.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mmagent.agent.wording import TemplateError, names
 
 Unsure = Literal["retrieve", "ask", "handover", "answer"]
+_ADDRESS = re.compile(r"https?://[^\s/]+(/\S*)?")
 
 
 class PolicyError(ValueError):
@@ -122,6 +124,13 @@ class Knowledge(_Part):
 class Handover(_Part):
     webhook: str | None = Field(None, description="an address that is told of each, as JSON")
     reply: str = "I am not sure about this, so I pass it on to a person."
+
+    @field_validator("webhook")
+    @classmethod
+    def _is_address(cls, webhook: str | None) -> str | None:
+        if webhook is not None and not _ADDRESS.fullmatch(webhook):
+            raise ValueError(f"{webhook!r:.100} is no address: https://HOST/PATH is wanted, or http://...")
+        return webhook
 
 
 class Policy(_Part):

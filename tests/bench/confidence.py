@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
     parser.add_argument("--data", default="easy_vqa", help="whose test questions are asked (%(default)s)")
     parser.add_argument("--answers", type=positive, default=16 if SMALL else 512)
     parser.add_argument("--calibrate", type=positive, default=64 if SMALL else 4096, help="answers for the calibration")
-    parser.add_argument("--method", choices=("integrated_gradients", "rollout"), default="integrated_gradients")
+    parser.add_argument("--method", choices=get_args(explain.Method), default="integrated_gradients")
     args = parser.parse_args(argv)
     predictor = Predictor.load(args.bundle, threads=2)
     records = _records(Dataset.open(storage.folder("data", args.data)), max(args.answers, args.calibrate))
@@ -84,7 +84,8 @@ def _deletion(predictor: Predictor, records: list[Record], method: explain.Metho
         count = max(1, round(len(units) / 5))
         ranked = sorted(range(len(units)), key=lambda at: -units[at][0])[:count]
         drawn = rng.choice(len(units), count, replace=False)
-        variants = [explain.without(sample, evidence, [units[at][1] for at in chosen]) for chosen in (ranked, drawn)]
+        taken = [[units[at][1] for at in chosen] for chosen in (ranked, drawn)]
+        variants = [explain.without(predictor, sample, evidence, each) for each in taken]
         before = answer.probabilities[str(answer.label)]
         after = [each.probabilities[str(answer.label)] for each in predictor.answer(variants)]
         top.append(before - after[0])

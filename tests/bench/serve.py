@@ -1,6 +1,6 @@
 """How fast and how steady the service is, beside the bare model and what a user would pick instead.
 
-    make bench-serve            (python -m tests.bench.serve [--bundle demo] [--only PART] [--soak-minutes 10])
+    make bench-serve            (python -m tests.bench.serve [--bundle demo] [--only PART])
 
 Wants a bundle that answers questions on easy-VQA's pictures (`make demo` makes it); a second one, MiniLM alone on 64
 tokens, is made here. SCALE=small for a short one.
@@ -12,7 +12,8 @@ tokens, is made here. SCALE=small for a short one.
 - swap: a bundle is deployed and taken back under load. scale: a load takes replicas from one to two, its end to one.
 - recover: a replica, the proxy and Serve's controller are killed under load.
 - voice: from the end of a spoken question to the first text.
-- soak: resident memory of the replica, minute by minute.
+
+Memory over time is `tests.bench.soak`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from serve.switches import free_ports
 from tests.bench import load, rays
 
 SMALL = os.environ.get("SCALE") == "small"
-PARTS = ("throughput", "latency", "swap", "scale", "recover", "voice", "soak")
+PARTS = ("throughput", "latency", "swap", "scale", "recover", "voice")
 CLIENTS, BATCH = 64, 16
 SECONDS = 3.0 if SMALL else 10.0
 ROUNDS = 1 if SMALL else 2
@@ -61,7 +62,6 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
     parser.add_argument("--bundle", default="demo", help="what is served (%(default)s)")
     parser.add_argument("--data", default="easy_vqa", help="whose test questions are asked (%(default)s)")
     parser.add_argument("--only", choices=PARTS)
-    parser.add_argument("--soak-minutes", type=float, default=0.2 if SMALL else 10.0)
     args = parser.parse_args(argv)
     parts = [args.only] if args.only else list(PARTS)
     folder = bundles.load(args.bundle).path
@@ -74,8 +74,6 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
         for part, measure in (("swap", _swap), ("scale", _scale), ("recover", _recover), ("voice", _voice)):
             if part in parts:
                 found += measure(folder, rows)
-        if "soak" in parts:
-            found += _soak(folder, rows, args.soak_minutes)
     publish("serve", found, checkout, keep=bool(args.only))
     print(table(found))
     return 0
@@ -161,7 +159,7 @@ def _speed(folder: Path, rows: list[dict[str, Any]], suffix: str, parts: Sequenc
     shares = []
     for _ in range(ROUNDS):
         bare.append(_bare(predictor, rows))
-        with _served(folder) as address:
+        with served(folder) as address:
             load.run(address, rows, CLIENTS, 1.0)
             found = load.run(address, rows, CLIENTS, SECONDS)
             ours.append(found.per_s)
@@ -224,7 +222,7 @@ def _bare_ms(predictor: Predictor, rows: list[dict[str, Any]]) -> float:
 
 # -- who serves --------------------------------------------------------------------------------------------------------
 @contextmanager
-def _served(folder: Path, *flags: str) -> Iterator[str]:
+def served(folder: Path, *flags: str) -> Iterator[str]:
     """Ours, through `serve.start`, following a channel."""
     channels.append(CHANNEL, folder, share=1.0, act="promote", by="bench")
     [port] = free_ports(1)
@@ -297,7 +295,7 @@ def _swap(folder: Path, rows: list[dict[str, Any]]) -> list[Row]:
     shutil.copytree(folder, other)
     manifest = json.loads((other / bundles.MANIFEST).read_text())
     (other / bundles.MANIFEST).write_text(json.dumps({**manifest, "name": "other"}))
-    with _served(folder) as address:
+    with served(folder) as address:
         running = load.begin(address, rows, 16, 4 * SECONDS)
         time.sleep(SECONDS)
         began = time.monotonic()
@@ -319,7 +317,7 @@ def _swap(folder: Path, rows: list[dict[str, Any]]) -> list[Row]:
 
 def _scale(folder: Path, rows: list[dict[str, Any]]) -> list[Row]:
     flags = ("--max-replicas", "2", "--target-requests", "8", "--upscale-delay-s", "1", "--downscale-delay-s", "5")
-    with _served(folder, *flags, "--cpus", "0.5") as address:
+    with served(folder, *flags, "--cpus", "0.5") as address:
         began = time.monotonic()
         running = load.begin(address, rows, CLIENTS, 60.0)
         up_s = _until(lambda: _replicas(address) == 2, began, 60)
@@ -338,8 +336,8 @@ def _scale(folder: Path, rows: list[dict[str, Any]]) -> list[Row]:
 
 def _recover(folder: Path, rows: list[dict[str, Any]]) -> list[Row]:
     out = []
-    with _served(folder) as address:
-        for fault, find in (("replica", _replica_pid), ("proxy", _proxy_pid), ("controller", _controller_pid)):
+    with served(folder) as address:
+        for fault, find in (("replica", replica_pid), ("proxy", proxy_pid), ("controller", controller_pid)):
             running = load.begin(address, rows, 8, 45.0 if not SMALL else 30.0)
             time.sleep(2)
             os.kill(find(address), signal.SIGKILL)
@@ -360,7 +358,7 @@ def _voice(folder: Path, rows: list[dict[str, Any]]) -> list[Row]:
     sound = Synthesizer().say(Clip("what color is the shape?", "en-us"))
     loud = np.flatnonzero(np.abs(sound) > 0.02)
     pcm = (sound[: loud[-1] + 1] * 32767).astype("<i2")
-    with _served(folder) as address:
+    with served(folder) as address:
         times = [
             asyncio.run(_spoken(address, pcm, SAMPLE_RATE_HZ, rows[0]["image"])) for _ in range(3 if SMALL else 10)
         ]
@@ -400,27 +398,6 @@ async def _spoken(address: str, pcm: np.ndarray, rate_hz: int, image: str) -> fl
     raise SystemExit("the voice was not answered")
 
 
-def _soak(folder: Path, rows: list[dict[str, Any]], minutes: float) -> list[Row]:
-    with _served(folder) as address:
-        load.run(address, rows, 16, SECONDS)
-        process = psutil.Process(_replica_pid(address))
-        running = load.begin(address, rows, 16, 60 * minutes)
-        sizes, began = [], time.monotonic()
-        while time.monotonic() - began < 60 * minutes:
-            time.sleep(min(10.0, 6 * minutes))
-            sizes.append(((time.monotonic() - began) / 60, process.memory_info().rss / 2**20))
-        found = running.end()
-    late = sizes[len(sizes) // 5 :]  # what comes in the first minutes is caches
-    slope = float(np.polyfit([at for at, _ in late], [size for _, size in late], 1)[0]) if len(late) > 1 else 0.0
-    what = (
-        f"resident memory of the replica over {minutes:g} min, {found.per_s:.0f} requests/s, from {sizes[0][1]:.0f} MB"
-    )
-    return [
-        Row("serve.soak_mb_per_min", slope, "MB/min", what, "<= 1"),
-        Row("serve.soak_lost", float(found.lost), "count", "requests without an answer", "<= 0"),
-    ]
-
-
 # -- who is there ------------------------------------------------------------------------------------------------------
 def _status(address: str) -> dict[str, Any]:
     found: dict[str, Any] = httpx.get(f"{address}/admin/status", timeout=10).json()
@@ -434,11 +411,11 @@ def _replicas(address: str) -> int:
         return 0
 
 
-def _replica_pid(address: str) -> int:
+def replica_pid(address: str) -> int:
     return int(_status(address)["replicas"][0]["pid"])
 
 
-def _proxy_pid(address: str) -> int:
+def proxy_pid(address: str) -> int:
     port = int(address.rpartition(":")[2])
     for each in psutil.process_iter():
         if "haproxy" in each.name():
@@ -448,7 +425,7 @@ def _proxy_pid(address: str) -> int:
     raise SystemExit(f"no proxy listens on port {port}")
 
 
-def _controller_pid(_: str) -> int:
+def controller_pid(_: str) -> int:
     cluster.connect()
     import ray
     from ray.util.state import list_actors
