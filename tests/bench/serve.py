@@ -417,8 +417,8 @@ def replica_pid(address: str) -> int:
 
 def proxy_pid(address: str) -> int:
     port = int(address.rpartition(":")[2])
-    for each in psutil.process_iter():
-        if "haproxy" in each.name():
+    for each in psutil.process_iter(["name"]):  # those that end meanwhile are left out
+        if "haproxy" in (each.info["name"] or ""):
             ports = [c.laddr.port for c in each.net_connections() if c.status == "LISTEN"]
             if port in ports:
                 return int(each.pid)
