@@ -66,7 +66,8 @@ def judge(
     noisy = _noisy(sets.get(gate.FIXED, ()), rules, after.config.data.media, seed)
     missing = next((kind for kind in _MODALITIES if any(kind in each.modalities for each in asked)), None)
     tables = [_answers(each, [*asked, *noisy], rules, missing, workers, threads) for each in (before, after)]
-    checks = gate.compare(*(_told_noisy(each) for each in tables), rules, seed=seed)
+    told = [_told_noisy(each) for each in tables]
+    checks = gate.compare(told[0], told[1], rules, seed=seed)
     was, now = (each.filter(pc.invert(pc.starts_with(each["set"], gate.NOISY))) for each in tables)
     checks += gate.gaps(was, now, make_all(after.tasks), rules, seed=seed)
     audit, more = _audited((before, after), (was, now), sets.get(gate.FIXED, ()), words, rules, workers, threads, seed)
@@ -141,9 +142,10 @@ def _audited(
             continue
         audit.setdefault("verbatim", {})[task] = found[1]
         shares = [metrics.share(_hits(each), seed=seed) if each and each["n"] else None for each in found]
-        before = shares[0]["value"] if shares[0] else 0.0
+        after: Any = shares[1]
+        repeated = float(shares[0]["value"] or 0.0) if shares[0] else 0.0
         name = f"{gate.FIXED}, {task}, answers that repeat training text"
-        checks.append(gate.bounded(name, found[1]["n"], before, shares[1], rules.max_verbatim, "max_verbatim"))
+        checks.append(gate.bounded(name, found[1]["n"], repeated, after, rules.max_verbatim, "max_verbatim"))
     return audit, checks
 
 

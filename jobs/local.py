@@ -151,7 +151,7 @@ def _holder(port: int) -> str:
     """The process that listens on a port, as far as this user may know."""
     try:
         for found in psutil.net_connections("tcp"):
-            if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid:
+            if found.status == psutil.CONN_LISTEN and found.laddr and found.laddr.port == port and found.pid:
                 return f"{psutil.Process(found.pid).name()} (process {found.pid})"
     except (psutil.AccessDenied, psutil.NoSuchProcess):
         pass

@@ -147,7 +147,7 @@ def _ended(folder: Path, server: str, uri: str) -> bool:
 def _start(track: TrackConfig, folder: Path, patience_s: float) -> subprocess.Popen[str]:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     spec = {
-        "folder": str(folder), "root": str(storage.root()), "experiment": track.experiment,
+        "folder": str(folder), "root": storage.variables(), "experiment": track.experiment,
         "servers": {server: getattr(track, server) for server in wanted(track)}, "patience_s": patience_s,
     }  # fmt: skip
     # A session of its own: Ctrl-C in a terminal is the command's, which then says how the run ended.

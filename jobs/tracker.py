@@ -34,7 +34,7 @@ _PACKAGES = ("mmagent", "ray", "torch", "transformers", "deepspeed")
 
 def main() -> int:
     spec = json.loads(sys.stdin.readline())
-    storage.use(Path(spec["root"]))
+    storage.use(spec["root"])
     folder = Path(spec["folder"])
     say = _aside(folder / track.FOLDER / track.LOG)
     followers = [Follower(server, uri, spec["experiment"], folder, say) for server, uri in spec["servers"].items()]

@@ -212,8 +212,9 @@ def _fit(
     return trainer.fit().return_value or ""
 
 
-def _scaling(config: Config, workers: int, cpus: float) -> ScalingConfig:
-    return ScalingConfig(
+def _scaling(config: Config, workers: int, cpus: float) -> Any:
+    make: Any = ScalingConfig  # what Ray declares is its first Train's, which knows no labels
+    return make(
         num_workers=workers, use_gpu=config.cluster.gpu, resources_per_worker=_resources(config, cpus),
         placement_strategy="PACK",  # what they exchange in each step stays on a machine as far as it can
         label_selector=placement.workers(config) or None,

@@ -316,7 +316,9 @@ class Predictor:
         else:
             assert self.model.backbone is not None
             kept = batch["mask"].bool() & (batch["ids"] >= 0)
-            words = self.model.backbone.model.get_input_embeddings()(batch["ids"].clamp(min=0))
+            inner: Any = self.model.backbone.model
+            embed = inner.get_input_embeddings()
+            words = embed(batch["ids"].clamp(min=0))
         mask = kept[..., None].to(words.dtype)
         parts = {"text": ((words * mask).sum(1) / mask.sum(1).clamp(min=1), sample[batch["has_words"].bool()],
                           batch["has_words"].bool())}  # fmt: skip

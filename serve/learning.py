@@ -88,9 +88,9 @@ class Queue:
                 weighed = {id: made for id in asked if (made := self._known.get(id)) is not None}
                 best = await loaded.aside(choosing.best, list(weighed.values()), limit)
             self._known = {id: self._known[id] for id in asked}
-            ids = list(weighed)
+            names = list(weighed)
             predictor = loaded.predictor
-            return [_row(ids[n], asked[ids[n]], weighed[ids[n]], predictor) for n in best], len(asked)
+            return [_row(names[n], asked[names[n]], weighed[names[n]], predictor) for n in best], len(asked)
 
     async def _open(self) -> dict[str, Record]:
         """Kept questions of this bundle's tasks that nobody has spoken of, by the id of their answer."""

@@ -22,6 +22,7 @@ from mmagent.agent.policy import Policy
 from mmagent.agent.tools import Tool
 from mmagent.agent.turn import Passage
 from mmagent.batch import Sample
+from mmagent.evidence import ExplainError
 from mmagent.predictor import Answer, Predictor
 from mmagent.record import Record
 from serve import logs, parity
@@ -300,7 +301,7 @@ class Service:
 
         try:
             return await loaded.aside(find)
-        except explain.ExplainError as error:
+        except ExplainError as error:
             raise ApiError(422, f"explain: {error}", code="not_supported", param="explain") from error
 
     async def retrieve(self, question: str, count: int) -> tuple[Sequence[Passage], float]:

@@ -234,7 +234,8 @@ class Machines:
 
     def close(self) -> None:
         try:
-            raylets, others = [], []
+            raylets: list[psutil.Process] = []
+            others: list[psutil.Process] = []
             for process in processes.family(processes.marked(cluster.MARK, self.id)):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     (raylets if process.name() == "raylet" else others).append(process)

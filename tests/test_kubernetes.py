@@ -513,6 +513,7 @@ def test_the_dashboard_asks_for_what_is_exported() -> None:
             labels = ours.get(metric)
             for group in re.findall(r"by \(([^)]*)\)", query) if labels is not None else []:
                 wanted = {word.strip() for word in group.split(",")} - {"namespace"}
+                assert labels is not None
                 assert wanted <= labels, f"{query}: {metric} has {sorted(labels)}"
         assert query.count("(") == query.count(")")
     counted = {re.sub(_ENDINGS, "", each) for each in ours}

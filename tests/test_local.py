@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,11 +28,11 @@ def called(storage: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def taken() -> int:
+def taken() -> Iterator[int]:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        yield server.getsockname()[1]  # type: ignore[misc]
+        yield int(server.getsockname()[1])
 
 
 def test_a_port_that_was_asked_for_and_is_taken(storage: Path, taken: int, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,8 @@ def test_the_word_that_tells_is_the_evidence(soft: Predictor) -> None:
 
 def by_corner(predictor: Predictor, records: list[Record]) -> tuple[float, float]:
     """The mean weight of the quarter where the patch is, and of the others, over all pictures with one."""
-    inside, outside = [], []
+    inside: list[float] = []
+    outside: list[float] = []
     half = GRID // 2
     for record, corner in zip(records[:8], CORNERS * 2, strict=True):
         _, _, found = explained(predictor, record)
@@ -130,12 +131,13 @@ def test_the_region_that_tells_is_the_evidence(soft: Predictor) -> None:
 
 def test_without_the_top_of_the_evidence_the_answer_loses_more_than_without_any(soft: Predictor) -> None:
     rng = np.random.default_rng(0)
-    top, some = [], []
+    top: list[float] = []
+    some: list[float] = []
     for record in [*read(), *seen("classify")]:
         sample, answer, found = explained(soft, record)
         units = found.units()
         count = max(1, round(len(units) / 5))
-        ranked = sorted(range(len(units)), key=lambda at, units=units: -units[at][0])[:count]
+        ranked = sorted(range(len(units)), key=[-unit[0] for unit in units].__getitem__)[:count]
         before = chance(soft, sample, answer)
         for chosen, into in ((ranked, top), (rng.choice(len(units), count, replace=False), some)):
             less = explain.without(soft, sample, found, [units[at][1] for at in chosen])

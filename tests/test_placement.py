@@ -45,13 +45,12 @@ for task in list_tasks(address, detail=True, limit=10000):
 """
 
 
-def node(alive: bool = True, **labels: str) -> dict[str, Any]:
-    return {"Alive": alive, "Labels": labels}
+def node(role: str = "", *, alive: bool = True) -> dict[str, Any]:
+    return {"Alive": alive, "Labels": {placement.LABEL: role} if role else {}}
 
 
 def test_roles_are_those_of_machines_that_live() -> None:
-    role = placement.LABEL
-    nodes = [node(), node(**{role: "data"}), node(alive=False, **{role: "serve"}), node(**{role: "train"})]
+    nodes = [node(), node("data"), node("serve", alive=False), node("train")]
     assert placement.roles(nodes) == {"data", "train"}
     assert placement.roles([node()]) == set()
 

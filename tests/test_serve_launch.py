@@ -54,7 +54,8 @@ def test_a_config_file_starts_the_service(
     schema = ServeDeploySchema.model_validate(file)
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options={"host": "127.0.0.1", "port": port})
     try:
-        _get_global_client().deploy_apps(schema, _blocking=True)
+        client: Any = _get_global_client()
+        client.deploy_apps(schema, _blocking=True)
         answer = ask(url, {"text": "what color is the shape?"})
         assert answer["mmagent"]["bundle"] == "tiny"
         assert answer["mmagent"]["channel"] == "production"
@@ -81,10 +82,10 @@ def ask(url: str, question: dict[str, Any]) -> Any:
 def test_it_goes_where_its_role_says(ray_cluster: cluster.Cluster, tiny_bundle: Path, storage: Path) -> None:
     app = build_app({"bundle": str(tiny_bundle), "role": "serve", "cpus": 2})
     [deployment] = [app._bound_deployment]
-    options = deployment.ray_actor_options
+    options: Any = deployment.ray_actor_options
     assert options["label_selector"] == {ROLE_LABEL: "serve"}
     assert options["num_cpus"] == 2
-    anywhere = build_app({"bundle": str(tiny_bundle)})._bound_deployment.ray_actor_options
+    anywhere: Any = build_app({"bundle": str(tiny_bundle)})._bound_deployment.ray_actor_options
     assert not anywhere.get("label_selector")
 
 

@@ -361,7 +361,7 @@ def test_the_microphone_is_recorded_and_asked_with(
         expect(page.locator("#parts li")).to_have_count(1)
         with page.expect_request("**/v1/chat/completions") as sent:
             turn = asked(page, "what is it?")
-        said = sent.value.post_data_json
+        said: Any = sent.value.post_data_json
         expect(turn.locator(".spans span")).to_have_count(20)  # what of the sound speaks for the answer
         expect(page.locator("#parts li")).to_have_count(0)
     browser.close()

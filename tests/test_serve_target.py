@@ -19,7 +19,7 @@ from mmagent.predictor import Predictor, modalities_of
 from mmagent.record import Record
 from mmagent.rows import parse
 from mmagent.targets import TaskInfo
-from serve import start
+from serve import launch
 from serve.app import build
 from serve.config import ServeConfig
 from serve.service import Service
@@ -118,9 +118,9 @@ def test_what_validation_never_reached_is_never_sure(
     service = Service(Predictor.load(tiny_bundle), config)  # it was never validated
     [answer] = service.predictor.predict([{"text": "what color is the shape?"}])
     assert service.threshold(answer, "classify") == math.nextafter(1, 2)
-    start._check_target(config, tiny_bundle)
+    launch.check_target(config, tiny_bundle)
     assert "the task classify has no accuracy by confidence, and --target-accuracy is 0.99" in capsys.readouterr().err
-    start._check_target(ServeConfig(target_accuracy=TARGET), served)
+    launch.check_target(ServeConfig(target_accuracy=TARGET), served)
     assert capsys.readouterr().err == ""
     with client_of(tiny_bundle, target_accuracy=0.99) as client:
         assert client.post("/v1/predict", json={"text": "x"}).json()["mmagent"]["abstained"]

@@ -137,7 +137,7 @@ def test_a_question_without_an_answer_says_so(predictor: Predictor) -> None:
         def __init__(self, like: Predictor) -> None:
             self.__dict__.update(like.__dict__)
 
-        def raws(self, samples: Any) -> Any:
+        def raws(self, samples: Any, states: Any = None) -> Any:
             return [[] for _ in samples]
 
     with TestClient(build(Service(Silent(predictor), ServeConfig()))) as client:

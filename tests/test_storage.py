@@ -96,5 +96,5 @@ except OSError as error:
 
 def test_a_process_may_be_told_its_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMAGENT_STORAGE", str(tmp_path / "one"))
-    places.use(tmp_path / "two")
+    places.use({"MMAGENT_STORAGE": str(tmp_path / "two")})
     assert places.root() == tmp_path / "two"

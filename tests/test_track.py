@@ -195,7 +195,8 @@ def written(file: Path) -> dict[str, set[str]]:
         held += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last piece
-            record = wandb_internal_pb2.Record()
+            messages: Any = wandb_internal_pb2
+            record = messages.Record()
             record.ParseFromString(held)
             held = b""
             found["history"] |= {item.key or "/".join(item.nested_key) for item in record.history.item}

@@ -72,6 +72,7 @@ def test_nothing_of_rays_defaults_slips_in(name: str) -> None:
 def test_a_mistake_is_found(name: str) -> None:
     import jsonschema
 
+    change: dict[str, Any]
     for change in ({"max_worker": 3}, {"docker": {"imag": "x"}}, {"available_node_types": {"x": {"resources": {}}}}):
         with pytest.raises(jsonschema.ValidationError):
             validate_config({**prepared(name), **change})
@@ -179,13 +180,15 @@ def launched(
     """The machines that Ray's autoscaler starts for tasks, each with its resources and its selector of labels."""
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
-    from ray.core.generated.common_pb2 import LabelSelectorOperator
-    from ray.core.generated.instance_manager_pb2 import LaunchRequest
+    from ray.core.generated import common_pb2, instance_manager_pb2
+
+    common: Any = common_pb2
+    instances: Any = instance_manager_pb2
 
     config = AutoscalingConfig(read(name), skip_content_hash=True)
     requests = []
     for resources, labels in asked:
-        selector = [(key, LabelSelectorOperator.LABEL_OPERATOR_IN, [value]) for key, value in labels.items()]
+        selector = [(key, common.LabelSelectorOperator.LABEL_OPERATOR_IN, [value]) for key, value in labels.items()]
         requests.append(ResourceRequestUtil.make(resources, label_selectors=[selector]))
     request = SchedulingRequest(
         disable_launch_config_check=True,
@@ -199,7 +202,7 @@ def launched(
     reply = ResourceDemandScheduler(None).schedule(request)
     found: dict[str, int] = {}
     for each in reply.to_launch:
-        assert isinstance(each, LaunchRequest)
+        assert isinstance(each, instances.LaunchRequest)
         if each.instance_type != config.get_head_node_type():
             found[each.instance_type] = found.get(each.instance_type, 0) + each.count
     return found

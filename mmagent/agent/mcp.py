@@ -98,7 +98,8 @@ class Server:
         from mcp import Client
 
         pending: set[asyncio.Task[None]] = set()
-        self._work = work = asyncio.Queue()  # calls are made of the connection that they were given to
+        work: asyncio.Queue[Any] = asyncio.Queue()
+        self._work = work  # calls are made of the connection that they were given to
         try:
             async with self._transport() as transport, Client(transport) as client:
                 ready.set_result((await client.list_tools()).tools)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -23,7 +22,6 @@ import psutil
 from jobs import cluster
 from mmagent import space as spaces
 from mmagent import storage
-from mmagent.config import Config
 from mmagent.space import Sample, Space
 
 _REPORTS = 4  # of a trial
@@ -162,14 +160,22 @@ def empty(sample: Sample, place: Path, name: str) -> Any:
     """A trial's job that is nothing."""
     from jobs.lanes import Job
 
-    return Job(name, functools.partial(int), {}, Config.model_construct(cluster=_NO_RETRIES), place)
+    config: Any = Bare()
+    return Job(name, _nothing, {}, config, place)
 
 
-class _Cluster:
+class _NoRetries:
     max_failures = 0
 
 
-_NO_RETRIES = _Cluster()
+class Bare:
+    """What of a config a desk looks at."""
+
+    cluster = _NoRetries()
+
+
+def _nothing(group: Any) -> None:
+    pass
 
 
 def _lane(desk: Any, lane: int) -> None:
@@ -194,9 +200,9 @@ class _Objects(_Plain):
     def __enter__(self) -> Self:
         from jobs import states, status  # noqa: F401  what they bring takes longer than a point
 
-        self._before = storage.root()
-        self._root = Path(tempfile.mkdtemp(prefix=".scale-", dir=self._before))
-        storage.use(self._root)
+        self._before = storage.variables()
+        self._root = Path(tempfile.mkdtemp(prefix=".scale-", dir=storage.root()))
+        storage.use({storage.ROOT_VARIABLE: str(self._root)})
         self._made = 0
         return self
 

@@ -46,7 +46,9 @@ def between(host: str, target: tuple[str, int], weather: Weather) -> Iterator[Se
 
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
-        server = await asyncio.start_server(lambda *ends: _connection(*ends, target, weather, seen), host, 0)
+        server = await asyncio.start_server(
+            lambda reader, writer: _connection(reader, writer, target, weather, seen), host, 0
+        )
         seen.port = server.sockets[0].getsockname()[1]
         ready.set()
         await stop.wait()  # connections that are open are cancelled with the loop

@@ -367,7 +367,8 @@ class Service:
                 time.sleep(_PAUSE_S)
 
     def _ask(self, client: httpx.Client, turn: int) -> _Asked:
-        began, failed, why = time.monotonic(), [], ""
+        began, why = time.monotonic(), ""
+        failed: list[Any] = []
         addresses = self.addresses or self.own()
         for number in range(_TRIES):
             address = addresses[(turn + number) % len(addresses)]
