@@ -2,12 +2,13 @@
 
 A machine that was started with ``--labels mmagent.io/role=R`` is for ``data`` (reading, decoding, tokenising),
 ``train`` or ``serve``. Where a cluster has machines for something, that runs there and nowhere else; where it has none,
-anywhere. The files of `cluster/` label theirs so. Kinds of GPU are told apart by Ray's own label
+anywhere. MMAGENT_ROLES names those that a cluster has, or brings when they are asked for (``data,train``). The files of `cluster/` label theirs so. Kinds of GPU are told apart by Ray's own label
 (`cluster.accelerator`).
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmagent.config import Config
 
 Role = Literal["data", "train", "serve"]
 LABEL = "mmagent.io/role"
+ROLES_VARIABLE = "MMAGENT_ROLES"
 ACCELERATOR = "ray.io/accelerator-type"  # Ray's own, by what it finds in a machine
 _TIMEOUT_S = 60.0
 
@@ -32,7 +34,8 @@ class PlacementError(ClusterError):
 
 def selector(role: Role) -> dict[str, str]:
     """What Ray shall look for in a machine for this work; nothing where no machine is set aside for it."""
-    return {LABEL: role} if role in roles(ray.nodes()) else {}
+    declared = os.environ.get(ROLES_VARIABLE, "").replace(" ", "").split(",")
+    return {LABEL: role} if role in declared or role in roles(ray.nodes()) else {}
 
 
 def workers(config: Config) -> dict[str, str]:

@@ -85,9 +85,10 @@ def application(bundle: str, channel: str | None, config: ServeConfig) -> Applic
 
 def _place(config: ServeConfig) -> dict[str, Any]:
     """The machines that replicas run on: those of a role that was asked for, else those that are set aside for serving
-    where there are some."""
+    where there are some, or MMAGENT_ROLES says that there will be."""
     wanted = {ROLE_LABEL: config.role or "serve"}
-    there = config.role or any(node["Alive"] and wanted.items() <= node["Labels"].items() for node in ray.nodes())
+    declared = "serve" in os.environ.get("MMAGENT_ROLES", "").replace(" ", "").split(",")
+    there = config.role or declared or any(node["Alive"] and wanted.items() <= node["Labels"].items() for node in ray.nodes())
     return {"label_selector": wanted} if there else {}
 
 

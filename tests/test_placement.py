@@ -55,10 +55,16 @@ def test_roles_are_those_of_machines_that_live() -> None:
     assert placement.roles([node()]) == set()
 
 
-def test_one_machine_without_labels_is_for_everything(ray_cluster: cluster.Cluster, storage: Path) -> None:
+def test_one_machine_without_labels_is_for_everything(
+    ray_cluster: cluster.Cluster, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert placement.selector("train") == placement.selector("data") == {}
     recipe = {"data": {"name": "x"}, "model": {"backbone": "x"}}
     assert placement.workers(resolve(recipe, {})) == {}
+    monkeypatch.setenv(placement.ROLES_VARIABLE, "data, train")
+    assert placement.selector("train") == {placement.LABEL: "train"}
+    assert placement.selector("serve") == {}
+    monkeypatch.delenv(placement.ROLES_VARIABLE)
     with pytest.raises(placement.PlacementError, match=r"cluster\.accelerator=H100: no machine of the cluster has it"):
         placement.workers(resolve(recipe, {"cluster.accelerator": "H100"}))
     placement.check_storage()  # of one machine there is nothing to ask
