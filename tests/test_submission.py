@@ -93,12 +93,14 @@ def test_more_gpus_than_there_are_is_told_and_nothing_is_begun(
 
 
 def test_rays_words_on_versions_in_ours() -> None:
-    said = (
-        "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python: 3.11.2\n"
-        "This process on node 10.0.0.1 was started with:\n    Ray: 2.60.0\n    Python: 3.11.9\n"
-    )
-    told = cluster.versions(said)
-    assert "the cluster runs Ray 2.59.0 on Python 3.11.2, this command Ray 2.60.0 on Python 3.11.9" in told
+    """As Ray itself says them, of what a cluster has written down."""
+    from ray._private.utils import check_version_info, compute_version_info
+
+    own_ray, own_python = compute_version_info()
+    with pytest.raises(RuntimeError) as raised:
+        check_version_info({"ray_version": OTHER_VERSION, "python_version": own_python}, "node 10.0.0.1")
+    told = cluster.versions(str(raised.value))
+    assert f"the cluster runs Ray {OTHER_VERSION} on Python {own_python}, this command Ray {own_ray}" in told
     assert cluster.versions("something else") == ""
 
 

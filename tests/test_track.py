@@ -183,7 +183,7 @@ def test_weights_and_biases_offline_writes_what_it_would_send(
 
 def written(file: Path) -> dict[str, set[str]]:
     """The keys that a file of W&B holds: a log as LevelDB's, of blocks with pieces of records."""
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto import wandb_internal_pb2 as protocol
 
     found = {"history": set[str](), "summary": set[str](), "config": set[str]()}
     data, at, held = file.read_bytes(), 7, b""
@@ -195,8 +195,7 @@ def written(file: Path) -> dict[str, set[str]]:
         held += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last piece
-            messages: Any = wandb_internal_pb2
-            record = messages.Record()
+            record = protocol.Record()  # type: ignore[attr-defined]  # made when it is imported
             record.ParseFromString(held)
             held = b""
             found["history"] |= {item.key or "/".join(item.nested_key) for item in record.history.item}
