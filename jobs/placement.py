@@ -2,8 +2,8 @@
 
 A machine that was started with ``--labels mmagent.io/role=R`` is for ``data`` (reading, decoding, tokenising),
 ``train`` or ``serve``. Where a cluster has machines for something, that runs there and nowhere else; where it has none,
-anywhere. MMAGENT_ROLES names those that a cluster has, or brings when they are asked for (``data,train``). The files of `cluster/` label theirs so. Kinds of GPU are told apart by Ray's own label
-(`cluster.accelerator`).
+anywhere. MMAGENT_ROLES names those that a cluster has, or brings when they are asked for (``data,train``). The files of
+`cluster/` say so. Kinds of GPU are told apart by Ray's own label (`cluster.accelerator`).
 """
 
 from __future__ import annotations

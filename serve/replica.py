@@ -88,8 +88,8 @@ def _place(config: ServeConfig) -> dict[str, Any]:
     where there are some, or MMAGENT_ROLES says that there will be."""
     wanted = {ROLE_LABEL: config.role or "serve"}
     declared = "serve" in os.environ.get("MMAGENT_ROLES", "").replace(" ", "").split(",")
-    there = config.role or declared or any(node["Alive"] and wanted.items() <= node["Labels"].items() for node in ray.nodes())
-    return {"label_selector": wanted} if there else {}
+    there = any(node["Alive"] and wanted.items() <= node["Labels"].items() for node in ray.nodes())
+    return {"label_selector": wanted} if config.role or declared or there else {}
 
 
 def build_app(args: dict[str, Any]) -> Application:
