@@ -256,6 +256,18 @@ def test_a_trial_that_fails_is_recorded_and_ends_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
+def test_trials_are_stopped_by_their_seconds(
+    nothing_left: None, storage: Path, arguments: Callable[..., list[str]], scheduler: str
+) -> None:
+    given = arguments("t", unit="seconds", most=20, grace=0.02, scheduler=scheduler, reduction=2, trials=8, seeds=1)
+    assert search.main(given) == 0
+    done = json.loads((storage / "search" / "t" / "trials.json").read_text())
+    assert {trial["state"] for trial in done} == {"done", "stopped"}
+    assert bundle.load("t").name == "t"
+
+
+@pytest.mark.slow
 def test_quality_and_cost(
     nothing_left: None, storage: Path, arguments: Callable[..., list[str]]
 ) -> None:  # fmt: skip
