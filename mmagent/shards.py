@@ -84,7 +84,7 @@ class Dataset:
             )
         for split in splits.values():
             for shard in split["shards"]:
-                _check_shard(f"{folder}/{shard['file']}", shard["bytes"])
+                _check_shard(os.path.join(folder, shard["file"]), shard["bytes"])
         return cls(folder, info)
 
     @property
