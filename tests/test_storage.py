@@ -32,7 +32,11 @@ def test_file_url_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("value", "says"), [("wrong://bucket/x", "the storage root wrong://bucket/x cannot be used"), ("relative/root", "absolute path is wanted")]
+    ("value", "says"),
+    [
+        ("wrong://bucket/x", "the storage root wrong://bucket/x cannot be used"),
+        ("relative/root", "absolute path is wanted"),
+    ],
 )
 def test_root_that_cannot_be_used_is_refused(value: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMAGENT_STORAGE", value)
