@@ -43,6 +43,7 @@ START_TIMEOUT_S = 120.0
 _TRIES = 3  # of a start, where another takes a port meanwhile
 _VERSION = re.compile(r"^ +(?:Ray|Python): (\S+)$", re.MULTILINE)  # in Ray's own words
 _TAKEN_SIGNS = ("port is already used", "Address already in use")
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's own, in the environment of a submitted job
 DAEMONS = ("gcs_server", "raylet")  # a cluster without one of these is dead
 # Ray turns 127.0.0.1 into the machine's own address and listens on all of them, unless it is told that the node will
 # stay alone: macOS's and Windows's default, on every system by this variable. Whoever connects must set it too.
@@ -126,7 +127,9 @@ def connect() -> None:
 
     try:
         _knock(os.environ["RAY_ADDRESS"])
-        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR, runtime_env=_work_environment()
+        )  # fmt: skip
     except RuntimeError as error:
         if told := versions(str(error)):
             raise ClusterError(told) from error
@@ -137,6 +140,14 @@ def connect() -> None:
             "Unset RAY_ADDRESS and run `cluster/local.sh up` for one of your own; where the token is wrong or "
             "missing, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
+
+
+def _work_environment() -> dict[str, Any] | None:
+    """What tasks and actors of this process find in their environment: where object storage lies, which they read
+    themselves. A submitted job has it from its own runtime environment, to which Ray lets nothing be added twice."""
+    if not storage.is_remote() or _SUBMITTED in os.environ:
+        return None
+    return {"env_vars": storage.variables()}
 
 
 def versions(words: str) -> str:
