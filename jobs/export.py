@@ -127,7 +127,7 @@ def _rows(shards: Sequence[Path], count: int) -> Iterator[dict[str, Any]]:
     """The first rows of shards, as many from each."""
     for file in shards:
         left = max(1, count // len(shards))
-        for part in pq.ParquetFile(file).iter_batches(batch_size=64):
+        for part in pq.ParquetFile(storage.source(file)).iter_batches(batch_size=64):
             yield from part.to_pylist()[:left]
             left -= part.num_rows
             if left <= 0:
