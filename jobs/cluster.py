@@ -263,8 +263,7 @@ def _start(
 def stop(cluster: Cluster, grace_s: float = 10.0) -> int:
     """Ends the cluster's processes and their descendants, gently and then by force; returns how many there were."""
     _leave(cluster)
-    recorded = [found for process in cluster.processes if (found := process.find())]
-    running = processes.family([*recorded, *marked(cluster.id)])
+    running = family(cluster)
     # In this order a Ray is gone in a second: a raylet that cannot tell the GCS goodbye waits until it is killed.
     turns: dict[int, list[psutil.Process]] = {0: [], 1: [], 2: []}
     for process in running:
@@ -282,6 +281,12 @@ def _leave(cluster: Cluster) -> None:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized() and ray.get_runtime_context().gcs_address == cluster.address:
         ray.shutdown()
+
+
+def family(cluster: Cluster) -> list[psutil.Process]:
+    """The running processes of a cluster: those recorded, those that carry its mark, and their descendants."""
+    recorded = [found for process in cluster.processes if (found := process.find())]
+    return processes.family([*recorded, *marked(cluster.id)])
 
 
 def marked(cluster_id: str) -> list[psutil.Process]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from jobs import cluster, processes
+from jobs import cluster
 from jobs.cluster import Cluster, ClusterError
 from mmagent import storage
 from mmagent.arguments import Parser, positive
@@ -91,8 +91,9 @@ def status(args: argparse.Namespace) -> int:
     running = [job for job in list_jobs(found.address, limit=1000) if job.status == "RUNNING" and job.submission_id]
     for job in running:
         print(f"job      {job.submission_id}  {job.entrypoint}")
-    memory = sum(each.memory_info().rss for each in _alive(found)) / GB
-    print(f"{len(_alive(found))} processes, {memory:.1f} GB resident")
+    alive = cluster.family(found)
+    memory = sum(each.memory_info().rss for each in alive) / GB
+    print(f"{len(alive)} processes, {memory:.1f} GB resident")
     return 0
 
 
@@ -180,10 +181,6 @@ def _hints(found: Cluster) -> Iterator[str]:
     yield f"Prometheus  prometheus --config.file={metrics}/prometheus/prometheus.yml"
     yield f"Grafana     grafana-server --config {metrics}/grafana/grafana.ini --homepath /usr/share/grafana web"
     yield "end it      cluster/local.sh down"
-
-
-def _alive(found: Cluster) -> list[psutil.Process]:
-    return processes.family([*(each for process in found.processes if (each := process.find()))])
 
 
 def _parser() -> Parser:

@@ -8,7 +8,6 @@ anywhere. MMAGENT_ROLES names those that a cluster has, or brings when they are 
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs import room
 from jobs.cluster import ClusterError
-from mmagent import storage
+from mmagent import roles, storage
 from mmagent.config import Config
 
 Role = Literal["data", "train", "serve"]
-LABEL = "mmagent.io/role"
-ROLES_VARIABLE = "MMAGENT_ROLES"
 ACCELERATOR = "ray.io/accelerator-type"  # Ray's own, by what it finds in a machine
 _TIMEOUT_S = 60.0
 
@@ -34,8 +32,7 @@ class PlacementError(ClusterError):
 
 def selector(role: Role) -> dict[str, str]:
     """What Ray shall look for in a machine for this work; nothing where no machine is set aside for it."""
-    declared = os.environ.get(ROLES_VARIABLE, "").replace(" ", "").split(",")
-    return {LABEL: role} if role in declared or role in roles(ray.nodes()) else {}
+    return {roles.LABEL: role} if roles.has(role, ray.nodes()) else {}
 
 
 def workers(config: Config) -> dict[str, str]:
@@ -47,17 +44,12 @@ def workers(config: Config) -> dict[str, str]:
     wanted = selector("train")
     if kind := config.cluster.accelerator:
         has = sorted({found for node in _alive(ray.nodes()) if (found := node["Labels"].get(ACCELERATOR))})
-        if kind not in has and not _grows():
+        if kind not in has and not room.grown():
             raise PlacementError(
                 f"cluster.accelerator={kind}: no machine of the cluster has it; they have {', '.join(has) or 'none'}"
             )
         wanted |= {ACCELERATOR: kind}
     return wanted
-
-
-def roles(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
-    """What machines are set aside for, by the labels of those that live."""
-    return {role for node in _alive(nodes) if (role := node["Labels"].get(LABEL))}
 
 
 def check_storage() -> None:
@@ -102,10 +94,3 @@ def _says(answer: Any) -> bool:
 
 def _alive(nodes: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
     return (node for node in nodes if node["Alive"])
-
-
-def _grows() -> bool:
-    """Whether an autoscaler may bring machines that are not there yet."""
-    from ray._private.state import state
-
-    return bool(state.get_max_resources_from_cluster_config())

@@ -19,8 +19,12 @@ class RoomError(ClusterError):
 def capacity(resource: str) -> tuple[float, float]:
     """How much of a resource the cluster has, and how much it may come to have where it grows by itself."""
     has = float(ray.cluster_resources().get(resource, 0.0))
-    grown = global_state.get_max_resources_from_cluster_config() or {}
-    return has, max(has, float(grown.get(resource, 0.0)))
+    return has, max(has, float(grown().get(resource, 0.0)))
+
+
+def grown() -> dict[str, int]:
+    """What the cluster may come to have by its autoscaler; nothing where it has none."""
+    return global_state.get_max_resources_from_cluster_config() or {}
 
 
 def check(config: Config) -> None:

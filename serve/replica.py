@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.deployment import Application
 
-from mmagent import channels, storage
+from mmagent import channels, roles, storage
 from mmagent.agent import policy as policies
 from mmagent.predictor import Predictor
 from serve import logs
@@ -22,8 +22,6 @@ from serve.config import KEYS_VARIABLE, ServeConfig
 from serve.launch import StartError, check_agent, check_store, check_target, configured, folder_of, record
 from serve.metrics import Metrics
 from serve.service import Service
-
-ROLE_LABEL = "mmagent.io/role"  # of Ray's nodes, as cluster/*.yaml gives it: data, train or serve
 
 
 @serve.ingress()
@@ -86,10 +84,8 @@ def application(bundle: str, channel: str | None, config: ServeConfig) -> Applic
 def _place(config: ServeConfig) -> dict[str, Any]:
     """The machines that replicas run on: those of a role that was asked for, else those that are set aside for serving
     where there are some, or MMAGENT_ROLES says that there will be."""
-    wanted = {ROLE_LABEL: config.role or "serve"}
-    declared = "serve" in os.environ.get("MMAGENT_ROLES", "").replace(" ", "").split(",")
-    there = any(node["Alive"] and wanted.items() <= node["Labels"].items() for node in ray.nodes())
-    return {"label_selector": wanted} if config.role or declared or there else {}
+    there = config.role or roles.has("serve", ray.nodes())
+    return {"label_selector": {roles.LABEL: config.role or "serve"}} if there else {}
 
 
 def build_app(args: dict[str, Any]) -> Application:

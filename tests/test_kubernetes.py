@@ -24,10 +24,10 @@ import yaml
 from jobs import cluster, promote
 from mmagent import config as configs
 from mmagent.arguments import Parser
+from mmagent.roles import LABEL as ROLE_LABEL
 from serve.config import KEYS_VARIABLE, ServeConfig
 from serve.launch import STORE_VARIABLE, configured
 from serve.metrics import Metrics
-from serve.replica import ROLE_LABEL
 from tests import kuberay
 
 FOLDER = cluster.CHECKOUT / "cluster/kubernetes"

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from jobs import cluster, placement
+from mmagent import roles
 from mmagent.config import resolve
 from mmagent.record import Record
 from mmagent.shards import Dataset
@@ -46,13 +47,13 @@ for task in list_tasks(address, detail=True, limit=10000):
 
 
 def node(role: str = "", *, alive: bool = True) -> dict[str, Any]:
-    return {"Alive": alive, "Labels": {placement.LABEL: role} if role else {}}
+    return {"Alive": alive, "Labels": {roles.LABEL: role} if role else {}}
 
 
 def test_roles_are_those_of_machines_that_live() -> None:
     nodes = [node(), node("data"), node("serve", alive=False), node("train")]
-    assert placement.roles(nodes) == {"data", "train"}
-    assert placement.roles([node()]) == set()
+    assert roles.living(nodes) == {"data", "train"}
+    assert roles.living([node()]) == set()
 
 
 def test_one_machine_without_labels_is_for_everything(
@@ -61,10 +62,10 @@ def test_one_machine_without_labels_is_for_everything(
     assert placement.selector("train") == placement.selector("data") == {}
     recipe = {"data": {"name": "x"}, "model": {"backbone": "x"}}
     assert placement.workers(resolve(recipe, {})) == {}
-    monkeypatch.setenv(placement.ROLES_VARIABLE, "data, train")
-    assert placement.selector("train") == {placement.LABEL: "train"}
+    monkeypatch.setenv(roles.VARIABLE, "data, train")
+    assert placement.selector("train") == {roles.LABEL: "train"}
     assert placement.selector("serve") == {}
-    monkeypatch.delenv(placement.ROLES_VARIABLE)
+    monkeypatch.delenv(roles.VARIABLE)
     with pytest.raises(placement.PlacementError, match=r"cluster\.accelerator=H100: no machine of the cluster has it"):
         placement.workers(resolve(recipe, {"cluster.accelerator": "H100"}))
     placement.check_storage()  # of one machine there is nothing to ask
@@ -76,7 +77,7 @@ def machines() -> Iterator[cluster.Cluster]:
     head = cluster.start(num_cpus=1, object_store_bytes=200_000_000)
     try:
         for role in ("data", "train", "train"):
-            join(head, labels={placement.LABEL: role})
+            join(head, labels={roles.LABEL: role})
         yield head
     finally:
         cluster.stop(head)

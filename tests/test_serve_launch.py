@@ -13,8 +13,9 @@ import pytest
 
 from jobs import cluster, promote
 from mmagent import storage as storages
+from mmagent.roles import LABEL as ROLE_LABEL
 from serve.launch import STORE_VARIABLE, StartError, configured
-from serve.replica import ROLE_LABEL, build_app
+from serve.replica import build_app
 from serve.switches import free_ports
 
 KEY = "a-key-of-more-than-16-characters"

@@ -17,7 +17,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 from jobs import cluster
-from serve.replica import ROLE_LABEL
+from mmagent.roles import LABEL as ROLE_LABEL
 
 FOLDER = cluster.CHECKOUT / "cluster"
 CLOUDS = ("aws", "gcp")
