@@ -197,11 +197,16 @@ def load_model(bundle: Bundle) -> tuple[Model, TextEncoder, Any]:
     encoder = load_language(bundle.config.model, bundle.tasks, place=place)
     tokenizer = load_reading(bundle.config.model, place=place)
     model = assemble(bundle.config.model, make_all(bundle.tasks), encoder, weights=False)
+    own = model.state_dict()
     state = load_file(bundle.path / "model.safetensors")
-    if model.backbone is not None:
-        state |= {f"backbone.{key}": value for key, value in encoder.state_dict().items()}
+    state = {key: value.to(own[key].dtype) if key in own else value for key, value in state.items()}
     try:
-        model.load_state_dict(state)
+        # Assigned, not copied: the file stays mapped, and what nobody reads costs no memory. A backbone inside has its
+        # weights already.
+        missing, unknown = model.load_state_dict(state, strict=False, assign=True)
+        missing = [key for key in missing if not key.startswith("backbone.")]
+        if missing or unknown:
+            raise RuntimeError(f"missing: {missing}; unknown: {unknown}")
     except (RuntimeError, SafetensorError) as error:
         raise BundleError(f"the weights of the bundle {bundle.path} do not fit its config: {error}") from error
     return model, encoder, tokenizer

@@ -156,7 +156,7 @@ class Bundles:
         """
         assert self.channel is not None
         async with self._following:
-            stamp = _stamp(self.channel)
+            stamp = stamp_of(self.channel)
             wanted = channels.read(self.channel)
             current = await self._ready(Path(wanted.bundle))
             canary = await self._ready(Path(wanted.canary)) if wanted.canary else None
@@ -177,7 +177,7 @@ class Bundles:
         end = time.monotonic() + timeout_s
         while True:
             beats = await self.heard()
-            wanted = list(_stamp(self.channel or "") or ())
+            wanted = list(stamp_of(self.channel or "") or ())
             done = sum(beat["stamp"] == wanted for beat in beats)
             if done == len(beats) or time.monotonic() > end:
                 return done, len(beats)
@@ -194,7 +194,7 @@ class Bundles:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             assert self.channel is not None
-            if _stamp(self.channel) == self._stamp:
+            if stamp_of(self.channel) == self._stamp:
                 continue
             try:
                 await self.follow()
@@ -267,7 +267,8 @@ def part_of(sticky: str) -> float:
     return int.from_bytes(hashlib.blake2b(sticky.encode(), digest_size=7).digest()) / 2**56
 
 
-def _stamp(channel: str) -> tuple[int, int] | None:
+def stamp_of(channel: str) -> tuple[int, int] | None:
+    """What changes with a channel's file; none: there is none."""
     try:
         state = channels.file(channel).stat()
     except OSError:

@@ -39,6 +39,11 @@ class ServeConfig(BaseModel):
     downscale_delay_s: float = Field(120, ge=0, description="how long there must be too few")
     cpus: float = Field(1.0, gt=0, description="CPUs that Ray sets aside for a replica")
     gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for a replica")
+    apart: bool = Field(
+        False, description="the model gets a deployment of its own, with --gpus: processes that speak HTTP and decode "
+        "have CPUs alone, and both are scaled by themselves"
+    )  # fmt: skip
+    max_models: int = Field(1, gt=0, description="replicas of a model that is apart, under load")
     role: str = Field("", description="replicas run on Ray nodes with this label mmagent.io/role alone; none: on any")
     threads: int = Field(1, gt=0, description="CPU threads of a replica's forward pass")
     decode_threads: int = Field(1, gt=0, description="threads of a replica that decode media")

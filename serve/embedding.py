@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mmagent.batch import Sample
-from mmagent.predictor import PartError
+from mmagent.predictor import PartError, Predictor
 from mmagent.rows import parse
 from serve.errors import ApiError
 from serve.keys import Key
@@ -32,18 +32,21 @@ async def embed(service: Service, request: EmbeddingsRequest, key: Key) -> tuple
     loaded = service.bundles.current
     task = service.task_of(loaded, None, key)
 
-    def compute() -> tuple[np.ndarray, int]:
+    def decode() -> list[Sample]:
         samples = [_sample(service, loaded, item, f"input[{number}]", task) for number, item in enumerate(inputs)]
         if len({bool(sample.images or sample.audios) for sample in samples}) > 1:
             message = "input: vectors of words alone are shorter than those with pictures or sounds: send them apart"
             raise ApiError(422, message, code="invalid_value", param="input")
-        size = service.config.batch_size
-        parts = [loaded.predictor.embed(samples[at : at + size]) for at in range(0, len(samples), size)]
-        return np.concatenate(parts), sum(sample.tokens for sample in samples)
+        return samples
 
     with service.bundles.used(loaded):
-        found: tuple[np.ndarray, int] = await loaded.aside(compute)
-        return found
+        samples = await service.decoded(decode)
+        vectors: np.ndarray = await loaded.aside(_vectors, samples, service.config.batch_size)
+        return vectors, sum(sample.tokens for sample in samples)
+
+
+def _vectors(predictor: Predictor, samples: Sequence[Sample], size: int) -> np.ndarray:
+    return np.concatenate([predictor.embed(samples[at : at + size]) for at in range(0, len(samples), size)])
 
 
 def _sample(service: Service, loaded: Loaded, item: Any, place: str, task: str) -> Sample:

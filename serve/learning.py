@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,13 +81,14 @@ class Queue:
                 if self._of != (loaded.seal, before):
                     self._of, self._known = (loaded.seal, before), {}
                 fresh = [(id, record) for id, record in asked.items() if id not in self._known]
-                other = await loaded.aside(_loaded, before) if fresh and before else None
                 for at in range(0, len(fresh), _PASS):
                     ids, records = zip(*fresh[at : at + _PASS], strict=True)
-                    found = await loaded.aside(choosing.weigh, records, loaded.predictor, other)
+                    found = await loaded.aside(_weighed, records, before)
                     self._known |= dict(zip(ids, found, strict=True))
                 weighed = {id: made for id in asked if (made := self._known.get(id)) is not None}
-                best = await loaded.aside(choosing.best, list(weighed.values()), limit)
+                if fresh and before:
+                    await loaded.aside(_let_go)
+                best = await self._service.stored(choosing.best, list(weighed.values()), limit)
             self._known = {id: self._known[id] for id in asked}
             names = list(weighed)
             predictor = loaded.predictor
@@ -110,12 +112,26 @@ class Queue:
         return found
 
 
+def _weighed(predictor: Predictor, records: Sequence[Record], before: str | None) -> list[Weighed | None]:
+    """Runs where the bundle's weights are.
+
+    Args:
+        before: the folder of the bundle before it.
+    """
+    return choosing.weigh(records, predictor, _loaded(before) if before else None)
+
+
+@functools.lru_cache(1)
 def _loaded(folder: str) -> Predictor | None:
     """The bundle before, where it is still there."""
     try:
         return Predictor.load(folder)
     except BundleError:
         return None
+
+
+def _let_go(_: Predictor) -> None:
+    _loaded.cache_clear()
 
 
 def _row(answer: str, record: Record, weighed: Weighed, predictor: Predictor) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The thin shell of Ray Serve around the application: one hop, the model lives in the deployment that HTTP enters."""
+"""The thin shell of Ray Serve around the application. The model lives in the deployment that HTTP enters, which is one
+hop, or in one of its own (`serve.apart`)."""
 
 from __future__ import annotations
 
@@ -15,28 +16,34 @@ from ray.serve.deployment import Application
 
 from mmagent import channels, roles, storage
 from mmagent.agent import policy as policies
-from mmagent.predictor import Predictor
-from serve import logs
+from serve import apart, logs, narrow
 from serve.app import build
 from serve.config import KEYS_VARIABLE, ServeConfig
 from serve.launch import StartError, check_agent, check_store, check_target, configured, folder_of, record
 from serve.metrics import Metrics
-from serve.service import Service
+from serve.service import Service, load
 
 
 @serve.ingress()
 class Replica:
-    """One process with one model. Ray calls the constructor, then asks for the ASGI app, then for its health."""
+    """One process that HTTP enters. Ray calls the constructor, then asks for the ASGI app, then for its health.
 
-    def __init__(self, bundle: str, channel: str | None, config: dict[str, Any], root: dict[str, str]) -> None:
-        _narrow_replica_port()
+    Args:
+        model: the handle of the deployment that computes; none: this one does.
+    """
+
+    def __init__(
+        self, bundle: str, channel: str | None, config: dict[str, Any], root: dict[str, str], model: Any = None
+    ) -> None:
+        narrow.replica_port()
         logs.to_stderr()
         storage.use(root)  # of the command that started the service, not of the Ray that holds it
         self.config = ServeConfig.model_validate(config)
         self.channel = channel
         # A channel may have moved on since the application was deployed.
         place = channels.read(channel).bundle if channel is not None else bundle
-        self.predictor = Predictor.load(place, threads=self.config.threads, cache_mb=self.config.cache_mb)
+        self.predictor = load(Path(place), self.config)
+        self.model = model
         self.service: Service | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -48,6 +55,7 @@ class Replica:
             policy=policies.read(file) if file else None,
             policy_file=file,
             metrics=Metrics(Path(tempfile.gettempdir()) / f"mmagent-metrics-{os.getuid()}-{self.config.port}"),
+            model=self.model,
         )
         return build(self.service)
 
@@ -62,9 +70,12 @@ class Replica:
 
 def application(bundle: str, channel: str | None, config: ServeConfig) -> Application:
     """The Serve application of a bundle folder."""
+    placed = _place(config)
+    model = [apart.deployment(bundle, channel, config, placed)] if config.apart else []
+    gpus = 0 if config.apart else config.gpus
     deployment: Any = serve.deployment(
         name="agent",
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus} | _place(config),
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": gpus} | placed,
         # Our own queue answers 503 in OpenAI's shape first; Ray's limit is a second wall.
         max_ongoing_requests=2 * config.max_waiting,
         autoscaling_config=AutoscalingConfig(
@@ -78,7 +89,7 @@ def application(bundle: str, channel: str | None, config: ServeConfig) -> Applic
         ),
         graceful_shutdown_timeout_s=20,
     )(Replica)
-    return deployment.bind(bundle, channel, config.model_dump(), storage.variables())
+    return deployment.bind(bundle, channel, config.model_dump(), storage.variables(), *model)
 
 
 def _place(config: ServeConfig) -> dict[str, Any]:
@@ -119,21 +130,3 @@ def build_app(args: dict[str, Any]) -> Application:
     if url is not None:
         record(channel, url)
     return application(str(folder), channel, config)
-
-
-def _narrow_replica_port() -> None:
-    """Ray 2.60 opens a replica's internal port on all addresses (``[::]:0``, ray/serve/_private/replica.py), and opens
-    it after the constructor. Others reach it by the address of its node, so that one is enough.
-    tests/test_serve_start.py fails when Ray does this differently."""
-    from ray.serve._private import replica
-
-    module: Any = replica
-    add_port = module.add_port_to_grpc_server
-
-    def add_port_of_node(server: Any, address: str) -> Any:
-        if address == "[::]:0":
-            node = ray.util.get_node_ip_address()
-            address = f"[{node}]:0" if ":" in node else f"{node}:0"
-        return add_port(server, address)
-
-    module.add_port_to_grpc_server = add_port_of_node

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +31,7 @@ from serve.answers import Answers
 from serve.bundles import Bundles
 from serve.config import ServeConfig
 from serve.conversations import Conversations
+from serve.engine import Engine, Here
 from serve.errors import ApiError
 from serve.feedback import FeedbackLog, replica_name
 from serve.handover import Handovers
@@ -62,6 +64,7 @@ class Service:
         policy: what the agent is told; none: the model's answers are given as they are.
         policy_file: where it was read, for files that it names.
         metrics: none: this process counts for itself.
+        model: the deployment that computes (`serve.apart`); none: this process does.
     """
 
     def __init__(
@@ -74,8 +77,9 @@ class Service:
         policy_file: Path | None = None,
         metrics: Metrics | None = None,
         store: Store | None = None,
+        model: Any = None,
     ) -> None:
-        self.config, self.channel = config, channel
+        self.config, self.channel, self._model = config, channel, model
         self.policy, self.has_policy = policy or Policy(unsure=("answer",)), policy is not None
         self.metrics = metrics or Metrics()
         self.waiting = 0
@@ -196,12 +200,22 @@ class Service:
 
     def _loaded(self, predictor: Predictor) -> Loaded:
         seal = seal_of(predictor.path) if predictor.path is not None else ""
-        return Loaded(
-            predictor, self.config, seal=seal, on_the_way=lambda: self.waiting, on_batch=self.metrics.batch.observe
-        )
+        config, observe = self.config, self.metrics.batch.observe
+        engine: Engine
+        if self._model is not None:
+            from serve.apart import Far, Place  # Ray is imported where it is there alone
+
+            place = Place(str(predictor.path), seal)
+            engine = Far(self._model, place, batch_size=config.batch_size, on_batch=observe)
+        else:
+            engine = Here(
+                predictor, batch_size=config.batch_size, batch_wait_s=config.batch_wait_ms / 1000,
+                on_the_way=lambda: self.waiting, on_batch=observe,
+            )  # fmt: skip
+        return Loaded(predictor, engine, seal=seal)
 
     def _load(self, folder: Path) -> Loaded:
-        return self._loaded(Predictor.load(folder, threads=self.config.threads, cache_mb=self.config.cache_mb))
+        return self._loaded(load(folder, self.config))
 
     # -- what a request may name -----------------------------------------------------------------------------------
 
@@ -279,7 +293,7 @@ class Service:
         pool = self._fetchers if self.config.allow_media_hosts else self._decoders
         return await asyncio.get_running_loop().run_in_executor(pool, build)
 
-    async def decoded(self, decode: Callable[[], Sample]) -> Sample:
+    async def decoded(self, decode: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
 
     async def stored(self, function: Callable[..., _T], *arguments: Any) -> _T:
@@ -291,24 +305,25 @@ class Service:
         ApiError: no evidence can be found for this model or task.
         """
 
-        def find() -> dict[str, Any]:
-            method = None if self.config.explain == "auto" else self.config.explain
-            found = explain.explain(loaded.predictor, sample, answer, method)
+        method = None if self.config.explain == "auto" else self.config.explain
+        try:
+            found = await loaded.aside(explain.explain, replace(sample, hear=None), answer, method)
+        except ExplainError as error:
+            raise ApiError(422, f"explain: {error}", code="not_supported", param="explain") from error
+
+        def drawn() -> dict[str, Any]:
             limits = loaded.predictor.limits
             seconds = [_seconds(audio.read(), limits) for audio in draft.audios]
             pictures = [image.read() for image in draft.images]
             return found.to_dict(seconds[: len(found.audios)], pictures[: len(found.images)], limits)
 
-        try:
-            return await loaded.aside(find)
-        except ExplainError as error:
-            raise ApiError(422, f"explain: {error}", code="not_supported", param="explain") from error
+        return await self.decoded(drawn)
 
     async def retrieve(self, question: str, count: int) -> tuple[Sequence[Passage], float]:
         """What the knowledge says of a question, the best first, and how long that took in ms."""
         started = time.perf_counter()
         assert self.knowledge is not None
-        found: Sequence[Passage] = await self.bundles.current.aside(self.knowledge.search, question, count)
+        found: Sequence[Passage] = await self.stored(self.knowledge.search, question, count)
         return found, round(1000 * (time.perf_counter() - started), 1)
 
     # -- afterwards ------------------------------------------------------------------------------------------------
@@ -451,3 +466,11 @@ def _seconds(data: bytes, limits: Any) -> float:
     from mmagent.media import check_audio
 
     return float(check_audio(data, limits).duration_s)
+
+
+def load(folder: Path, config: ServeConfig) -> Predictor:
+    """The bundle as one process of the service has it: where another one computes, for what stands beside the weights
+    alone, which then are neither read nor kept."""
+    if config.apart:
+        return Predictor.load(folder, device="cpu", threads=config.threads)
+    return Predictor.load(folder, threads=config.threads, cache_mb=config.cache_mb)

@@ -260,7 +260,10 @@ def test_a_trial_that_fails_is_recorded_and_ends_nothing(
 def test_trials_are_stopped_by_their_seconds(
     nothing_left: None, storage: Path, arguments: Callable[..., list[str]], scheduler: str
 ) -> None:
-    given = arguments("t", unit="seconds", most=20, grace=0.02, scheduler=scheduler, reduction=2, trials=8, seeds=1)
+    given = arguments(
+        "t", "train.epochs=50", unit="seconds", most=4, grace=0.25, scheduler=scheduler, reduction=2, trials=8, seeds=1,
+        set={"train.max_steps": 400},
+    )  # fmt: skip
     assert search.main(given) == 0
     done = json.loads((storage / "search" / "t" / "trials.json").read_text())
     assert {trial["state"] for trial in done} == {"done", "stopped"}
@@ -285,11 +288,11 @@ def test_the_demo_searches_serves_its_winner_and_asks_it(tmp_path: Path) -> None
     """`make demo-search`, a short one, on a Ray of its own."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"MMAGENT_STORAGE": str(tmp_path / "storage"), "SCALE": "small"}
-    command = [sys.executable, "-m", "jobs.demo"]
+    command = [sys.executable, "-m", "jobs.demo", "search"]
     try:
-        done = subprocess.run([*command, "search"], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     finally:
-        subprocess.run([*command, "stop"], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "jobs.local", "down"], env=environment, check=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folder = tmp_path / "storage" / "search" / "demo_search_small"
     winner = json.loads((folder / "winner.json").read_text())
