@@ -104,7 +104,7 @@ class Anchor:
             for name, task in self._tasks.items():
                 each = task.distance(out[name], taught[name], batch, self._start.temperature)
                 if each is not None:
-                    weight = batch["weight"] * batch[REPLAYED] * self._start.distil
+                    weight = batch["weight"] * batch[REPLAYED] * task.trust(taught[name], batch) * self._start.distil
                     found = found + (each * weight).sum() / self._size
         return found
 

@@ -121,7 +121,7 @@ class Model:
         def load() -> Predictor:
             if (seal := seal_of(bundle_folders.find(folder))) != place.seal:
                 raise BundleError(f"the bundle {folder} is another one ({seal}) than was asked for ({place.seal})")
-            return Predictor.load(folder, threads=config.threads, cache_mb=config.cache_mb)
+            return Predictor.load(folder, threads=config.threads, cache_mb=config.cache_mb, precision=config.precision)
 
         predictor = await asyncio.get_running_loop().run_in_executor(None, load)
         engine = Here(

@@ -40,12 +40,15 @@ class Verdict:
 
 
 async def judge(
-    golden: Sequence[Mapping[str, Any]], ask: Callable[[PredictRequest], Awaitable[Mapping[str, Any]]]
+    golden: Sequence[Mapping[str, Any]],
+    ask: Callable[[PredictRequest], Awaitable[Mapping[str, Any]]],
+    tolerance: float = golden_answers.TOLERANCE["fp32"],
 ) -> Verdict:
     """
     Args:
         golden: of a bundle.
         ask: gives the extension of the answer to a request.
+        tolerance: by how much a probability may differ.
     """
     differences, worst = [], 0.0
     for number, row in enumerate(golden):
@@ -55,7 +58,7 @@ async def judge(
         except Exception as error:  # noqa: BLE001  whatever it raises, the example has no answer
             differences.append(f"example {number}: no answer: {str(error)[:200]}")
             continue
-        found, off = golden_answers.difference(row["answer"], answer)
+        found, off = golden_answers.difference(row["answer"], answer, tolerance)
         worst = max(worst, off)
         if found:
             differences.append(f"example {number} ({record.modalities}): {found}")

@@ -24,6 +24,7 @@ from mmagent.agent.tools import Tool
 from mmagent.agent.turn import Passage
 from mmagent.batch import Sample
 from mmagent.evidence import ExplainError
+from mmagent.golden import TOLERANCE
 from mmagent.predictor import Answer, Predictor
 from mmagent.record import Record
 from serve import logs, parity
@@ -427,7 +428,8 @@ class Service:
         staged = await self.bundles.stage(place)
         try:
             golden = await self.stored(lambda: bundle_folders.load(place).golden())
-            verdict = await parity.judge(golden, lambda request: self._extension(request, staged))
+            tolerance = TOLERANCE[self.config.precision]
+            verdict = await parity.judge(golden, lambda request: self._extension(request, staged), tolerance)
         except BaseException:
             await self.bundles.drop(staged)
             raise
@@ -473,4 +475,6 @@ def load(folder: Path, config: ServeConfig) -> Predictor:
     alone, which then are neither read nor kept."""
     if config.apart:
         return Predictor.load(folder, device="cpu", threads=config.threads)
-    return Predictor.load(folder, threads=config.threads, cache_mb=config.cache_mb)
+    return Predictor.load(
+        folder, threads=config.threads, cache_mb=config.cache_mb, precision=config.precision
+    )  # fmt: skip

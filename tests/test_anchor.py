@@ -260,3 +260,12 @@ def test_what_cannot_be_had_is_told(
     config = resolve({"data": {"name": "tiny"}, "model": {"backbone": "x"}}, overrides)
     with pytest.raises(ConfigError, match=words):
         anchor.check(config)
+
+
+def test_a_teacher_is_believed_as_far_as_it_knows_a_rows_own_label() -> None:
+    task = make_all({"classify": TaskInfo("classify", ("a", "b", "c"))})["classify"]
+    taught = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1]]).log()  # it did not know of c
+    batch = {"classify/label": torch.tensor([0, 1, 2, IGNORED]), "weight": torch.ones(4)}
+    assert task.trust(taught, batch).tolist() == pytest.approx([0.9, 0.1, 0.0, 1.0], abs=1e-6)
+    tags = make_all({"tag": TaskInfo("tag", ("a",))})["tag"]
+    assert tags.trust(torch.zeros(4, 5, 3), batch).tolist() == [1.0] * 4

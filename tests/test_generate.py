@@ -107,6 +107,8 @@ def test_it_learns_to_write(
     )  # fmt: skip
     after = Predictor.load(tmp_path / "b", device="cpu").predict(records)
     assert [each.to_dict(timings=False) for each in after] == [each.to_dict(timings=False) for each in said]
+    half = Predictor.load(tmp_path / "b", device="cpu", precision="bf16").predict(records)
+    assert [each.text for each in half] == list(ANSWERS)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])

@@ -16,8 +16,8 @@ WAS: dict[str, Any] = {"label": "red", "probabilities": {"red": 0.8, "blue": 0.2
     [
         (WAS, WAS, ""),
         (WAS, {**WAS, "label": "blue"}, "label is 'blue', was 'red'"),
-        (WAS, {**WAS, "confidence": 0.8 + 0.9 * TOLERANCE}, ""),
-        (WAS, {**WAS, "confidence": 0.8 + 2 * TOLERANCE}, "a probability is off by 0.0002"),
+        (WAS, {**WAS, "confidence": 0.8 + 0.9 * TOLERANCE["fp32"]}, ""),
+        (WAS, {**WAS, "confidence": 0.8 + 2 * TOLERANCE["fp32"]}, "a probability is off by 0.0002"),
         (WAS, {**WAS, "probabilities": {"red": 0.8}}, "a probability is off by 0.2"),
         (
             {"labels": ["a"], "confidence": 1},
@@ -45,3 +45,10 @@ def test_what_differs_is_told(was: dict[str, Any], now: dict[str, Any], words: s
 
 def test_how_far_a_probability_is_off_is_told_too() -> None:
     assert difference(WAS, {**WAS, "confidence": 0.80005})[1] == pytest.approx(5e-5)
+
+
+def test_of_bfloat16_three_digits_are_asked_for_and_every_label() -> None:
+    near = {**WAS, "confidence": 0.79}
+    assert difference(WAS, near)[0]
+    assert difference(WAS, near, TOLERANCE["bf16"])[0] == ""
+    assert difference(WAS, {**near, "label": "blue"}, TOLERANCE["bf16"])[0] == "label is 'blue', was 'red'"

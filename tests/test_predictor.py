@@ -60,6 +60,24 @@ def test_batches_change_no_answer(predictor: Predictor, make_records: Callable[.
     assert predictor.predict([]) == []
 
 
+def test_in_bfloat16_it_says_the_same_less_finely(
+    predictor: Predictor, tiny_bundle: Path, make_records: Callable[..., list[Record]]
+) -> None:
+    half, records = Predictor.load(tiny_bundle, device="cpu", precision="bf16"), make_records(10)
+    off = 0.0
+    for one, other in zip(predictor.predict(records), half.predict(records), strict=True):
+        assert other.probabilities == pytest.approx(one.probabilities, abs=0.03)
+        off = max(off, *(abs(other.probabilities[label] - chance) for label, chance in one.probabilities.items()))
+    assert off > 1e-6, "it computed in fp32"
+    samples = [half.prepare(record) for record in records]
+    for of in ("embed", "features"):
+        found, known = getattr(half, of)(samples), getattr(predictor, of)(samples)
+        assert found.dtype == np.float32
+        assert np.abs(found - known).max() < 0.05 * np.abs(known).max()
+    for states in half.states(samples):
+        assert all(each.dtype == np.float32 for each in states.values())
+
+
 @pytest.mark.parametrize(
     ("row", "kind", "field", "words"),
     [

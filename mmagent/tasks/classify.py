@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,6 +40,13 @@ class Classify(Task):
 
     def distance(self, output: Tensor, taught: Tensor, batch: Mapping[str, Tensor], temperature: float) -> Tensor:
         return divergence(output, taught, temperature)
+
+    def trust(self, taught: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        label = batch[self.key("label")]
+        chances = taught.float().softmax(1)
+        known = (label >= 0) & (label < taught.shape[1])
+        right = chances.gather(1, torch.where(known, label, 0)[:, None])[:, 0]
+        return torch.where(label < 0, 1.0, torch.where(known, right, 0.0))
 
     def hits(self, output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         label = batch[self.key("label")]

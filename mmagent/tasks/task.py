@@ -142,6 +142,12 @@ class Task(ABC):
         one's. None: that cannot be told of this task."""
         return None
 
+    def trust(self, taught: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """(rows,): how far an earlier model is to be believed about the rows that it teaches, from 0 to 1. Of tasks
+        whose answer is one label: the probability that it gave to the row's own; of a row without one, and of other
+        tasks, 1."""
+        return batch["weight"].new_ones(len(taught))
+
     def outputs(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """What of an output `raw` reads."""
         return output

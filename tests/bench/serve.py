@@ -9,6 +9,9 @@ tokens, is made here. SCALE=small for a short one.
   textbook, all calling the same `Predictor` on one thread; *bare* is `Predictor.predict` on the same rows in batches of
   16. Two rounds, in turn; medians. Nothing is kept on any side: no decoded media, no towers' tokens, no texts' states.
 - latency: one client, over one bare forward pass; and the tail at half of the load that is the most.
+- bf16: the same load with the forward pass in bfloat16.
+- apart: the same load with the model in a deployment of its own, to one hop; both on the same cores, so that what is
+  measured is the price of the hop, not what more machines would bring.
 - swap: a bundle is deployed and taken back under load. scale: a load takes replicas from one to two, its end to one.
 - recover: a replica, the proxy and Serve's controller are killed under load.
 - voice: from the end of a spoken question to the first text.
@@ -154,7 +157,7 @@ def _plain() -> Path:
 def _speed(folder: Path, rows: list[dict[str, Any]], suffix: str, parts: Sequence[str]) -> list[Row]:
     predictor = Predictor.load(folder, threads=1, cache_mb=0)
     predictor.predict(rows[:BATCH], batch_size=BATCH)
-    bare, ours, one, half = [], [], [], []
+    bare, ours, one, half, apart, apart_one, rough = [], [], [], [], [], [], []
     others: dict[str, list[float]] = {"fastapi": [], "litserve": [], "textbook": []}
     shares = []
     for _ in range(ROUNDS):
@@ -167,7 +170,14 @@ def _speed(folder: Path, rows: list[dict[str, Any]], suffix: str, parts: Sequenc
             if "latency" in parts:
                 one.append(load.run(address, rows, 1, SECONDS / 2))
                 half.append(load.run(address, rows, 256, SECONDS, rate=found.per_s / 2))
+        with served(folder, "--apart") as address:
+            load.run(address, rows, CLIENTS, 1.0)
+            apart.append(load.run(address, rows, CLIENTS, SECONDS).per_s)
+            apart_one.append(load.run(address, rows, 1, SECONDS / 2).at(50))
         if "throughput" in parts:
+            with served(folder, "--precision", "bf16") as address:
+                load.run(address, rows, CLIENTS, 1.0)
+                rough.append(load.run(address, rows, CLIENTS, SECONDS).per_s)
             for name in ("fastapi", "litserve"):
                 with _rival(name, folder, rows) as address:
                     others[name].append(load.run(address, rows, CLIENTS, SECONDS).per_s)
@@ -188,6 +198,10 @@ def _speed(folder: Path, rows: list[dict[str, Any]], suffix: str, parts: Sequenc
                 f"{what}, to LitServe: {statistics.median(others['litserve']):.0f}"),
             Row(f"serve.vs_textbook{suffix}", best / statistics.median(others["textbook"]), "ratio",
                 f"{what}, to Ray Serve's textbook: {statistics.median(others['textbook']):.0f}"),
+            Row(f"serve.bf16_vs_fp32{suffix}", statistics.median(rough) / best, "ratio",
+                f"{what} with --precision bf16, to fp32: {statistics.median(rough):.0f}"),
+            Row(f"serve.apart_vs_one_hop{suffix}", statistics.median(apart) / best, "ratio",
+                f"{what}, the model in a deployment of its own: {statistics.median(apart):.0f}"),
         ]  # fmt: skip
     if "latency" in parts:
         alone_ms = _bare_ms(predictor, rows)
@@ -196,6 +210,8 @@ def _speed(folder: Path, rows: list[dict[str, Any]], suffix: str, parts: Sequenc
         out += [
             Row(f"serve.p50_over_bare_ms{suffix}", p50 - alone_ms, "ms",
                 f"median of one client, {p50:.1f}, less one bare pass, {alone_ms:.1f}", "<= 4"),
+            Row(f"serve.apart_p50_ms{suffix}", statistics.median(apart_one) - p50, "ms",
+                f"median of one client with the model apart, {statistics.median(apart_one):.1f}, less one hop's"),
             Row(f"serve.p99_over_p50{suffix}", tails, "ratio",
                 f"at half of the most load; p50 {statistics.median(each.at(50) for each in half):.1f} ms", "<= 3"),
         ]  # fmt: skip
