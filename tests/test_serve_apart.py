@@ -116,7 +116,7 @@ def test_a_text_is_told_while_it_is_written(
 def test_the_service_answers_explains_follows_its_channel_and_outlives_its_model(
     ray_cluster: cluster.Cluster, tiny_bundle: Path, make_bundle: Callable[..., Path], storage: Path, make_png: Any
 ) -> None:
-    other = make_bundle(storage / "runs" / "other" / "bundle", {"classify": TaskInfo("classify", COLOURS)}, "classify")
+    other = make_bundle(storage / "other", {"classify": TaskInfo("classify", COLOURS)}, "classify")
     point("apart", tiny_bundle)
     [port] = free_ports(1)
     url = f"http://127.0.0.1:{port}"
@@ -133,7 +133,7 @@ def test_the_service_answers_explains_follows_its_channel_and_outlives_its_model
         for n, said in enumerate(map(ask, range(12))):
             assert said["probabilities"] == pytest.approx(known[n].probabilities, abs=1e-4)
         explained = post(f"{url}/v1/predict", {"text": QUESTION, "explain": True})
-        assert explained["mmagent"]["evidence"]["words"]
+        assert explained["mmagent"]["evidence"]["tokens"]
         vector = post(f"{url}/v1/embeddings", {"input": QUESTION})["data"][0]["embedding"]
         assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-4)
         models = [process for process in psutil.process_iter(["cmdline"]) if "Replica:apart:model" in name(process)]
@@ -143,8 +143,8 @@ def test_the_service_answers_explains_follows_its_channel_and_outlives_its_model
             models[0].kill()
             answers += [pool.submit(ask, n) for n in range(40)]
             assert {each.result()["bundle"] for each in answers} == {"tiny"}, "a question was lost with the model"
-        assert promote.main(["--bundle", "other", "--channel", "apart", "--url", url]) == 0
-        assert ask(0)["bundle"] == other.parent.name
+        assert promote.main(["--bundle", str(other), "--channel", "apart", "--url", url]) == 0
+        assert ask(0)["bundle"] == "other"
     finally:
         assert start("--stop", "--name", "apart").returncode == 0
 
