@@ -27,6 +27,7 @@ from mmagent.batch import Inputs, PartError, Sample
 from mmagent.calibration import Calibration
 from mmagent.config import Config
 from mmagent.encoded import EncodedMedia
+from mmagent.flow import Flow, Text, flows
 from mmagent.frozen import FrozenStates
 from mmagent.media import Limits
 from mmagent.record import Record
@@ -37,7 +38,7 @@ from mmagent.tasks import Task, make_all
 from mmagent.tasks.generate import Written
 from mmagent.tasks.task import Placed
 from mmagent.text import TextEncoder
-from mmagent.writer import Hear, Writing
+from mmagent.writer import Hear, Line, Writer, Writing
 
 __all__ = ["Answer", "PartError", "Predictor", "Sample"]
 
@@ -87,6 +88,15 @@ class Answer:
             **({"cut_tokens": self.cut} if self.cut else {}),
             **({"timings_ms": dict(self.timings_ms)} if timings else {}),
         }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Underway:
+    """A sample whose text is being written."""
+
+    sample: Sample
+    text: Text
+    states: Mapping[str, np.ndarray]
 
 
 class Predictor:
@@ -280,6 +290,60 @@ class Predictor:
                 found[index] = self.tasks[sample.task].raw(array[rows == place], sample.views)
         return [found[index] for index in range(len(samples))]
 
+    # -- texts that are written together, though they begin and end at different times --------------------------------
+
+    @property
+    def stops(self) -> Sequence[int]:
+        """The tokens that end a text."""
+        assert self.model.backbone is not None
+        return text.stop_ids(self.inputs.tokenizer, self.model.backbone.model)
+
+    def flow(self) -> Flow | None:
+        """A new flow of texts; none where this model's are written batch by batch (see `mmagent.flow.flows`)."""
+        writer = self.model.backbone
+        if not isinstance(self.model, SoftModel) or not isinstance(writer, Writer) or not flows(writer):
+            return None
+        return Flow(writer, self.stops)
+
+    def begin(self, flow: Flow, samples: Sequence[Sample]) -> list[Underway]:
+        """Reads samples whose tasks write; their texts are under way then."""
+        assert isinstance(self.model, SoftModel)
+        texts = []
+        for sample in samples:
+            hear = _Telling(self.inputs.tokenizer, self.stops, [sample]).hear
+            tell = (lambda token, hear=hear: hear([token])) if hear is not None else None
+            texts.append(Text(sample.writing or Writing(self.config.data.max_answer_tokens), tell))
+        with self._computing():
+            batch = self._encoded(samples)
+            states = self._states_of(batch, len(samples)) if self.tells_states else [{}] * len(samples)
+            flow.admit(self.model.embeds(batch), batch["mask"], texts)
+        return [Underway(*each) for each in zip(samples, texts, states, strict=True)]
+
+    def proceed(self, flow: Flow) -> list[Text]:
+        """One token of each text that is under way; those that are done."""
+        with self._computing():
+            return flow.step()
+
+    def finished(self, done: Underway) -> Answer:
+        """The answer of a text that is done."""
+        raw = self._told(done.text.line(self.stops), None)
+        timings = {"forward": round(1000 * (time.perf_counter() - done.text.since_s), 3)}
+        return self._answer(raw, done.sample, timings, done.states)
+
+    def _told(self, line: Line, known: Written | None) -> Written:
+        """
+        Args:
+            known: with how likely the right answer was, where it was given.
+        """
+        tokenizer = self.inputs.tokenizer
+        return Written(
+            text=tokenizer.decode(line.ids, skip_special_tokens=True).strip(),
+            chance=float(sum(line.chances)),
+            likelihood=known.likelihood if known is not None else None,
+            tokens=tuple(zip((tokenizer.decode([id]) for id in line.ids), line.chances, strict=False)),
+            stopped=line.stopped,
+        )
+
     def _written(self, samples: Sequence[Sample]) -> list[Written]:
         """What is written for each sample; with how likely the right answer was, for those that know it. Those that
         are written in one way share a pass."""
@@ -295,7 +359,7 @@ class Predictor:
     def _written_alike(self, samples: Sequence[Sample], how: Writing) -> list[Written]:
         assert isinstance(self.model, SoftModel)
         batch, tokenizer = self._encoded(samples), self.inputs.tokenizer
-        stops = text.stop_ids(tokenizer, self.model.backbone.model)
+        stops = self.stops
         telling = _Telling(tokenizer, stops, samples)
         said = self.model.write(batch, stops=stops, pad=tokenizer.pad_token_id, how=how, hear=telling.hear)
         known: dict[int, Written] = {}
@@ -306,16 +370,7 @@ class Predictor:
                     given = {key: value[index : index + 1] for key, value in batch.items() if "/" in key}
                     row = self.tasks[sample.task].outputs(out[sample.task][index : index + 1], given)
                     known[index] = self.tasks[sample.task].raw(row.float().cpu().numpy(), sample.views)
-        return [
-            Written(
-                text=tokenizer.decode(line.ids, skip_special_tokens=True).strip(),
-                chance=float(sum(line.chances)),
-                likelihood=known[index].likelihood if index in known else None,
-                tokens=tuple(zip((tokenizer.decode([id]) for id in line.ids), line.chances, strict=False)),
-                stopped=line.stopped,
-            )
-            for index, line in enumerate(said)
-        ]
+        return [self._told(line, known.get(index)) for index, line in enumerate(said)]
 
     def features(self, samples: Sequence[Sample]) -> np.ndarray:
         """Mean text states, image tokens and audio tokens of each sample, side by side: (samples, channels). What a

@@ -79,7 +79,7 @@ class SoftModel(nn.Module):
     def write(self, batch: Batch, *, stops: Sequence[int], pad: int, how: Writing, hear: Hear = None) -> list[Line]:
         """What the language model writes after each row: see `Writer.write`."""
         assert isinstance(self.backbone, Writer)
-        return self.backbone.write(self._embed(batch), batch["mask"], stops=stops, pad=pad, how=how, hear=hear)
+        return self.backbone.write(self.embeds(batch), batch["mask"], stops=stops, pad=pad, how=how, hear=hear)
 
     def features(self, batch: Batch) -> list[Tensor]:
         """The mean state of each row, (rows, width): what a linear probe sees."""
@@ -89,13 +89,13 @@ class SoftModel(nn.Module):
 
     def _read(self, batch: Batch) -> Tensor:
         """(rows, tokens, width): the language model's states."""
-        return self.backbone.read(self._embed(batch), batch["mask"])
+        return self.backbone.read(self.embeds(batch), batch["mask"])
 
     def _score(self, batch: Batch, replies: Tensor) -> Scored:
         assert isinstance(self.backbone, Writer)
-        return self.backbone.score(self._embed(batch), batch["mask"], replies, states=bool(self.heads))
+        return self.backbone.score(self.embeds(batch), batch["mask"], replies, states=bool(self.heads))
 
-    def _embed(self, batch: Batch) -> Tensor:
+    def embeds(self, batch: Batch) -> Tensor:
         """(rows, tokens, width): words, and the towers' tokens at their places. Towers run on a stand-in where a batch
         has nothing for them, so that all ranks of a distributed run take part in every collective."""
         ids = batch["ids"]

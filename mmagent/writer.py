@@ -7,6 +7,7 @@ own last token, and its places are counted from the row's first: the rows of a b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,17 @@ class Line(NamedTuple):
     stopped: bool  # it came to an end by itself
 
 
+class _Asked:
+    """Of a packed pass: the places whose logits are wanted, and the states of all places, once they are there."""
+
+    def __init__(self, places: Tensor) -> None:
+        self.places = places
+        self.states: Tensor | None = None
+
+
+_ASKED: ContextVar[_Asked | None] = ContextVar("asked", default=None)  # of this thread's pass, and no other's
+
+
 class Writer(TextEncoder):
     """
     Args:
@@ -54,10 +66,8 @@ class Writer(TextEncoder):
 
     def __init__(self, model: nn.Module) -> None:
         self._decoder = not model.config.is_encoder_decoder  # type: ignore[union-attr]
-        self._accepts = pretrained.takes(model)
+        self.accepts = pretrained.takes(model)
         super().__init__(model)
-        self._asked: Tensor | None = None  # the packed places whose logits are wanted
-        self._seen: Tensor | None = None  # the states of all packed places
         if self._decoder:
             self.reads.register_forward_hook(self._gather)
 
@@ -65,6 +75,11 @@ class Writer(TextEncoder):
         if self._decoder:
             return super().blocks()
         return [*blocks(self.model.get_encoder()), *blocks(self.model.get_decoder())]  # type: ignore[operator]
+
+    @property
+    def continues(self) -> bool:
+        """Whether it writes behind what it reads; else a decoder of its own writes of what an encoder read."""
+        return self._decoder
 
     @property
     def reads(self) -> Any:
@@ -91,10 +106,10 @@ class Writer(TextEncoder):
             return self._continue_packed(whole, said, packed, states)
         aligned, keep, order = aligned_at_the_end(whole, torch.cat([mask.bool(), said], dim=1))
         kept = reply.shape[1] + 1
-        options: dict[str, Any] = {"logits_to_keep": kept} if "logits_to_keep" in self._accepts else {}
+        options: dict[str, Any] = {"logits_to_keep": kept} if "logits_to_keep" in self.accepts else {}
         out = self.model(
             inputs_embeds=aligned, attention_mask=keep.long(), output_hidden_states=states,
-            **self._places(keep), **options, **self._options,
+            **self.places(keep), **options, **self._options,
         )  # fmt: skip
         logits = out.logits[:, -kept:-1]
         if not states:
@@ -112,10 +127,13 @@ class Writer(TextEncoder):
         """
         tokens = whole.shape[1] - said.shape[1]
         replied = nn.functional.pad(said, (tokens, 0))[packed.keep]  # (kept,)
-        self._asked = packed.slot[replied] - 1  # the place before each
-        told = self.given(packed)
-        out = self.model(inputs_embeds=packed.put(whole[packed.keep]), **told, **self._options)
-        self._asked, seen, self._seen = None, self._seen, None
+        asked = _Asked(packed.slot[replied] - 1)  # the place before each
+        told, before = self.given(packed), _ASKED.set(asked)
+        try:
+            out = self.model(inputs_embeds=packed.put(whole[packed.keep]), **told, **self._options)
+        finally:
+            _ASKED.reset(before)
+        seen = asked.states
         assert seen is not None
         found = out.logits[0]  # (replied, vocabulary)
         logits = found.new_zeros(*said.shape, found.shape[-1]).masked_scatter(said[..., None], found)
@@ -123,9 +141,9 @@ class Writer(TextEncoder):
 
     def _gather(self, module: nn.Module, given: Any, out: Any) -> Any:
         """Hands the output layer the states (1, places, width) of the places that are asked for."""
-        if self._asked is not None:
-            self._seen = out.last_hidden_state
-            out.last_hidden_state = out.last_hidden_state.flatten(0, 1)[self._asked][None]
+        if (asked := _ASKED.get()) is not None:
+            asked.states = out.last_hidden_state
+            out.last_hidden_state = out.last_hidden_state.flatten(0, 1)[asked.places][None]
         return out
 
     def _translate(self, embeds: Tensor, mask: Tensor, reply: Tensor) -> Scored:
@@ -164,9 +182,9 @@ class Writer(TextEncoder):
             }  # fmt: skip
         return written(self.model, given, stops=stops, pad=pad, how=how, hear=hear)
 
-    def _places(self, keep: Tensor) -> dict[str, Tensor]:
+    def places(self, keep: Tensor) -> dict[str, Tensor]:
         """Places counted from each row's first token; without them a model counts the padding too."""
-        if "position_ids" not in self._accepts:
+        if "position_ids" not in self.accepts:
             return {}
         return {"position_ids": (keep.long().cumsum(1) - 1).clamp(min=0)}
 

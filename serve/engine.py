@@ -13,6 +13,7 @@ from mmagent.predictor import Answer, Predictor, Sample
 from mmagent.record import Message, Record, Target
 from mmagent.targets import HEAD, TAIL, kind
 from serve.batcher import Batcher
+from serve.flowing import Flowing
 
 FAILURES = 3  # forward passes that fail in a row before a process calls itself ill
 Passed = tuple[Answer, float]  # an answer, and how many seconds it waited for its forward pass
@@ -66,12 +67,17 @@ class Here:
         self._batcher: Batcher[Sample, Answer] = Batcher(
             forward, size=batch_size, wait_s=batch_wait_s, on_the_way=on_the_way
         )
+        flow = predictor.flow()
+        self._flowing = Flowing(predictor, flow, batch_size) if flow is not None else None
 
     @property
     def failed_in_a_row(self) -> int:
-        return self._batcher.failed_in_a_row
+        flowing = self._flowing.failed_in_a_row if self._flowing is not None else 0
+        return max(self._batcher.failed_in_a_row, flowing)
 
     async def answer(self, sample: Sample) -> Passed:
+        if self._flowing is not None and self._predictor.tasks[sample.task].generates:
+            return await self._flowing.submit(sample)
         return await self._batcher.submit(sample)
 
     async def aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -86,6 +92,8 @@ class Here:
 
     async def close(self) -> None:
         await self._batcher.close()
+        if self._flowing is not None:
+            await self._flowing.close()
         self._work.shutdown(wait=False)
 
 
