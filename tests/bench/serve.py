@@ -14,6 +14,7 @@ tokens, is made here. SCALE=small for a short one.
   measured is the price of the hop, not what more machines would bring.
 - swap: a bundle is deployed and taken back under load. scale: a load takes replicas from one to two, its end to one.
 - recover: a replica, the proxy and Serve's controller are killed under load.
+- writing: short texts beside long ones, written together and batch by batch (`tests.bench.flowing`).
 - voice: from the end of a spoken question to the first text.
 
 Memory over time is `tests.bench.soak`.
@@ -49,10 +50,10 @@ from mmagent.predictor import Predictor
 from mmagent.record import Record
 from mmagent.shards import Dataset
 from serve.switches import free_ports
-from tests.bench import load, rays
+from tests.bench import flowing, load, rays
 
 SMALL = os.environ.get("SCALE") == "small"
-PARTS = ("throughput", "latency", "swap", "scale", "recover", "voice")
+PARTS = ("throughput", "latency", "swap", "scale", "recover", "voice", "writing")
 CLIENTS, BATCH = 64, 16
 SECONDS = 3.0 if SMALL else 10.0
 ROUNDS = 1 if SMALL else 2
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None, checkout: Path = cluster.CHECKOUT) -
         for part, measure in (("swap", _swap), ("scale", _scale), ("recover", _recover), ("voice", _voice)):
             if part in parts:
                 found += measure(folder, rows)
+    if "writing" in parts:
+        found += flowing.measure(2 * SECONDS)
     publish("serve", found, checkout, keep=bool(args.only))
     print(table(found))
     return 0
