@@ -40,7 +40,7 @@ def measure(seconds: float) -> list[Row]:
     """
     predictor = _predictor()
     sample = predictor.prepare(parse({"task": "generate", "text": "tell me of the red circle"}, default_id="0"))
-    found = {}
+    found: dict[str, list[tuple[Sequence[float], float]]] = {}
     for name in ("batch", "flow", "batch", "flow"):
         found.setdefault(name, []).append(asyncio.run(_load(name, predictor, sample, seconds / 2)))
     batch_s, flow_s = (statistics.median(s for short, _ in found[name] for s in short) for name in ("batch", "flow"))
@@ -110,9 +110,8 @@ async def _asked(engine: Engine, sample: Sample, seconds: float) -> tuple[Sequen
             if length == _SHORT:
                 short_s.append(time.perf_counter() - started)
 
-    await asyncio.gather(
-        *(client(length) for length, n in zip((_SHORT, _LONG), _CLIENTS, strict=True) for _ in range(n))
-    )
+    lengths = [length for length, count in zip((_SHORT, _LONG), _CLIENTS, strict=True) for _ in range(count)]
+    await asyncio.gather(*map(client, lengths))
     took_s = time.perf_counter() - began
     await engine.close()
     return short_s, tokens / took_s
