@@ -84,7 +84,7 @@ def _promote(args: argparse.Namespace) -> None:
             args.channel, found.path, share=1.0, act="promote", by="jobs.promote", golden=len(found.golden())
         )
         print(
-            f"channel {args.channel}: {found.name} ({found.path}); golden examples within {worst:.1g}. No service "
+            f"channel {args.channel}: {found.name} ({found.path}); {_golden(len(found.golden()), worst)}. No service "
             f"follows it: python -m serve.start --channel {args.channel}"
         )
         return
@@ -92,10 +92,14 @@ def _promote(args: argparse.Namespace) -> None:
     told = call(url, "POST", "/admin/bundles", body)
     what = f"a canary of {share:.0%} is {told['canary']}" if told.get("canary") else f"{told['bundle']} answers"
     replicas = told["replicas"]
+    golden = _golden(told["golden_asked"], told["worst_probability_difference"])
     print(
-        f"channel {args.channel}: {what}; {told['golden_asked']} golden examples within "
-        f"{told['worst_probability_difference']:.1g}; {replicas['follow']} of {replicas['alive']} replicas follow"
-    )
+        f"channel {args.channel}: {what}; {golden}; {replicas['follow']} of {replicas['alive']} replicas follow"
+    )  # fmt: skip
+
+
+def _golden(asked: int, worst: float) -> str:
+    return f"{asked} golden examples within {worst:.1g}" if asked else "it holds no golden examples to ask"
 
 
 def _check_place(channel: str, found: Bundle) -> None:

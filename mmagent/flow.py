@@ -122,7 +122,7 @@ class Flow:
     @torch.inference_mode()
     def step(self) -> list[Text]:
         """Writes a token of each text; those that came to their end, which have left."""
-        tokens = [self._next(text, row) for text, row in zip(self.texts, self._logits, strict=True)]
+        tokens = self._next()
         chances = self._logits.log_softmax(1).gather(1, torch.tensor(tokens, device=self._logits.device)[:, None])
         for text, token, chance in zip(self.texts, tokens, chances[:, 0].tolist(), strict=True):
             text.ids.append(token)
@@ -159,16 +159,19 @@ class Flow:
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[rows, :, begin:], layer.values[rows, :, begin:]
 
-    def _next(self, text: Text, logits: Tensor) -> int:
-        """The likeliest token, or one that is drawn from the likeliest that have `top_p` of the probability."""
-        if self._penalty != 1.0 and text.ids:  # arXiv:1909.05858, as Transformers has it: of what was written
-            said = torch.tensor(text.ids, device=logits.device).unique()
-            logits[said] = torch.where(logits[said] > 0, logits[said] / self._penalty, logits[said] * self._penalty)
-        if text.how.temperature <= 0:
-            return int(logits.argmax())
-        chances, order = (logits / text.how.temperature).softmax(0).sort(descending=True)
-        chances = torch.where(chances.cumsum(0) - chances < text.how.top_p, chances, 0.0)
-        return int(order[torch.multinomial(chances, 1, generator=text.generator)])
+    def _next(self) -> list[int]:
+        """Each text's likeliest token, or one that is drawn from the likeliest that have `top_p` of the probability."""
+        if self._penalty != 1.0:  # arXiv:1909.05858, as Transformers has it: of what was written
+            for text, logits in zip(self.texts, self._logits, strict=True):
+                said = torch.tensor(text.ids, dtype=torch.long, device=logits.device).unique()
+                logits[said] = torch.where(logits[said] > 0, logits[said] / self._penalty, logits[said] * self._penalty)
+        tokens: list[int] = self._logits.argmax(1).tolist()  # of all rows at once: a GPU is waited for once
+        for row, text in enumerate(self.texts):
+            if text.how.temperature > 0:
+                chances, order = (self._logits[row] / text.how.temperature).softmax(0).sort(descending=True)
+                chances = torch.where(chances.cumsum(0) - chances < text.how.top_p, chances, 0.0)
+                tokens[row] = int(order[torch.multinomial(chances, 1, generator=text.generator)])
+        return tokens
 
 
 def _filled(cached: Tensor, places: int) -> Tensor:

@@ -46,8 +46,8 @@ class ServeConfig(BaseModel):
     max_models: int = Field(1, gt=0, description="replicas of a model that is apart, under load")
     role: str = Field("", description="replicas run on Ray nodes with this label mmagent.io/role alone; none: on any")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the forward pass; bf16 is several times as fast where the processor or GPU has it (on "
-        "Intel's: AMX), and its probabilities differ in the third digit: the gate allows 0.03, and no other label"
+        "fp32", description="of the forward pass; bf16 is faster where the processor (Intel's: AMX) or GPU has it, and "
+        "its probabilities differ in the third digit: the gate allows 0.03, and no other label"
     )  # fmt: skip
     threads: int = Field(1, gt=0, description="CPU threads of a replica's forward pass")
     decode_threads: int = Field(1, gt=0, description="threads of a replica that decode media")
