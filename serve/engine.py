@@ -68,7 +68,7 @@ class Here:
             forward, size=batch_size, wait_s=batch_wait_s, on_the_way=on_the_way
         )
         flow = predictor.flow()
-        self._flowing = Flowing(predictor, flow, batch_size) if flow is not None else None
+        self._flowing = Flowing(predictor, flow, batch_size, on_batch) if flow is not None else None
 
     @property
     def failed_in_a_row(self) -> int:

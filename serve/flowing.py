@@ -7,7 +7,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mmagent.flow import Flow
@@ -29,10 +29,13 @@ class Flowing:
     Args:
         flow: of the predictor.
         size: texts that are under way together.
+        on_batch: is told how many are, when some have joined.
     """
 
-    def __init__(self, predictor: Predictor, flow: Flow, size: int) -> None:
-        self._predictor, self._flow, self._size = predictor, flow, size
+    def __init__(
+        self, predictor: Predictor, flow: Flow, size: int, on_batch: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self._predictor, self._flow, self._size, self._on_batch = predictor, flow, size, on_batch
         self._arrived: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._under: list[_Waiting] = []
         self._thread: threading.Thread | None = None
@@ -106,6 +109,7 @@ class Flowing:
         for each, under in zip(new, begun, strict=True):
             each.under, each.waited_s = under, now - each.since_s
             self._under.append(each)
+        self._on_batch(len(self._under))
 
     def _proceed(self) -> None:
         try:

@@ -474,7 +474,7 @@ def load(folder: Path, config: ServeConfig) -> Predictor:
     """The bundle as one process of the service has it: where another one computes, for what stands beside the weights
     alone, which then are neither read nor kept."""
     if config.apart:
-        return Predictor.load(folder, device="cpu", threads=config.threads)
+        return Predictor.load(folder, device="cpu", threads=config.threads, cache_mb=config.cache_mb)
     return Predictor.load(
         folder, threads=config.threads, cache_mb=config.cache_mb, precision=config.precision
     )  # fmt: skip
