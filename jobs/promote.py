@@ -93,9 +93,7 @@ def _promote(args: argparse.Namespace) -> None:
     what = f"a canary of {share:.0%} is {told['canary']}" if told.get("canary") else f"{told['bundle']} answers"
     replicas = told["replicas"]
     golden = _golden(told["golden_asked"], told["worst_probability_difference"])
-    print(
-        f"channel {args.channel}: {what}; {golden}; {replicas['follow']} of {replicas['alive']} replicas follow"
-    )  # fmt: skip
+    print(f"channel {args.channel}: {what}; {golden}; {replicas['follow']} of {replicas['alive']} replicas follow")
 
 
 def _golden(asked: int, worst: float) -> str:

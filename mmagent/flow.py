@@ -81,7 +81,6 @@ class Flow:
         self._writer, self._stops = writer, set(stops)
         asked: Any = getattr(writer.model, "generation_config", None)
         self._penalty = float(getattr(asked, "repetition_penalty", None) or 1.0)
-        self._accepts = writer.accepts
         self.texts: list[Text] = []
         self._cache: Any = None
         self._keep = torch.zeros(0, 0, dtype=torch.bool)  # (texts, places): which of the cache are the text's own
@@ -100,7 +99,7 @@ class Flow:
         if len(embeds) != len(texts):
             raise ValueError(f"there are {len(embeds)} rows to read for {len(texts)} texts")
         embeds, keep, _ = aligned_at_the_end(embeds, mask.bool())
-        more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
+        more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._writer.accepts else {}
         out = self._writer.model(
             inputs_embeds=embeds, attention_mask=keep.long(), use_cache=True, **self._writer.places(keep), **more
         )
@@ -136,7 +135,7 @@ class Flow:
             last = torch.tensor([[text.ids[-1]] for text in self.texts], device=device)
             places = self._keep.sum(1, keepdim=True)
             self._keep = torch.cat([self._keep, self._keep.new_ones(len(last), 1)], dim=1)
-            more = {"position_ids": places} if "position_ids" in self._accepts else {}
+            more = {"position_ids": places} if "position_ids" in self._writer.accepts else {}
             out = self._writer.model(
                 input_ids=last, attention_mask=self._keep.long(), past_key_values=self._cache, use_cache=True, **more
             )

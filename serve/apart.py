@@ -23,6 +23,7 @@ from mmagent import bundle as bundle_folders
 from mmagent import channels, storage
 from mmagent.bundle import BundleError
 from mmagent.predictor import Predictor, Sample
+from serve import engine as engines
 from serve import logs, narrow
 from serve.bundles import LOOK_EVERY_S, stamp_of
 from serve.config import ServeConfig
@@ -121,7 +122,7 @@ class Model:
         def load() -> Predictor:
             if (seal := seal_of(bundle_folders.find(folder))) != place.seal:
                 raise BundleError(f"the bundle {folder} is another one ({seal}) than was asked for ({place.seal})")
-            return Predictor.load(folder, threads=config.threads, cache_mb=config.cache_mb, precision=config.precision)
+            return engines.load(folder, config)
 
         predictor = await asyncio.get_running_loop().run_in_executor(None, load)
         engine = Here(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 from mmagent import familiar
@@ -13,6 +14,7 @@ from mmagent.predictor import Answer, Predictor, Sample
 from mmagent.record import Message, Record, Target
 from mmagent.targets import HEAD, TAIL, kind
 from serve.batcher import Batcher
+from serve.config import ServeConfig
 from serve.flowing import Flowing
 
 FAILURES = 3  # forward passes that fail in a row before a process calls itself ill
@@ -95,6 +97,11 @@ class Here:
         if self._flowing is not None:
             await self._flowing.close()
         self._work.shutdown(wait=False)
+
+
+def load(folder: Path, config: ServeConfig) -> Predictor:
+    """A bundle for a process that computes."""
+    return Predictor.load(folder, threads=config.threads, cache_mb=config.cache_mb, precision=config.precision)
 
 
 def first_question(task: str) -> Record:

@@ -27,6 +27,7 @@ from mmagent.evidence import ExplainError
 from mmagent.golden import TOLERANCE
 from mmagent.predictor import Answer, Predictor
 from mmagent.record import Record
+from serve import engine as engines
 from serve import logs, parity
 from serve.answers import Answers
 from serve.bundles import Bundles
@@ -475,6 +476,4 @@ def load(folder: Path, config: ServeConfig) -> Predictor:
     alone, which then are neither read nor kept."""
     if config.apart:
         return Predictor.load(folder, device="cpu", threads=config.threads, cache_mb=config.cache_mb)
-    return Predictor.load(
-        folder, threads=config.threads, cache_mb=config.cache_mb, precision=config.precision
-    )  # fmt: skip
+    return engines.load(folder, config)

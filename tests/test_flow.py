@@ -107,7 +107,8 @@ def test_a_checkpoints_own_penalty_is_kept(
     predictors: Callable[[str], Predictor], make_wav: Callable[..., bytes]
 ) -> None:
     predictor = predictors("decoder")
-    asked_for: Any = predictor.model.backbone.model.generation_config  # type: ignore[union-attr]
+    backbone: Any = predictor.model.backbone
+    asked_for = backbone.model.generation_config
     samples = asked(predictor, make_wav, Writing(12), Writing(12), Writing(12))
     plain = [answer.text for answer in flowing(predictor, samples, (0, 0, 0))]
     asked_for.repetition_penalty = 0.2  # which likes to say a thing again
