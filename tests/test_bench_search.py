@@ -30,6 +30,11 @@ def test_time_is_counted_from_the_first_start_to_the_last_report() -> None:
     assert search._wall_s(trials) == 38.0
 
 
+def test_memory_of_the_first_quarter_of_trials_is_told_apart() -> None:
+    trials = [trial(0.0, (ends, 10)) for ends in (10.0, 20.0, 30.0, 40.0)]
+    assert search._peaks([(5.0, 3), (10.0, 4), (11.0, 9), (35.0, 6)], trials) == (4, 9)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_short_measurement_of_all_sides(tmp_path: Path) -> None:
@@ -42,4 +47,5 @@ def test_a_short_measurement_of_all_sides(tmp_path: Path) -> None:
     rows = {row["id"]: row for row in json.loads((tmp_path / "runs/bench/search.json").read_text())["rows"]}
     assert rows["search.leaked"]["value"] == 0
     assert rows["search.startup_s"]["value"] < 20
+    assert 1 <= rows["search.memory_growth"]["value"] < 2
     assert {"search.vs_one_run", "search.points_behind_best", "search.vs_textbook"} <= set(rows)

@@ -14,7 +14,8 @@ over: learning rate, dropout and freezing. A trial's time is its steps, validati
 - textbook: the same samples, each for as many steps as ours gave it, under Tune over a TorchTrainer for each trial
   (`tests.bench.textbook`); `search.vs_textbook` is its wall time to ours, starts and all.
 
-`search.leaked` counts actors and placement groups that are left when ours has ended.
+`search.leaked` counts actors and placement groups that are left when ours has ended; `search.memory_growth` is the most
+memory that the search and its cluster had (each shared page once) to the most until a quarter of its trials had ended.
 """
 
 from __future__ import annotations
@@ -108,8 +109,13 @@ def _prepared() -> None:
 
 def _ours(trials: int) -> list[Row]:
     before = rays.living()
-    quick = _search("bench_search", trials)
+    file = storage.root() / "bench" / "bench_search_memory.json"  # beside what an earlier start has finished
+    with rays.memory() as memory:
+        quick = _search("bench_search", trials)
+    if memory and memory[0][0] < max(trial["reports"][-1]["time_s"] for trial in quick if trial["reports"]):
+        file.write_text(json.dumps(memory))
     left = rays.living() - before
+    early, most = _peaks(json.loads(file.read_text()) if file.exists() else [], quick)
     full = _search("bench_full", trials, scheduler="none", seeds=1)
     one_s, own_s = statistics.mean(trial["seconds"] for trial in full), full[0]["seconds"]
     spent_s = sum(trial["seconds"] for trial in quick)
@@ -120,7 +126,7 @@ def _ours(trials: int) -> list[Row]:
     spread = (
         "" if own["deviation"] is None else f"; the recipe's own deviate by {100 * own['deviation']:.2f} over seeds"
     )
-    return [
+    rows = [
         Row("search.one_run_s", one_s, "s",
             f"steps, validations and checkpoints of a full run, the mean of {trials}; the recipe's own {own_s:.0f} s"),
         Row("search.vs_one_run", spent_s / one_s, "ratio",
@@ -135,6 +141,14 @@ def _ours(trials: int) -> list[Row]:
         Row("search.vs_full", trials * one_s / spent_s, "ratio", "time of full runs of all to ours"),
         Row("search.leaked", float(len(left)), "count", "actors and placement groups left", "<= 0"),
     ]  # fmt: skip
+    if early:
+        what = (
+            f"memory of all {trials} trials' time, Ray's own with it, {most / 2**30:.2f} GiB, to that until the first "
+        )
+        rows.append(
+            Row("search.memory_growth", most / early, "ratio", f"{what}{max(1, trials // 4)} had ended", "<= 1.25")
+        )
+    return rows
 
 
 def _textbook(trials: int) -> list[Row]:
@@ -165,6 +179,13 @@ def _search(name: str, trials: int, **changed: Any) -> list[dict[str, Any]]:
     print(f"{name}: {time.monotonic() - began:.0f} s in all")
     found: list[dict[str, Any]] = json.loads((folder / "trials.json").read_text())
     return found
+
+
+def _peaks(memory: Sequence[tuple[float, int]], trials: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """The most bytes until a quarter of the trials had ended, 0 where nobody looked then, and of all the time."""
+    ends = sorted(trial["reports"][-1]["time_s"] for trial in trials if trial["reports"])
+    quarter = ends[max(1, len(trials) // 4) - 1]
+    return max((size for at, size in memory if at <= quarter), default=0), max((size for _, size in memory), default=0)
 
 
 def _wall_s(trials: Sequence[Mapping[str, Any]]) -> float:
