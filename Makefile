@@ -16,7 +16,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null && $(PY) -c 'print("runs")' 2>/dev/null)
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo demo-search serve stop test test-slow lint format docs doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search bench-serve bench-soak bench-confidence bench-continual bench-cluster bench-scale test-abuse test-faults figures clean
+.PHONY: help setup demo demo-search serve stop test test-long test-slow lint format docs doctor bench-train bench-freeze bench-pretrain bench-quality bench-data bench-memory bench-mfu bench-search bench-serve bench-soak bench-confidence bench-continual bench-cluster bench-scale test-abuse test-faults figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ stop: ## end what the demo started, and nothing else
 
 test: $(STAMP) ## the tests; they start a Ray of their own, beside a running demo
 	@$(PY) -m pytest
+
+test-long: $(STAMP) ## the tests that take longer, which the check of every change runs too
+	@$(PY) -m pytest -m "long and not slow and not gpu" --timeout 900
 
 test-slow: $(STAMP) ## the tests that take minutes
 	@$(PY) -m pytest -m slow --timeout 1800

@@ -13,6 +13,7 @@ import torch
 from tests.bench import mfu
 
 
+@pytest.mark.long
 def test_a_lora_of_a_decoder_is_counted(tmp_path: Path) -> None:
     mfu.write(tmp_path / "llama", layers=2, width=128, places=64)
     program = (

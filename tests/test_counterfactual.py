@@ -58,6 +58,7 @@ def test_a_word_list_and_its_mistakes(tmp_path: Path) -> None:
         counterfactual.load(tmp_path / "nowhere.csv")
 
 
+@pytest.mark.long
 def test_an_evaluation_tells_gaps_and_swapped_words(
     ray_cluster: cluster.Cluster, storage: Path, tiny_bundle: Path, tmp_path: Path,
     make_dataset: Callable[..., Dataset], make_records: Callable[..., list[Record]],

@@ -122,6 +122,7 @@ def rows_of(folder: Path) -> dict[int, Counter[str]]:
     return {step: names for step, names in out.items() if step <= STEPS}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # half a minute; on a machine where much else runs, many
 @pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(

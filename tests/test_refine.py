@@ -72,6 +72,7 @@ def run(*arguments: str) -> int:
     return refine.main(["--channel", "production", "--replay", "0.5", *arguments, *small])
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_round_learns_a_new_label_and_takes_no_poison(
     ray_cluster: cluster.Cluster, said: Callable[..., None], storage: Path, tmp_path: Path,

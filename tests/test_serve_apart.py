@@ -113,6 +113,7 @@ def test_a_text_is_told_while_it_is_written(
     assert "".join(heard) == answer.text
 
 
+@pytest.mark.long
 def test_the_service_answers_explains_follows_its_channel_and_outlives_its_model(
     ray_cluster: cluster.Cluster, tiny_bundle: Path, make_bundle: Callable[..., Path], storage: Path, make_png: Any
 ) -> None:

@@ -77,6 +77,7 @@ def stop_soon(folder: Path) -> threading.Thread:
     return thread
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # three runs and an evaluation: a minute or two, on a busy machine many
 def test_a_run_stopped_and_gone_on_is_the_run_that_was_not(
     command: Command, storage: Path, capsys: pytest.CaptureFixture[str]
@@ -160,6 +161,7 @@ def test_a_run_stopped_and_gone_on_is_the_run_that_was_not(
     )
 
 
+@pytest.mark.long
 def test_too_many_bad_rows_end_the_run_and_the_last_is_named(
     command: Command, storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

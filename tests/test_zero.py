@@ -170,6 +170,7 @@ def given(tiny_recipe: dict[str, Any]) -> Given:
     return {"raw": tiny_recipe}
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_workers_at_any_stage(
     given: Given, make_records: Callable[..., list[Record]], tmp_path: Path
 ) -> None:
@@ -252,6 +253,7 @@ def mix(rank: int, world: int, given_file: Path) -> None:
         torch.save(out, given_file.with_name("out.pt"))
 
 
+@pytest.mark.long
 def test_any_rank_may_hold_any_mixture_of_modalities(
     given: Given, make_png: Callable[..., bytes], make_wav: Callable[..., bytes], tmp_path: Path
 ) -> None:
