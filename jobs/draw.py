@@ -13,6 +13,7 @@ data set is, by workers, baselines and the model card.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def drawn(dataset: Dataset, per_class: int, seed: int, folder: Path) -> Dataset:
         **dataset.info,
         "tasks": {name: _info(each, tally, per_class).to_dict() for name, each in dataset.tasks.items()},
         "splits": {
-            split: {**about, "shards": _absolute(dataset, about["shards"])}
+            split: {**about, "shards": _seen_from(folder, dataset, about["shards"])}
             for split, about in dataset.info["splits"].items()
         }
         | {TRAIN: tally.to_dict() | {"shards": shards}},
@@ -117,8 +118,15 @@ def _info(info: TaskInfo, tally: Tally, per_class: int) -> TaskInfo:
     return replace(made, labels=info.labels, counts={label: made.counts.get(label, 0) for label in info.labels})
 
 
-def _absolute(dataset: Dataset, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**shard, "file": str((dataset.path / shard["file"]).absolute())} for shard in shards]
+def _seen_from(folder: Path, dataset: Dataset, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Below one root as the way from the one folder to the other: the root lies elsewhere on another machine."""
+    root = storage.root()
+    apart = not (folder.is_relative_to(root) and dataset.path.is_relative_to(root))
+    places = [(dataset.path / shard["file"]).absolute() for shard in shards]
+    return [
+        {**shard, "file": str(place) if apart else os.path.relpath(place, folder)}
+        for shard, place in zip(shards, places, strict=True)
+    ]
 
 
 def _fingerprint(dataset: Dataset) -> str:

@@ -84,7 +84,7 @@ class Dataset:
             )
         for split in splits.values():
             for shard in split["shards"]:
-                _check_shard(os.path.join(folder, shard["file"]), shard["bytes"])
+                _check_shard(_place(folder, shard["file"]), shard["bytes"])
         return cls(folder, info)
 
     @property
@@ -115,11 +115,11 @@ class Dataset:
 
     def shard_files(self, split: str) -> list[Path]:
         """The files of a split, in order."""
-        return [self.path / shard["file"] for shard in self._split(split)["shards"]]
+        return [Path(_place(self.path, shard["file"])) for shard in self._split(split)["shards"]]
 
     def hashes(self, split: str) -> dict[str, str]:
         """The sha256 of each file of a split, in order."""
-        return {str(self.path / shard["file"]): shard["sha256"] for shard in self._split(split)["shards"]}
+        return {_place(self.path, shard["file"]): shard["sha256"] for shard in self._split(split)["shards"]}
 
     def read(self, split: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows in order, one row group at a time."""
@@ -255,6 +255,12 @@ def _leaf_columns() -> list[str]:
     pq.write_table(SCHEMA.empty_table(), sink)
     schema = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
     return [schema.column(index).path for index in range(len(schema))]
+
+
+def _place(folder: Path, name: str) -> str:
+    """Where a shard lies: in the folder, or, of a data set that was drawn of another one, beside it."""
+    place = os.path.join(folder, name)
+    return os.path.normpath(place) if name.startswith("..") else place
 
 
 def _check_shard(file: str, size: int) -> None:

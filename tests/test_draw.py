@@ -124,3 +124,14 @@ def test_each_task_is_drawn_apart(storage: Path, tmp_path: Path) -> None:
     few = draw.drawn(dataset, 3, 0, tmp_path / "few")
     assert Counter(record.task for record in records(few)) == {"classify:mood": 6, "regress:score": 3}
     assert {name: info.rows["train"] for name, info in few.tasks.items()} == {"classify:mood": 6, "regress:score": 3}
+
+
+def test_a_storage_root_that_lies_elsewhere_has_it_still(
+    topics: Dataset, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw.drawn(topics, 5, 0, storage / "runs" / "few" / "drawn")
+    moved = storage.rename(tmp_path / "elsewhere")
+    monkeypatch.setenv("MMAGENT_STORAGE", str(moved))
+    few = Dataset.open(moved / "runs" / "few" / "drawn")
+    assert few.shard_files("test") == Dataset.open(moved / "data" / "topics").shard_files("test")
+    assert sum(len(part) for part in few.read("validation")) == 2
