@@ -80,6 +80,14 @@ def schedule(step: int, total: int, config: Config) -> float:
     return config.optim.final_share + (1 - config.optim.final_share) * left
 
 
+def cooldown(step: int, first: int, end: int, total: int, config: Config) -> float:
+    """The learning rate as a share of its peak at a step from `first` on, of a run that ends with `end` in place of
+    `total`: a straight line from where the schedule stood down to `optim.final_share` (arXiv:2405.18392: what a whole
+    schedule gains by its small rates, a short fall from any step gains as well)."""
+    high = schedule(first, total, config)
+    return high + (min(high, config.optim.final_share) - high) * (step - first) / (end - first)
+
+
 def use_bf16(config: Config) -> bool:
     """bf16 where asked for, or by itself where a GPU computes it; on CPUs it is slower than fp32."""
     if config.train.precision == "auto":

@@ -145,6 +145,8 @@ class State:
     best_loss: float = WORST_LOSS
     gained_score: float = UNSCORED  # the last that was better by `train.min_gain`
     unimproved: int = 0
+    cooling: int = 0  # the step with which patience was used up, from which the rate falls; 0: none yet
+    end: int = 0  # the last step, where patience was used up; 0: the plan's
     bad_rows: int = 0  # of all that were read, each as often as it was
     cut_rows: int = 0  # likewise
     usual: Usual = field(default_factory=Usual)  # the losses so far
@@ -204,7 +206,7 @@ def train(group: Group, plan: Plan) -> None:
     meter, phases = Meter(), Phases(engine.device)
     engines.tell(engine, phases)
     feed = Feed(learner.steps, group.blocks("train"))
-    done, stopping, stage, saved_s = state.step >= plan.total_steps, 0.0, -1, time.monotonic()
+    done, stopping, stage, saved_s = state.step >= last_step(state, plan), 0.0, -1, time.monotonic()
     drained = False
     while not done:
         post.at("data", step=state.step)
@@ -214,7 +216,7 @@ def train(group: Group, plan: Plan) -> None:
         seed_step(config.seed, state.step, group.rank)
         if (opened := freeze.stage(model, config.freeze, state.step, plan.total_steps)) != stage:
             freeze.thaw(model, config.freeze, stage := opened)
-        rate = engine.set_lr(engines.schedule(state.step, plan.total_steps, config), stage)
+        rate = engine.set_lr(factor(state, plan), stage)
         passes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # right, known, loss
         engine.begin(len(taught.micros))
         for micro in taught.micros:
@@ -237,7 +239,7 @@ def train(group: Group, plan: Plan) -> None:
         post.at("collective")
         losses = [float(loss) for _, _, loss in passes]
         step = state.step + 1
-        due = step % config.train.eval_every_steps == 0 or step in plan.stages or step >= plan.total_steps
+        due = step % config.train.eval_every_steps == 0 or step in plan.stages or step >= last_step(state, plan)
         asked, first = group.asked(), group.rank == 0
         stop = bool(asked) or (first and (plan.folder / STOP_FILE).exists())
         log_due = first and (meter.since_log_s() >= _LOG_EVERY_S or due)
@@ -283,7 +285,7 @@ def train(group: Group, plan: Plan) -> None:
                 {
                     "kind": "train",
                     "step": state.step,
-                    "total_steps": plan.total_steps,
+                    "total_steps": last_step(state, plan),
                     "lr": rate,
                     "epoch": state.position.epoch,
                     "bad_rows": state.bad_rows,
@@ -299,6 +301,8 @@ def train(group: Group, plan: Plan) -> None:
             note(state, score, metrics["loss"], config.train.min_gain)
             found_now = {"main": learner.main, "score": score, **metrics}
             log.write({"kind": "validation", "step": state.step, "epoch": state.position.epoch, **found_now})
+            if words := cool(state, config, plan.total_steps):
+                log.write({"kind": "note", "step": state.step, "note": words})
         if saving:
             post.at("checkpoint", step=state.step)
             # Only what was validated just now may be taken for the best.
@@ -307,8 +311,7 @@ def train(group: Group, plan: Plan) -> None:
             saved_s = time.monotonic()
             phases.enter("other")
             meter.restart()
-        early = 0 < config.train.patience <= state.unimproved
-        done = bool(stopping) or early or state.step >= plan.total_steps
+        done = bool(stopping) or state.step >= last_step(state, plan)
         if due:
             if plan.bundle is None:  # a trial of a search: whoever compares it may take what it has learned
                 checkpoints.wait()
@@ -413,6 +416,30 @@ def note(state: State, score: float, loss: float, min_gain: float) -> None:
         state.gained_score, state.unimproved = score, 0
     else:
         state.unimproved += 1
+
+
+def cool(state: State, config: Config, total_steps: int) -> str:
+    """After a validation: settles the last step where patience is used up, and says so; empty where it is not.
+
+    A run that learns no more at a high rate has not learned all it can: its weights jump about a good place.
+    """
+    if state.end or not 0 < config.train.patience <= state.unimproved:
+        return ""
+    more = round(config.train.cooldown * state.step)
+    state.cooling, state.end = state.step, min(total_steps, state.step + more)
+    since = f"no better validation since step {state.best_step}"
+    return f"{since}: the learning rate falls, and step {state.end} is the last" if more else f"{since}: training ends"
+
+
+def last_step(state: State, plan: Plan) -> int:
+    return min(state.end or plan.total_steps, plan.total_steps)
+
+
+def factor(state: State, plan: Plan) -> float:
+    """The learning rate of the next step, as a share of its peak."""
+    if state.end > state.step:
+        return engines.cooldown(state.step, state.cooling, state.end, plan.total_steps, plan.config)
+    return engines.schedule(state.step, plan.total_steps, plan.config)
 
 
 def state_dict(state: State) -> dict[str, Any]:

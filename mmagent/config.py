@@ -349,7 +349,13 @@ class TrainConfig(_Section):
         None, gt=0, description="epochs between validations, where that is more than eval_every_steps"
     )
     eval_rows: int = Field(1024, gt=0, description="validation rows asked each time, the first by seeded order")
-    patience: int = Field(0, ge=0, description="validations without a better score before training stops; 0: never")
+    patience: int = Field(
+        0, ge=0, description="validations without a better score before training comes to its end; 0: none is"
+    )
+    cooldown: float = Field(
+        0.25, ge=0, le=1, description="once patience is used up the learning rate falls to its end in so many more "
+        "steps, as a share of those so far (arXiv:2405.18392); 0: training stops at once"
+    )  # fmt: skip
     task_weights: dict[str, float] = Field({}, description="of a task's loss among several, by its name; 1 where none")
     min_gain: float = Field(0.0, ge=0, description="what a score must be above the last better one to count as better")
     gradient_checkpointing: bool = Field(

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs import loop, run, stream
+from jobs import engine, loop, run, stream
 from jobs.checkpoint import Checkpoints
 from jobs.loop import State, note
 from jobs.workers import Group
@@ -61,6 +61,32 @@ def test_less_than_the_least_gain_is_the_best_but_no_gain() -> None:
     state = noted([(0.70, 1.0), (0.75, 0.9), (0.75, 0.5), (0.79, 0.4)], min_gain=0.1)
     assert (state.best_step, state.best_score, state.unimproved) == (4, 0.79, 3)
     assert noted([(0.7, 1.0), (0.85, 2.0)], min_gain=0.1).unimproved == 0
+
+
+def test_once_patience_is_used_up_the_rate_falls_to_its_end(tiny_recipe: dict[str, Any]) -> None:
+    config = resolve(tiny_recipe, {"train.patience": 2, "train.cooldown": 0.5, "optim.final_share": 0.0})
+    state = noted([(0.7, 1.0), (0.5, 0.1)])
+    state.step = 30
+    assert not loop.cool(state, config, 100)
+    note(state, 0.6, 0.1, 0.0)
+    state.step = 40
+    assert "step 60 is the last" in loop.cool(state, config, 100)
+    assert (state.cooling, state.end) == (40, 60)
+    note(state, 0.9, 0.1, 0.0)  # a gain while it cools changes nothing
+    assert not loop.cool(state, config, 100)
+    peak = engine.schedule(40, 100, config)
+    rates = [engine.cooldown(step, 40, 60, 100, config) for step in (40, 50, 59)]
+    assert rates == pytest.approx([peak, peak / 2, peak / 20])
+
+
+@pytest.mark.parametrize(("cooldown", "step", "last"), [(0.0, 40, 40), (0.25, 40, 50), (1.0, 80, 100)])
+def test_a_cooldown_is_no_longer_than_the_run(
+    tiny_recipe: dict[str, Any], cooldown: float, step: int, last: int
+) -> None:
+    config = resolve(tiny_recipe, {"train.patience": 1, "train.cooldown": cooldown})
+    state = State(step=step, unimproved=1)
+    assert loop.cool(state, config, 100)
+    assert state.end == last
 
 
 # ---------------------------------------------------------------------------------------------- killed, and gone on
@@ -120,6 +146,34 @@ def rows_of(folder: Path) -> dict[int, Counter[str]]:
         for step, names in mine.items():
             out[step] = out.get(step, Counter()) + Counter(names)
     return {step: names for step, names in out.items() if step <= STEPS}
+
+
+def test_a_run_that_cools_down_ends_and_goes_on_where_it_stood(
+    storage: Path, tiny_recipe: dict[str, Any], make_dataset: Callable[..., Dataset],
+    make_records: Callable[..., list[Record]],
+) -> None:  # fmt: skip
+    make_dataset(storage / "data" / "tiny", {"train": make_records(44), "validation": make_records(8, "validation")})
+    settings = {
+        "train.micro_batch": 8, "train.max_steps": STEPS, "train.epochs": 9, "train.eval_every_steps": 4,
+        "train.patience": 1, "train.min_gain": 1.0, "train.cooldown": 0.4, "train.keep_last": 9, "zero.stage": 0,
+        "zero.engine": "torch", "optim.final_share": 0.0, "optim.schedule": "constant",
+        "train.checkpoint_every_steps": 1, "cluster.workers": 1,
+    }  # fmt: skip
+    plan = run.prepare(resolve(tiny_recipe, settings), storages.folder("runs", "cool"), export=False).plan
+    loop.train(group_of(plan, 0, 1), plan)
+    rows = [json.loads(line) for line in (plan.folder / "metrics.jsonl").read_text().splitlines()]
+    rates = {row["step"]: (row["lr"], row["total_steps"]) for row in rows if row["kind"] == "train"}
+    assert max(rates) == 11  # no gain at 8, so three steps more: the fewest that are two fifths of 8
+    assert rates[8] == (pytest.approx(1e-3), STEPS)
+    assert [rates[step] for step in (9, 10, 11)] == [(pytest.approx(1e-3 * left / 3), 11) for left in (3, 2, 1)]
+    assert any("step 11 is the last" in row["note"] for row in rows if row["kind"] == "note")
+    for step in (10, 11):  # as if it had been killed in between
+        shutil.rmtree(next((plan.folder / "checkpoints").glob(f"*{step}")))
+    wanted = losses(plan.folder)
+    loop.train(group_of(plan, 0, 1), plan)
+    assert losses(plan.folder) == wanted
+    loop.train(group_of(plan, 0, 1), plan)  # there is nothing left to do
+    assert losses(plan.folder) == wanted
 
 
 @pytest.mark.long
