@@ -95,10 +95,8 @@ def search(recipe: Path, space_file: Path, name: str, overrides: Sequence[str]) 
     from jobs.lock import locked
 
     room.check_alone(base)
-    with locked(folder):
-        storage.publish(folder / _HELD, _written(base, space))
-        with track.following(base.track, folder):
-            return _search(base, space, dims, folder)
+    with locked(folder), track.following(base.track, folder):
+        return _search(base, space, dims, folder)
 
 
 def _search(base: Config, space: Space, dims: Sequence[Dimension], folder: Path) -> int:
@@ -114,6 +112,7 @@ def _search(base: Config, space: Space, dims: Sequence[Dimension], folder: Path)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".check-") as place:
         first, stages = _checked(base, space, dims, Path(place))
     concurrent = min(_room(base, space), space.trials)
+    storage.publish(folder / _HELD, _written(base, space))  # not before: a mistake that is mended may keep its name
     print(
         f"search {folder.name}: {space.trials} trials of up to {stages.most:g} {stages.unit}, {concurrent} at a time",
         flush=True,

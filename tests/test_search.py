@@ -18,6 +18,7 @@ import yaml
 
 from jobs import cluster, search
 from mmagent import Predictor, bundle
+from mmagent import storage as storages
 from mmagent.record import Record
 from mmagent.shards import Dataset
 from tests.bench import rays
@@ -103,6 +104,7 @@ def test_a_mistake_is_told_before_the_first_trial(
     shown = capsys.readouterr()
     assert words in shown.err
     assert "begins" not in shown.out
+    assert not (storages.folder("search", "s") / "search.yaml").exists()  # the name is free for what is mended
 
 
 @pytest.fixture
