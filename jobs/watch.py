@@ -204,9 +204,6 @@ class Follower:
         print(("\r\x1b[K" if self._terminal else "") + line, flush=True)
 
     def _print(self, row: dict[str, Any]) -> None:
-        if row["kind"] == "note":
-            print(row["note"], flush=True)
-            return
         if row["kind"] == "validation":
             self.say(validated(row))
         if row["kind"] in _EVENTS:
@@ -216,10 +213,9 @@ class Follower:
         if row["cut_rows"] and not self._told_cut:
             self._told_cut = True
             seen = row["step"] * row["samples"] / row["steps"]
-            print(
+            self.say(
                 f"{row['cut_rows']:,} of the first {seen:,.0f} samples are longer than data.max_text_tokens or "
-                "data.max_answer_tokens allows, and are cut",
-                flush=True,
+                "data.max_answer_tokens allows, and are cut"
             )
         step, total = row["step"], row["total_steps"]
         self._rates = [*self._rates[-5:], row["samples_per_s"]]
@@ -239,6 +235,7 @@ def whole_lines(file: Path) -> list[dict[str, Any]]:
 
 
 _EVENTS = {
+    "note": "{note}",
     "restart": "the workers failed for the {count}. time: {reason}\nthey go on from step {step}, after {pause_s:g} s",
     "skip": "left out, {skipped} so far: {reason}",
     "drain": "a machine of the run is to go: saved at step {step}; Ray moves the workers when it goes",
