@@ -15,7 +15,9 @@ from typing import Any
 import pyarrow as pa
 
 from mmagent import predictions, targets
-from mmagent.predictor import Answer, PartError, Predictor
+from mmagent.answer import Answer
+from mmagent.batch import PartError
+from mmagent.predictor import Predictor
 from mmagent.record import Record, escape, segments
 from mmagent.targets import TargetError
 

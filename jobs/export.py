@@ -16,9 +16,10 @@ from torch import Tensor
 from jobs import replay
 from mmagent import bundle, familiar, storage
 from mmagent.assembly import load_language
+from mmagent.batch import PartError
 from mmagent.calibration import Calibration
 from mmagent.familiar import Familiar
-from mmagent.predictor import PartError, Predictor, modalities_of
+from mmagent.predictor import Predictor, modalities_of
 from mmagent.record import Record
 from mmagent.shards import Dataset, DatasetError
 from mmagent.text import TextEncoder

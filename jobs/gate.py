@@ -24,11 +24,12 @@ import pyarrow.compute as pc
 from jobs import counterfactual, verbatim
 from jobs.answers import Answerer
 from mmagent import disturbed, examples, gate, gate_page, metrics, predictions, storage, succession
+from mmagent.batch import PartError
 from mmagent.bundle import Bundle
 from mmagent.examples import Example
 from mmagent.gate import Check, Rules
 from mmagent.media import Limits
-from mmagent.predictor import PartError, Predictor
+from mmagent.predictor import Predictor
 from mmagent.record import SCHEMA, Record
 from mmagent.shards import Dataset, DatasetError
 from mmagent.tasks import make_all

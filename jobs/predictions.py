@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmagent import storage
-from mmagent.predictor import Answer, PartError, Predictor
+from mmagent.answer import Answer
+from mmagent.batch import PartError
+from mmagent.predictor import Predictor
 from mmagent.record import Record
 
 _span = pa.struct(

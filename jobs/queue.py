@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmagent import feedback, storage
-from mmagent.predictor import Answer
+from mmagent.answer import Answer
 from mmagent.record import Record
 from mmagent.targets import kind
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.cluster import MiniBatchKMeans
 
-from mmagent.predictor import Answer, PartError, Predictor
+from mmagent.answer import Answer
+from mmagent.batch import PartError
+from mmagent.predictor import Predictor
 from mmagent.record import Record
 
 _POOL = 10  # questions for each that is wanted, from which clusters are made

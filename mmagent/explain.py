@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from mmagent import occlusion, text
+from mmagent.answer import Answer
 from mmagent.batch import Sample
 from mmagent.evidence import BINS, GRID, Evidence, ExplainError, Word, part, scaled
 from mmagent.model import MultimodalModel
-from mmagent.predictor import Answer, Predictor
+from mmagent.predictor import Predictor
 from mmagent.reading import without as without_places
 from mmagent.towers import Block
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmagent.answer import Answer
 from mmagent.batch import Sample
 from mmagent.evidence import BINS, GRID, ExplainError, Place, Word, part
-from mmagent.predictor import Answer, Predictor
+from mmagent.predictor import Predictor
 from mmagent.record import Message, Record, Target, compose, segments
 
 _WORD = re.compile(r"\w+|[^\w\s]")

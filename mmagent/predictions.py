@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmagent.predictor import Answer
+from mmagent.answer import Answer
 from mmagent.record import Record
 from mmagent.targets import words_of
 from mmagent.tasks import Decision, Outcome, Task

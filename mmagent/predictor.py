@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ import torch
 from mmagent import bundle as bundles
 from mmagent import record as records
 from mmagent import text
+from mmagent.answer import Answer
 from mmagent.assembly import Model, assemble, load_language, load_reading
 from mmagent.batch import Inputs, PartError, Sample
 from mmagent.calibration import Calibration
@@ -36,58 +37,13 @@ from mmagent.soft import SoftModel
 from mmagent.targets import TaskInfo
 from mmagent.tasks import Task, make_all
 from mmagent.tasks.generate import Written
-from mmagent.tasks.task import Placed
 from mmagent.text import TextEncoder
 from mmagent.writer import Hear, Line, Writer, Writing
-
-__all__ = ["Answer", "PartError", "Predictor", "Sample"]
 
 Precision = Literal["fp32", "bf16"]
 _MEDIA_BYTES = 64 << 20  # of towers' tokens that are kept
 _STATES_MB = 256  # of texts' states that are kept
 _PASS_VIEWS = 32  # of one forward pass; a record that is read in several views has as many rows
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the model says, how sure it is, and which bundle said it. A task fills the fields that are its own."""
-
-    task: str
-    confidence: float
-    abstained: bool  # less sure than the bundle's calibration asks for
-    bundle: str
-    words: str  # the answer as one would say it
-    label: str | None = None
-    labels: tuple[str, ...] | None = None
-    value: float | None = None
-    text: str | None = None
-    spans: tuple[Mapping[str, Any], ...] | None = None
-    cut: int = 0  # tokens of the text that the model had no room for
-    likelihood: tuple[float, int] | None = None  # of the right answer, where the record brought it: see `Decision`
-    placed: Placed | None = None  # see `Decision`
-    probabilities: Mapping[str, float] = field(default_factory=dict)  # every label, likeliest first
-    tokens: tuple[tuple[str, float], ...] = ()  # of a text that was written: each and the logarithm of its probability
-    stopped: bool = True  # a text came to an end by itself, not for its length
-    novelty: float | None = None  # see `Decision`
-    timings_ms: Mapping[str, float] = field(default_factory=dict)
-    states: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)  # where they are wanted
-
-    def to_dict(self, *, timings: bool = True) -> dict[str, Any]:
-        """As JSON has it, without the fields of other tasks."""
-        said = {"label": self.label, "value": self.value, "text": self.text}
-        many = {"labels": self.labels, "spans": self.spans}
-        return {
-            "task": self.task,
-            **{key: value for key, value in said.items() if value is not None},
-            **{key: [*value] for key, value in many.items() if value is not None},
-            "probabilities": dict(self.probabilities),
-            "confidence": self.confidence,
-            "abstained": self.abstained,
-            **({} if self.novelty is None else {"novelty": self.novelty}),
-            "bundle": self.bundle,
-            **({"cut_tokens": self.cut} if self.cut else {}),
-            **({"timings_ms": dict(self.timings_ms)} if timings else {}),
-        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,8 +21,9 @@ from ray.serve.deployment import Application
 
 from mmagent import bundle as bundle_folders
 from mmagent import channels, storage
+from mmagent.batch import Sample
 from mmagent.bundle import BundleError
-from mmagent.predictor import Predictor, Sample
+from mmagent.predictor import Predictor
 from serve import engine as engines
 from serve import logs, narrow
 from serve.bundles import LOOK_EVERY_S, stamp_of

@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonschema
 
-from mmagent.predictor import Answer
+from mmagent.answer import Answer
 from serve import spoken
 from serve.errors import ApiError
 from serve.ids import new_id

@@ -23,9 +23,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from mmagent.answer import Answer
 from mmagent.calibration import Calibration
 from mmagent.familiar import Familiar
-from mmagent.predictor import Answer
 from mmagent.targets import TaskInfo
 
 OVER, FEWEST = 500, 50

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mmagent.batch import Sample
-from mmagent.predictor import PartError, Predictor
+from mmagent.batch import PartError, Sample
+from mmagent.predictor import Predictor
 from mmagent.rows import parse
 from serve.errors import ApiError
 from serve.keys import Key

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmagent import familiar
-from mmagent.predictor import Answer, Predictor, Sample
+from mmagent.answer import Answer
+from mmagent.batch import Sample
+from mmagent.predictor import Predictor
 from mmagent.record import Message, Record, Target
 from mmagent.targets import HEAD, TAIL, kind
 from serve.batcher import Batcher

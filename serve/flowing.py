@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mmagent.answer import Answer
+from mmagent.batch import Sample
 from mmagent.flow import Flow
-from mmagent.predictor import Answer, Predictor, Sample, Underway
+from mmagent.predictor import Predictor, Underway
 
 
 @dataclass(eq=False)

@@ -14,9 +14,10 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 
 from mmagent import choosing, feedback, storage, targets, written
+from mmagent.answer import Answer
 from mmagent.bundle import BundleError
 from mmagent.choosing import Weighed
-from mmagent.predictor import Answer, Predictor
+from mmagent.predictor import Predictor
 from mmagent.record import Record
 from mmagent.targets import kind
 from serve.asking import ERRORS, key_of

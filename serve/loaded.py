@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mmagent import familiar, storage
+from mmagent.batch import Sample
 from mmagent.bundle import MANIFEST
-from mmagent.predictor import Predictor, Sample
+from mmagent.predictor import Predictor
 from serve.drift import Drift
 from serve.engine import FAILURES, Engine, Passed
 

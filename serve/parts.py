@@ -6,9 +6,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mmagent.answer import Answer
 from mmagent.attachments import decode_base64
 from mmagent.media import Limits
-from mmagent.predictor import Answer
 from mmagent.record import Media, Message, Record, RecordError, Target
 from mmagent.targets import kind, spanned
 from mmagent.tasks import Decision

@@ -22,10 +22,11 @@ from mmagent.agent.openapi import of_file
 from mmagent.agent.policy import Policy
 from mmagent.agent.tools import Tool
 from mmagent.agent.turn import Passage
+from mmagent.answer import Answer
 from mmagent.batch import Sample
 from mmagent.evidence import ExplainError
 from mmagent.golden import TOLERANCE
-from mmagent.predictor import Answer, Predictor
+from mmagent.predictor import Predictor
 from mmagent.record import Record
 from serve import engine as engines
 from serve import logs, parity

@@ -14,7 +14,8 @@ from mmagent.agent import calls, turn
 from mmagent.agent.policy import Policy
 from mmagent.agent.tools import Tool, ToolError, run
 from mmagent.agent.turn import Passage, Step, Turn, Understood
-from mmagent.predictor import Answer, PartError, Sample
+from mmagent.answer import Answer
+from mmagent.batch import PartError, Sample
 from mmagent.record import Message, Record, escape
 from mmagent.targets import kind
 from mmagent.writer import Writing

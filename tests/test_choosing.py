@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmagent import choosing
-from mmagent.predictor import Answer
+from mmagent.answer import Answer
 
 
 def answer(words: str = "red", **more: Any) -> Answer:

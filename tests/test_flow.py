@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from mmagent.answer import Answer
+from mmagent.batch import Sample
 from mmagent.flow import flows
-from mmagent.predictor import Answer, Predictor, Sample, Underway
+from mmagent.predictor import Predictor, Underway
 from mmagent.writer import Writing
 from tests.test_generate import INFOS, configured, rows, trained
 

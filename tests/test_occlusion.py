@@ -15,9 +15,10 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from mmagent import explain, text
+from mmagent.answer import Answer
 from mmagent.evidence import BINS, GRID, Evidence, ExplainError, Place
 from mmagent.occlusion import _words, unsaid
-from mmagent.predictor import Answer, Predictor
+from mmagent.predictor import Predictor
 from mmagent.record import Message, Record
 from mmagent.rows import parse
 from mmagent.targets import TaskInfo

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mmagent import Predictor
-from mmagent.predictor import PartError
+from mmagent.batch import PartError
 from mmagent.record import Record, RecordError
 
 CHECKOUT = Path(__file__).parents[1]

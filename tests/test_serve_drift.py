@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from mmagent import channels
+from mmagent.answer import Answer
 from mmagent.calibration import Calibration
-from mmagent.predictor import Answer, Predictor
+from mmagent.predictor import Predictor
 from mmagent.targets import TaskInfo
 from serve.config import ServeConfig
 from serve.drift import FEWEST, Drift

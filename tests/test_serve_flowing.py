@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mmagent.predictor import Predictor, Sample
+from mmagent.batch import Sample
+from mmagent.predictor import Predictor
 from mmagent.writer import Writing
 from serve.engine import Here
 from serve.flowing import Flowing

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmagent import storage
+from mmagent.answer import Answer
+from mmagent.batch import Sample
 from mmagent.config import resolve
 from mmagent.measurement import Row
-from mmagent.predictor import Answer, Predictor, Sample
+from mmagent.predictor import Predictor
 from mmagent.rows import parse
 from mmagent.targets import TaskInfo
 from mmagent.writer import Writing
