@@ -59,6 +59,10 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Lets go of what it holds: a process may make another. Nothing else is called afterwards."""
+        ...
+
     def state(self, folder: Path) -> dict[str, Tensor]:
         """The model's whole weights on rank 0, on the CPU; all ranks must call it. Never a second copy in memory: they
         are those that train, or lie in files that vanish with them.
@@ -180,6 +184,9 @@ class TorchEngine:
 
     def state(self, folder: Path) -> dict[str, Tensor]:
         return weights_of(self.model)
+
+    def close(self) -> None:
+        pass
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

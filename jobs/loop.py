@@ -162,6 +162,11 @@ def train(group: Group, plan: Plan) -> None:
         BadLossError: a loss that is no number or jumped, and `train.on_bad_loss` or `train.max_skips` stops there.
         BadRowsError: more bad rows than `data.max_bad_share` allows.
     """
+    with contextlib.ExitStack() as held:
+        _train(group, plan, held)
+
+
+def _train(group: Group, plan: Plan, held: contextlib.ExitStack) -> None:
     # -- set up ------------------------------------------------------------------------------------------------
     storage.use(plan.root)
     storage.watch(plan.folder / STOP_FILE)
@@ -171,7 +176,7 @@ def train(group: Group, plan: Plan) -> None:
         failures.wait(group.failure, (plan.folder / STOP_FILE).exists)
     learner = plan.learner(plan)
     model, share = learner.model, config.share(group.world)
-    engine = engines.make(model, freeze.groups(model, config), config)
+    engine = held.enter_context(contextlib.closing(engines.make(model, freeze.groups(model, config), config)))
     learner.begin(engine.device)
     checkpoints = Checkpoints(
         plan.folder / "checkpoints",

@@ -106,6 +106,15 @@ class ZeroEngine:
                     out |= load_file(file)  # mapped: it takes no memory, also when the file has lost its name
         return out if self._rank == 0 else {}
 
+    def close(self) -> None:
+        # Its hooks hang on nodes of autograd, where no garbage collection finds what they hold: all that it has.
+        self._engine.destroy()
+        if self._stage == 3:
+            from deepspeed.runtime.zero import parameter_offload as offload
+
+            # DeepSpeed 0.19 lays every model that it partitions on a list of the process, and takes none off it.
+            offload.FWD_MODULE_STACK[:] = [each for each in offload.FWD_MODULE_STACK if each is not self.model]
+
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
         """One whole parameter after the other."""
         import deepspeed

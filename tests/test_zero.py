@@ -4,9 +4,11 @@ over the wire, and the whole weights gathered."""
 from __future__ import annotations
 
 import functools
+import gc
 import re
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -411,3 +413,34 @@ def test_the_whole_weights_are_gathered_without_a_second_copy(
     assert weights.keys() == wanted.keys()
     assert all(torch.equal(weights[name], value) for name, value in wanted.items())
     assert not all(torch.equal(first[name], value) for name, value in wanted.items())
+
+
+# ---------------------------------------------------------------------------------------------- one after the other
+
+
+def let_go(rank: int, world: int, given_file: Path) -> None:
+    """Trains at one stage after the other, and says of which the model is there still when its engine was closed."""
+    given = torch.load(given_file, weights_only=False)
+    there = {}
+    for stage in range(4):
+        engine, config = built(given, {"zero.stage": stage, "freeze.strategy": "top:1"}, engines.make)
+        share = config.share(world)
+        for micros in Rows(config, given["rows"], share, rank).steps():
+            learn(engine, micros, share, opened(engine, config, 0, 1))
+        model = weakref.ref(engine.model)
+        engine.close()
+        del engine
+        gc.collect()
+        there[stage] = model() is not None
+    torch.save(there, given_file.with_name(f"out_{rank}.pt"))
+
+
+def test_a_closed_engine_holds_no_memory(
+    given: Given, make_records: Callable[..., list[Record]], tmp_path: Path
+) -> None:
+    """A process that trains one model after the other, as those of a search do, holds one at a time."""
+    given["rows"] = [make_records(8)]
+    torch.save(given, tmp_path / "given.pt")
+    ranks.run("tests.test_zero:let_go", tmp_path / "given.pt", (2,), timeout_s=200)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"out_{rank}.pt") == dict.fromkeys(range(4), False)
