@@ -15,6 +15,7 @@ from mmagent.shards import Dataset
 from tests.bench import freeze
 
 
+@pytest.mark.long
 def test_a_small_measurement_writes_every_figure(
     storage: Path, tmp_path: Path, tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     make_dataset: Callable[..., Dataset], make_records: Callable[..., list[Record]],

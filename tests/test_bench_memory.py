@@ -22,6 +22,7 @@ def test_the_formula_by_hand() -> None:
     assert total == pytest.approx({0: 120, 1: 7.5 * (8 + 12 / 64), 2: 7.5 * (4 + 16 / 64), 3: 7.5 * 20 / 64})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_what_zero_holds_is_what_the_formula_says(stage: int) -> None:
     """Stages 0 and 2 are left to `make bench-memory`: a stage takes ten seconds."""
@@ -43,6 +44,7 @@ def test_storages_are_counted_once() -> None:
     assert held["optimizer"] == pytest.approx(8000, abs=8)  # and the number of steps
 
 
+@pytest.mark.long
 def test_a_run_over_more_shards(storage: Path, tmp_path: Path, tiny_recipe: dict[str, Any]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**tiny_recipe, "train": {"micro_batch": 8}}))

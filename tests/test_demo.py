@@ -112,6 +112,7 @@ def test_a_ray_that_has_just_begun_is_waited_for(monkeypatch: pytest.MonkeyPatch
         submission._submit(cast(Any, _Late(10_000, why)), "http://ray", "true", {})
 
 
+@pytest.mark.long
 def test_a_command_that_already_runs_is_followed_not_started_twice(
     ray_cluster: Cluster, storage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

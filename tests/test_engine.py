@@ -334,6 +334,7 @@ def port() -> int:
         return int(server.getsockname()[1])
 
 
+@pytest.mark.long
 def test_zero_computes_what_torch_computes(
     batches: Callable[[int], list[Batch]], tiny_recipe: dict[str, Any], tmp_path: Path, port: int
 ) -> None:

@@ -89,6 +89,7 @@ def test_the_result_goes_into_the_bundle(dataset: Dataset, tiny_bundle: Path, tm
     assert "# tiny" in (own / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_another_data_set_is_asked_and_its_strange_labels_are_named(
     ray_cluster: cluster.Cluster, storage: Path, tiny_bundle: Path, make_records: Callable[..., list[Record]],
     capsys: pytest.CaptureFixture,
@@ -157,6 +158,7 @@ def tell_home(bundle: Path, data: str = "home") -> None:
     bundles.add(bundle, {"metrics.json": json.dumps(found)})
 
 
+@pytest.mark.long
 def test_a_second_domain_beside_its_own(
     ray_cluster: cluster.Cluster, storage: Path, tiny_bundle: Path, tmp_path: Path,
     make_records: Callable[..., list[Record]], capsys: pytest.CaptureFixture,
@@ -188,6 +190,7 @@ def test_a_second_domain_beside_its_own(
     assert "home (test)" in page
 
 
+@pytest.mark.long
 def test_its_own_data_set_is_asked_where_it_never_was(
     ray_cluster: cluster.Cluster, storage: Path, tiny_bundle: Path, make_records: Callable[..., list[Record]]
 ) -> None:

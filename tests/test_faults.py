@@ -196,6 +196,7 @@ def second_is_odd(rank: int, world: int, given: Path) -> None:
     loop.train(Group(rank, world, blocks_of(plan, rank, world), lambda _: True), plan)
 
 
+@pytest.mark.long
 def test_what_one_rank_cannot_learn_from_no_rank_learns_from(prepare: Prepare, tmp_path: Path) -> None:
     """Only the second rank's loss is bad, and both leave the step out."""
     settings = {"train.on_bad_loss": "skip", "train.trace": False, "cluster.workers": 2, "zero.engine": "deepspeed"}

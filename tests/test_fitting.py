@@ -39,6 +39,7 @@ def test_the_longest_rows_are_found_and_repeated_where_there_are_few(dataset: Da
     assert len(written[0]) == max(len(text) for text, sound in zip(written, spoken, strict=True) if sound)
 
 
+@pytest.mark.long
 def test_memory_decides_and_a_step_keeps_its_samples(dataset: Dataset, tiny_recipe: dict[str, Any]) -> None:
     """A real trial in a process of its own: with the machine's memory all 32 samples fit into one pass."""
     config = resolve(tiny_recipe, {"train.micro_batch": "auto"})

@@ -83,6 +83,7 @@ def trained(config: Config, records: list[Record], infos: dict[str, TaskInfo], s
     return losses, predictor
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("modality", ["text", "image", "audio"])
 @pytest.mark.parametrize("kind", ["decoder", "transposed", "encoder-decoder", "pair"])
 def test_it_learns_to_write(

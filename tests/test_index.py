@@ -30,6 +30,7 @@ def docs(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_documents_are_found_and_quoted(
     ray_cluster: cluster.Cluster, storage: Path, docs: Path, tiny_backbone: Path, tiny_bundle: Path,
     capsys: pytest.CaptureFixture[str],

@@ -41,6 +41,7 @@ def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     assert [row["confidence"] for row in one] == pytest.approx([row["confidence"] for row in other], abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_every_row_is_answered_and_the_same_command_does_the_rest(
     storage: Path, dataset: Dataset, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]

@@ -37,6 +37,7 @@ def recipe(
     return tmp_path / "recipe.yaml"
 
 
+@pytest.mark.long
 def test_a_dry_run_tells_what_a_run_would_take(recipe: Path, storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(storage.rglob("*"))
     assert train.main(["--config", str(recipe), "--name", "dry", "--dry-run"]) == 0

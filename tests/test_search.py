@@ -116,6 +116,7 @@ def nothing_left(ray_cluster: cluster.Cluster) -> Iterator[None]:
     assert not left
 
 
+@pytest.mark.long
 def test_trials_and_a_winner(
     nothing_left: None, storage: Path, arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,7 @@ def all_cases(make_png: Callable[..., bytes], make_wav: Callable[..., bytes]) ->
     return cases(make_png, make_wav)
 
 
+@pytest.mark.long
 def test_every_case_gets_its_status_and_tells_nothing(target: Target, all_cases: list[Case]) -> None:
     assert len(all_cases) >= 200
     wrong = []

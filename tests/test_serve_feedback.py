@@ -36,6 +36,7 @@ with running(Service(Predictor.load(sys.argv[1], device="cpu"), ServeConfig(), "
 """
 
 
+@pytest.mark.long
 def test_what_was_acknowledged_survives_kill_9(storage: Path, tiny_bundle: Path) -> None:
     acknowledged: set[str] = set()
     rng = random.Random(0)

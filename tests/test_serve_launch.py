@@ -28,6 +28,7 @@ def point(channel: str, bundle: Path) -> None:
     file.write_text(json.dumps({"bundle": str(bundle)}) + "\n")
 
 
+@pytest.mark.long
 def test_a_config_file_starts_the_service(
     ray_cluster: cluster.Cluster, tiny_bundle: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ def schema(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     patch.undo()
 
 
+@pytest.mark.long
 def test_every_operation_keeps_to_its_schema(schema: Any) -> None:
     broken = []
     for found in schema.get_all_operations():

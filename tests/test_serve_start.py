@@ -181,6 +181,7 @@ def loopback(ip: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+@pytest.mark.long
 def test_the_same_command_replaces_the_bundle_or_says_why_not(served: Served, tmp_path: Path) -> None:
     other = start("--bundle", str(served.bundle), "--port", str(served.port + 1))
     assert other.returncode == 2

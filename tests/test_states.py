@@ -194,6 +194,7 @@ def test_a_large_file_is_read_once_while_it_stays_as_it_is(
     assert features._digest(file) == hashlib.sha256(b"others").hexdigest()
 
 
+@pytest.mark.long
 def test_whoever_stops_keeps_whole_shards_alone(prepare: Prepare) -> None:
     prepared = prepare({"model.image": None, "model.audio": None, "data.max_text_tokens": 20})
     asked: list[int] = []
@@ -216,6 +217,7 @@ def test_whoever_stops_keeps_whole_shards_alone(prepare: Prepare) -> None:
     assert not text.missing()
 
 
+@pytest.mark.long
 def test_what_takes_too_much_room_is_not_kept(prepare: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
     small = {"train.cache_gb": 1e-5, "data.max_text_tokens": 24}
     with pytest.raises(states.StatesError, match=r"train\.cache_gb=1e-05"):

@@ -50,6 +50,7 @@ def test_a_large_working_directory_is_refused_before_it_is_packed(
         submission.run(ray_cluster.dashboard, ["python", "-V"], tmp_path)
 
 
+@pytest.mark.long
 def test_a_wrong_token_is_told_and_nothing_is_begun(ray_cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("0" * 64)
     wrong = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "RAY_ADDRESS": ray_cluster.address}

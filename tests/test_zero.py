@@ -326,6 +326,7 @@ def reduced(ops: Mapping[str, Mapping[int, Sequence[Any]]]) -> int:
     return sum(size * int(each[0]) for op, sizes in ops.items() if "reduce" in op for size, each in sizes.items())
 
 
+@pytest.mark.long
 def test_gradients_of_what_learns_go_once_in_a_step(
     given: Given, make_records: Callable[..., list[Record]], tmp_path: Path
 ) -> None:
@@ -385,6 +386,7 @@ def anonymous() -> int:
     return int(re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) << 10
 
 
+@pytest.mark.long
 def test_the_whole_weights_are_gathered_without_a_second_copy(
     given: Given, make_records: Callable[..., list[Record]], tiny_backbone: Path, tmp_path: Path
 ) -> None:
@@ -435,6 +437,7 @@ def let_go(rank: int, world: int, given_file: Path) -> None:
     torch.save(there, given_file.with_name(f"out_{rank}.pt"))
 
 
+@pytest.mark.long
 def test_a_closed_engine_holds_no_memory(
     given: Given, make_records: Callable[..., list[Record]], tmp_path: Path
 ) -> None:
