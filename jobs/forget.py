@@ -104,21 +104,30 @@ def _dataset(folder: Path, gone: Collection[str]) -> int:
         return 0
     dataset, dropped = Dataset.open(folder), 0
     for split in dataset.splits:
-        records = [Record.from_row(row) for part in dataset.read(split) for row in part.to_pylist()]
-        kept = [each for each in records if each.meta.get("answer") not in gone]
-        if len(kept) == len(records):
+        always, turns = dataset.turns(split)
+        parts = [[each for file in files for each in _records(file)] for files in (always, *turns)]
+        kept = [[each for each in part if each.meta.get("answer") not in gone] for part in parts]
+        if [*map(len, kept)] == [*map(len, parts)]:
             continue
-        dropped += len(records) - len(kept)
+        dropped += sum(map(len, parts)) - sum(map(len, kept))
+        fewest = min(map(len, kept[1:]), default=0)  # epochs have as many rows
         old = dataset.shard_files(split)
         with ShardWriter(folder, f"{split}.{int(time.time() * 1000)}") as writer:
-            for each in kept:
-                writer.add(each)
-            info["splits"][split] |= {"rows": len(kept), "shards": writer.close()}
+            for turn, part in enumerate(kept, -1):
+                for each in part if turn < 0 else part[:fewest]:
+                    writer.add(each)
+                writer.cut(turn if turn >= 0 else None)
+            rows = len(kept[0]) + fewest * len(turns)
+            info["splits"][split] |= {"rows": rows, "shards": writer.close()}
         storage.publish_json(folder / INFO_FILE, info)
         for file in old:
             file.unlink()
             storage.removed(file)
     return dropped
+
+
+def _records(file: Path) -> Iterator[Record]:
+    yield from map(Record.from_row, pq.read_table(storage.source(file)).to_pylist())
 
 
 def _memory(folder: Path, gone: Collection[str]) -> int:

@@ -96,7 +96,7 @@ def refine(args: argparse.Namespace) -> int:
         told = rounds.prepared(found, config, settings, place, name)
         if told is None:
             return 0
-        config = _paced(config, Dataset.open(storage.folder("data", name)), args)
+        config = _paced(config, told["train"] + told["replayed"], args)
         home = _trained(config, name, args.search)
         if home is None:
             return watch.EXIT_STOPPED
@@ -167,12 +167,12 @@ def _config(found: Bundle, args: argparse.Namespace, name: str) -> Config:
     return configs.resolve(made, dict(configs.split(item) for item in args.overrides))
 
 
-def _paced(config: Config, dataset: Dataset, args: argparse.Namespace) -> Config:
-    """Validated four times, unless somebody says otherwise."""
+def _paced(config: Config, rows: int, args: argparse.Namespace) -> Config:
+    """Validated four times in epochs of so many rows, unless somebody says otherwise."""
     if any(item.startswith("train.eval_every_steps") for item in args.overrides):
         return config
     assert config.train.epochs != "auto"
-    steps = max(1, round(config.train.epochs * dataset.rows("train") / config.global_batch))
+    steps = max(1, round(config.train.epochs * rows / config.global_batch))
     return configs.override(config, {"train.eval_every_steps": max(1, steps // 4)})
 
 
@@ -260,7 +260,10 @@ def _parser() -> Parser:
     parser.add_argument("--channel", default="production", help="whose bundle is refitted (default %(default)s)")
     parser.add_argument("--hold", default="distil", help="distil, l2_sp, ewc, lora:R or none (default %(default)s)")
     parser.add_argument(
-        "--replay", type=float, default=2.0, help="replayed rows for each new one (default %(default)s)"
+        "--replay",
+        type=float,
+        default=2.0,
+        help="replayed rows for each new one, others in each epoch (default %(default)s)",
     )
     parser.add_argument("--grow", action="store_true", help="learn labels that the bundle does not have")
     parser.add_argument(

@@ -68,6 +68,11 @@ def draw(datasets: Sequence[Dataset], split: str, count: int, seed: int) -> list
     """As many rows of a split, each class of each task and kind of input as often as the others, as far as it has
     rows, and what users corrected before as often as what was there at first; by the seed. Of a refit's data set its
     new rows alone: what it replayed stands in the others."""
+    return draws(datasets, split, count, [seed])[0]
+
+
+def draws(datasets: Sequence[Dataset], split: str, count: int, seeds: Sequence[int]) -> list[list[Record]]:
+    """`draw` for each seed."""
     by_kind: dict[tuple[bool, str, str, str], list[Place]] = defaultdict(list)
     for dataset in datasets:
         if split not in dataset.splits:
@@ -85,7 +90,10 @@ def draw(datasets: Sequence[Dataset], split: str, count: int, seed: int) -> list
     there = [sum(map(len, part.values())) for part in parts]
     # What one of the two has too few of, the other one fills up.
     wanted = [max(share[at], count - there[1 - at]) for at in range(2)]
-    return list(_read([each for part, n in zip(parts, wanted, strict=True) for each in _balanced(part, n, seed)]))
+    return [
+        list(_read([each for part, n in zip(parts, wanted, strict=True) for each in _balanced(part, n, seed)]))
+        for seed in seeds
+    ]
 
 
 def memory(found: Bundle) -> list[Record]:

@@ -24,14 +24,16 @@ from mmagent import feedback, inheritance, storage
 from mmagent.bundle import Bundle
 from mmagent.config import Config
 from mmagent.record import SCHEMA_VERSION, Record
-from mmagent.shards import FORMAT_VERSION, INFO_FILE, Dataset, ShardWriter
+from mmagent.shards import FORMAT_VERSION, INFO_FILE, SPLITS, Dataset, ShardWriter
 from mmagent.targets import TaskInfo
 
 FILE = "round.json"
 _SHARES = {"test": 0.15, "validation": 0.05}  # of new questions, by their digest
 _FEWEST_CUT = 20  # new rows, below which all are learned from
 _VALIDATED = 512  # replayed rows at most
-_LEAST_REPLAYED = 64  # in training
+_LEAST_REPLAYED = 64  # in an epoch of training
+_REPLAYED_ROWS = 50_000  # in all, beyond which epochs have the same
+_TURN = 1_000_003  # between the seeds of turns
 _CROSSFIT = 0.5  # of the epochs
 
 
@@ -72,7 +74,10 @@ def prepared(
     if gone:
         print(f"gone: the data of {', '.join(gone)}; replayed is what is left, and {len(memory)} rows of the bundle")
     parts = _parted(kept)
-    replayed = _replayed(bases, memory, max(_LEAST_REPLAYED, round(settings.replay * len(parts["train"]))), config.seed)
+    wanted = max(_LEAST_REPLAYED, round(settings.replay * len(parts["train"])))
+    assert config.train.epochs != "auto"
+    turns = max(1, min(int(config.train.epochs), _REPLAYED_ROWS // wanted))
+    replayed, again = _replayed(bases, memory, wanted, turns, config.seed)
     parts, suspicious, crossfit_s = _unsuspected(settings, found, config, parts)
     aside += suspicious
     if not (parts["validation"] or replayed["validation"]):  # nothing else is left to validate with
@@ -84,18 +89,20 @@ def prepared(
         "state": "begun", "bundle": str(found.path), "channel": settings.channel, "asked": list(settings.asked),
         "created_ms": int(time.time() * 1000), "crossfit_s": crossfit_s, "said": len(fresh), "torn": log.torn,
         **{split: len(each) for split, each in parts.items()},
-        "replayed": len(replayed["train"]), "aside": dict(Counter(each.reason for each in aside)),
+        "replayed": len(again[0]), "turns": len(again), "aside": dict(Counter(each.reason for each in aside)),
     }  # fmt: skip
     place.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(each.to_dict(), ensure_ascii=False) + "\n" for each in aside)
     storage.publish(place / "aside.jsonl", "".join(lines))
-    whole = {split: [*cleaning.records(parts[split]), *replayed[split]] for split in ("train", "validation", "test")}
+    whole = {split: [*cleaning.records(parts[split]), *replayed.get(split, ())] for split in SPLITS}
     ids = [each.said.id for part in parts.values() for each in part] + [each.id for each in aside if each.final]
-    _write(folder, whole, found, {"bases": [each.name for each in bases] + gone, "feedback": ids}, config.seed)
+    recipe = {"bases": [each.name for each in bases] + gone, "feedback": ids}
+    _write(folder, whole, again, found, recipe, config.seed)
     storage.publish_json(place / FILE, told)
     print(
         f"round {place.name} of {settings.channel}: {told['train']} rows to learn from, {told['validation']} to "
-        f"validate with, {told['test']} to test with, {told['replayed']} replayed; "
+        f"validate with, {told['test']} to test with, {told['replayed']} replayed"
+        f"{f', others in each of {turns} epochs' if (turns := told['turns']) > 1 else ''}; "
         f"{_told_aside(len(fresh), aside, log.torn)}"
     )
     return told
@@ -124,18 +131,22 @@ def _parted(kept: Sequence[Offer]) -> dict[str, list[Offer]]:
 
 
 def _replayed(
-    bases: Sequence[Dataset], memory: Sequence[Record], count: int, seed: int
-) -> dict[str, list[Record]]:  # fmt: skip
-    """What was learned before, by split: of the shards; where some are gone also of the bundle's memory, a quarter of
-    which validates."""
+    bases: Sequence[Dataset], memory: Sequence[Record], count: int, turns: int, seed: int
+) -> tuple[dict[str, list[Record]], list[list[Record]]]:
+    """What was learned before, to validate and to test with, and to learn from: so many rows for each of so many
+    epochs, others in each as far as there are others. Of the shards; where some are gone also of the bundle's memory,
+    a quarter of which validates."""
     held = set(np.random.default_rng(seed).permutation(len(memory))[: len(memory) // 4].tolist())
     kept = [each for index, each in enumerate(memory) if index not in held]
     parts = {
-        "train": [*kept, *replay.draw(bases, "train", max(0, count - len(kept)), seed)],
         "validation": [*(memory[index] for index in sorted(held)), *replay.draw(bases, "validation", _VALIDATED, seed)],
         "test": replay.draw(bases, "test", 10**9, seed),
     }
-    return {split: replay.again(records, split) for split, records in parts.items()}
+    drawn = replay.draws(bases, "train", max(0, count - len(kept)), [seed + _TURN * turn for turn in range(turns)])
+    if all({each.id for each in turn} == {each.id for each in drawn[0]} for turn in drawn):
+        drawn = drawn[:1]  # there are no others
+    again = [replay.again([*kept, *turn], "train") for turn in drawn]
+    return {split: replay.again(records, split) for split, records in parts.items()}, again
 
 
 def _unsuspected(
@@ -171,21 +182,23 @@ def _infos(records: Sequence[Record], found: Bundle) -> dict[str, TaskInfo]:
 
 
 def _write(
-    folder: Path, rows: Mapping[str, Sequence[Record]], found: Bundle, recipe: Mapping[str, Any], seed: int
-) -> None:
-    """The data set of a round; appears whole or not at all."""
+    folder: Path, rows: Mapping[str, Sequence[Record]], again: Sequence[Sequence[Record]], found: Bundle,
+    recipe: Mapping[str, Any], seed: int,
+) -> None:  # fmt: skip
+    """The data set of a round; appears whole or not at all. Of `again` each epoch of training has one part."""
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     splits: dict[str, Any] = {}
     tallies: dict[str, Tally] = {}
     for split, records in rows.items():
-        order = np.random.default_rng([seed, len(records)]).permutation(len(records))
         tallies[split] = Tally()
         with ShardWriter(draft, split) as writer:
-            for number, index in enumerate(order, 1):
-                record = replace(records[index], split=split)
-                tallies[split].add(GoodRow("feedback", number, record))
-                writer.add(record)
+            for turn, part in enumerate([records, *(again if split == "train" else ())], -1):
+                for number, index in enumerate(np.random.default_rng([seed, len(part)]).permutation(len(part)), 1):
+                    record = replace(part[index], split=split)
+                    tallies[split].add(GoodRow("feedback", number, record))
+                    writer.add(record)
+                writer.cut(turn if turn >= 0 else None)
             splits[split] = tallies[split].to_dict() | {"shards": writer.close()}
     counted = {split: tally.tasks for split, tally in tallies.items()}
     infos = {

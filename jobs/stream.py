@@ -70,11 +70,12 @@ class Layout:
 
 def order_of(dataset: Dataset, split: str, *, seed: int, window_rows: int, share: float = 1.0) -> Order:
     """The order of a split's samples, or of a share of its row groups, drawn by the seed."""
-    groups = row_groups(dataset, split)
+    always, turns = dataset.turns(split)
+    groups, *others = [[group for file in part for group in row_groups_of(str(file))] for part in (always, *turns)]
     if share < 1:
         drawn = np.random.default_rng([seed, 2]).permutation(len(groups))[: max(1, round(share * len(groups)))]
         groups = [groups[index] for index in sorted(drawn)]
-    return Order(groups, seed=seed, window_rows=window_rows)
+    return Order(groups, seed=seed, window_rows=window_rows, turns=others)
 
 
 def row_groups(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:

@@ -3,6 +3,7 @@
 Row groups of all shards are permuted by (seed, epoch) and laid end to end; the line is cut into windows of equal
 length; the rows of a window are shuffled by (seed, epoch, window). A reader needs one window in memory, and a
 position is (epoch, window, row): no list of ids, nothing read twice but the row group on a window's edge.
+Some row groups may take turns, one part of them in each epoch.
 Neither the number of workers nor the size of a batch is any part of it: a batch takes the next rows of the window, the
 last of a window may be short, and workers share each one out (`mmagent.share`).
 """
@@ -14,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+_Group = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +55,24 @@ class Order:
     row_groups: (file, row group, rows) of every row group, in a stable order.
     seed: of every permutation.
     window_rows: rows shuffled together.
+    turns: row groups of which an epoch has one part beside the others, in turn; each part has as many rows.
     """
 
-    def __init__(self, row_groups: Sequence[tuple[str, int, int]], *, seed: int, window_rows: int) -> None:
-        self._groups = [group for group in row_groups if group[2] > 0]
+    def __init__(
+        self,
+        row_groups: Sequence[_Group],
+        *,
+        seed: int,
+        window_rows: int,
+        turns: Sequence[Sequence[_Group]] = (),
+    ) -> None:
+        self._epochs = [[group for group in (*row_groups, *turn) if group[2] > 0] for turn in turns or ((),)]
         self.seed = seed
         self.window_rows = window_rows
-        self.rows = sum(group[2] for group in self._groups)
+        sizes = {sum(rows for _, _, rows in groups) for groups in self._epochs}
+        if len(sizes) > 1:
+            raise ValueError(f"epochs of {min(sizes)} and of {max(sizes)} rows: each turn must have as many")
+        [self.rows] = sizes  # of an epoch
         if not self.rows:
             raise ValueError("the split is empty: there is no row to order")
         self.windows = -(-self.rows // window_rows)
@@ -97,11 +111,12 @@ class Order:
         return Position(position.epoch + 1, 0, 0)
 
     def _pieces(self, epoch: int, window: int) -> tuple[Piece, ...]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self._groups))
+        groups = self._epochs[epoch % len(self._epochs)]
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(groups))
         first, last = window * self.window_rows, min((window + 1) * self.window_rows, self.rows)
         pieces, at = [], 0
         for index in order:
-            file, group, rows = self._groups[index]
+            file, group, rows = groups[index]
             start, stop = max(first - at, 0), min(last - at, rows)
             if start < stop:
                 pieces.append(Piece(file, group, start, stop))

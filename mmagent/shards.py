@@ -27,6 +27,7 @@ from mmagent.targets import TaskInfo
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
 INFO_FILE = "dataset.json"
+TURN = "turn"  # of a shard that not every epoch reads
 # Encoded media are compressed already, and never compared: no dictionary, no statistics, no second compression.
 _MEDIA_COLUMNS = tuple(
     f"{column}.bytes"
@@ -117,6 +118,14 @@ class Dataset:
         """The files of a split, in order."""
         return [Path(_place(self.path, shard["file"])) for shard in self._split(split)["shards"]]
 
+    def turns(self, split: str) -> tuple[list[Path], list[list[Path]]]:
+        """The files of a split that every epoch reads, and those of which each epoch reads one part, in turn."""
+        always: list[Path] = []
+        turns: dict[int, list[Path]] = {}
+        for shard, file in zip(self._split(split)["shards"], self.shard_files(split), strict=True):
+            (always if (turn := shard.get(TURN)) is None else turns.setdefault(turn, [])).append(file)
+        return always, [turns[turn] for turn in sorted(turns)]
+
     def hashes(self, split: str) -> dict[str, str]:
         """The sha256 of each file of a split, in order."""
         return {_place(self.path, shard["file"]): shard["sha256"] for shard in self._split(split)["shards"]}
@@ -168,6 +177,7 @@ class ShardWriter:
         self._shard_rows = 0
         self._written_bytes = 0
         self._shards: list[dict[str, Any]] = []
+        self._cut = 0  # shards before the last cut
 
     def __enter__(self) -> Self:
         return self
@@ -189,9 +199,16 @@ class ShardWriter:
 
     def close(self) -> list[dict[str, Any]]:
         """Publishes what is left; returns ``{"file", "rows", "bytes", "sha256"}`` for each shard."""
+        self.cut()
+        return self._shards
+
+    def cut(self, turn: int | None = None) -> None:
+        """Ends a shard; all since the last cut are of this turn (see `Dataset.turns`)."""
         self._flush()
         self._finish()
-        return self._shards
+        for shard in self._shards[self._cut :] if turn is not None else ():
+            shard[TURN] = turn
+        self._cut = len(self._shards)
 
     def abort(self) -> None:
         """Removes the unfinished shard; the finished ones stay for the caller to remove with their folder."""

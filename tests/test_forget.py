@@ -14,7 +14,7 @@ import pytest
 from jobs import forget, replay
 from mmagent import bundle, feedback
 from mmagent.record import Record
-from mmagent.shards import Dataset
+from mmagent.shards import Dataset, ShardWriter
 from tests.test_feedback import line
 
 
@@ -51,6 +51,28 @@ def test_rows_of_an_answer_are_removed_everywhere(
     assert "ans_fb_3" not in {dict(row["meta"])["answer"] for row in memory}
     assert len(memory) == 7
     assert forget.forget() == (0, 0, [])
+
+
+def test_epochs_have_as_many_rows_still(
+    storage: Path, make_dataset: Callable[..., Dataset], make_records: Callable[..., list[Record]]
+) -> None:
+    said = [replace(each, meta={"answer": f"ans_{each.id}"}) for each in make_records(12)]
+    made = make_dataset(storage / "data" / "production-r001", {"train": said, "validation": said[:2]})
+    with ShardWriter(made.path, "turns") as writer:
+        for turn, part in ((None, said[:4]), (0, said[4:8]), (1, said[8:])):
+            for record in part:
+                writer.add(record)
+            writer.cut(turn)
+        splits = {**made.info["splits"], "train": {"rows": 12, "shards": writer.close()}}
+    info = {**made.info, "splits": splits, "recipe": {"bases": [], "feedback": []}}
+    (made.path / "dataset.json").write_text(json.dumps(info))
+    assert forget.main(["--answer", "ans_train-1", "--answer", "ans_train-5"]) == 0
+    again = Dataset.open(made.path)
+    always, turns = again.turns("train")
+    rows = [[row["id"] for file in files for row in pq.read_table(file).to_pylist()] for files in (always, *turns)]
+    assert [*map(len, rows)] == [3, 3, 3]
+    assert "train-5" not in rows[1]
+    assert again.rows("train") == 9
 
 
 def test_nothing_to_forget(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,3 +100,17 @@ def test_a_samples_random_numbers_are_its_own() -> None:
     assert draw(0, 1, "a") == draw(0, 1, "a")
     others = [draw(0, 1, "a"), draw(1, 1, "a"), draw(0, 2, "a"), draw(0, 1, "b"), draw(0, 1, ""), draw(0, 1, "ä")]
     assert len(set(others)) == len(others)
+
+
+def test_parts_take_turns_and_each_epoch_has_as_many_rows() -> None:
+    own, first, second = [("own", 0, 5)], [("first", 0, 3), ("first", 1, 1)], [("second", 0, 4)]
+    order = Order(own, seed=0, window_rows=4, turns=[first, second])
+    assert (order.rows, order.steps(2, 3)) == (9, 10)
+    for epoch in range(4):
+        read = list(itertools.chain(*batches(order, Position(epoch), order.steps(1, 3), 3)))
+        turn = {("first", 0, row) for row in range(3)} | {("first", 1, 0)}
+        other = {("second", 0, row) for row in range(4)}
+        assert len(read) == 9
+        assert set(read) == {("own", 0, row) for row in range(5)} | (other if epoch % 2 else turn)
+    with pytest.raises(ValueError, match="epochs of 6 and of 9 rows"):
+        Order(own, seed=0, window_rows=4, turns=[first, [("second", 0, 1)]])

@@ -68,13 +68,14 @@ def test_a_memory_in_a_bundle(skewed: Dataset, tiny_bundle: Path, tmp_path: Path
 
     own = shutil.copytree(tiny_bundle, tmp_path / "own")
     assert replay.memory(bundle.load(own)) == []
-    parts = rounds._replayed([skewed], [], 24, 0)
-    assert (len(parts["train"]), len(parts["validation"])) == (24, 8)
+    parts, again = rounds._replayed([skewed], [], 24, 3, 0)
+    assert ([*map(len, again)], len(parts["validation"])) == ([24, 24, 24], 8)
+    assert len({frozenset(each.id for each in turn) for turn in again}) == 3
     bundle.add(own, {replay.MEMORY: replay.remembered([skewed], 16, 0)})
     found = replay.memory(bundle.load(own))
-    parts = rounds._replayed([], found, 24, 0)
-    assert (len(parts["train"]), len(parts["validation"]), len(parts["test"])) == (12, 4, 0)
-    assert {each.meta["source"] for each in parts["train"]} == {"replay"}
+    parts, again = rounds._replayed([], found, 24, 3, 0)
+    assert ([*map(len, again)], len(parts["validation"]), len(parts["test"])) == ([12], 4, 0)  # there are no others
+    assert {each.meta["source"] for each in again[0]} == {"replay"}
     assert Counter(record.target.label for record in found) == Counter(dict.fromkeys("red green blue black".split(), 4))
     assert all(media.bytes for record in found for media in record.media())
 

@@ -47,6 +47,20 @@ def test_what_is_written_is_read(tmp_path: Path, make_records: Callable[..., lis
     assert tables[0].schema.equals(SCHEMA)
 
 
+def test_shards_that_take_turns(tmp_path: Path, make_records: Callable[..., list[Record]]) -> None:
+    records = make_records(12)
+    with ShardWriter(tmp_path, "train", rows_per_shard=3) as writer:
+        for turn, part in ((None, records[:4]), (0, records[4:8]), (1, records[8:])):
+            for record in part:
+                writer.add(record)
+            writer.cut(turn)
+    always, turns = Dataset(tmp_path, {"splits": {"train": {"shards": writer.close()}}}).turns("train")
+    rows = [[pq.read_metadata(file).num_rows for file in files] for files in (always, *turns)]
+    assert rows == [[3, 1], [3, 1], [3, 1]]
+    names = [row["id"] for file in turns[1] for row in pq.read_table(file).to_pylist()]
+    assert names == [record.id for record in records[8:]]
+
+
 def test_large_media_make_smaller_row_groups_and_shards(
     tmp_path: Path, make_records: Callable[..., list[Record]]
 ) -> None:
