@@ -48,7 +48,7 @@ def parse(
         images=images,
         audios=audios,
         candidates=candidates,
-        weight=truth.number(row, "weight", 1.0),
+        weight=_weight(row),
         meta=_meta(row.get("meta")),
         origin=str(row.get("origin") or origin),
     )
@@ -134,6 +134,17 @@ def _placed(target: Target, row: Mapping[str, Any], before: tuple[Message, ...],
     return target
 
 
+def _weight(row: Mapping[str, Any]) -> float:
+    found: float = truth.number(row, "weight", 1.0)
+    if found < 0:
+        raise RecordError(
+            f"weight is {found:g}, but 0 or more is wanted: how much the row counts in training. A column that means "
+            "something else wants another name",
+            "weight",
+        )
+    return found
+
+
 def _messages_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
     if row.get("messages") not in (None, ""):
         return _messages(unpacked(row["messages"], "messages"))
@@ -142,10 +153,9 @@ def _messages_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
             f"the row has the columns {sorted(row)}, but none of messages, text, image or audio holds anything; "
             "rename columns with --map text=COLUMN,image=COLUMN,audio=COLUMN,label=COLUMN"
         )
-    asked = Message("user", escape(str(row["text"])) if row.get("text") not in (None, "") else "")
-    if row.get("context") in (None, ""):
-        return (asked,)
-    return (Message("context", escape(str(row["context"]))), asked)
+    asked = Message("user", escape(truth.one(row, "text") or ""))
+    context = truth.one(row, "context")
+    return (asked,) if context is None else (Message("context", escape(context)), asked)
 
 
 def _messages(raw: Any) -> tuple[Message, ...]:

@@ -52,7 +52,7 @@ def answer_of(row: Mapping[str, Any], task: str | None = None) -> Target:
         label=_label(raw.get("label")),
         labels=_labels(raw.get("labels"), wanted),
         value=number(raw, "value", None),
-        text=None if wanted == "extract" or raw.get("answer") in (None, "") else str(raw["answer"]),
+        text=None if wanted == "extract" else one(raw, "answer"),
         texts=texts,
         spans=None if places is None else spans.of_user(unpacked(places, "spans")),
     )
@@ -109,7 +109,7 @@ def number(row: Mapping[str, Any], key: str, default: float | None) -> Any:
         return default
     try:
         found = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecordError(f"{key} is {value!r:.80}, but a number is wanted", key) from error
     if not math.isfinite(found):
         raise RecordError(f"{key} is {value!r:.80}, but a finite number is wanted", key)
@@ -133,12 +133,24 @@ def _answer_columns(row: Mapping[str, Any], wanted: str) -> Mapping[str, Any]:
     return raw
 
 
+def one(row: Mapping[str, Any], key: str) -> str | None:
+    """A text of a row; none where it is empty.
+
+    Raises:
+        RecordError: it holds several values: what Python calls them is no text to learn from.
+    """
+    value = row.get(key)
+    if isinstance(value, (Mapping, list, tuple, bytes)):
+        raise RecordError(f"{key} is {value!r:.80}, but one text is wanted", key)
+    return None if value is None or value == "" else str(value)
+
+
 def _label(value: Any) -> str | None:
     if isinstance(value, (Mapping, list, tuple, bytes)):
         raise RecordError(f"label is {value!r:.80}, but one word or number is wanted", "label")
     if isinstance(value, float) and not math.isfinite(value):
         raise RecordError(f"label is {value!r}, but a word or a finite number is wanted", "label")
-    return None if value is None or value == "" else str(value)
+    return str(value).strip() or None if value is not None else None
 
 
 def _labels(raw: Any, wanted: str) -> tuple[str, ...] | None:

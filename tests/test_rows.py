@@ -74,6 +74,10 @@ def test_ids_labels_and_splits_that_are_not_words() -> None:
         ({"text": "x", "weight": "heavy"}, "a number is wanted"),
         ({"text": "x", "weight": float("nan")}, "a finite number"),
         ({"text": "x", "meta": 3}, "meta"),
+        ({"text": {"en": "q"}, "label": "a"}, "text is {'en': 'q'}, but one text is wanted"),
+        ({"text": "q", "answer": ["yes", "no"]}, "answer is ['yes', 'no'], but one text is wanted"),
+        ({"text": "q", "value": 10**400}, "but a number is wanted"),
+        ({"text": "q", "label": "a", "weight": -2}, "weight is -2, but 0 or more is wanted"),
     ],
 )
 def test_what_cannot_become_a_record(row: dict[str, Any], words: str, tmp_path: Path) -> None:

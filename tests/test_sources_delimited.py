@@ -39,6 +39,14 @@ def test_csv_of_one_column_and_of_excel(tmp_path: Path) -> None:
     assert _values(Delimited(file)) == [{"text": "schön", "label": "ja"}]
 
 
+def test_a_space_behind_every_delimiter_of_the_header_is_none_of_a_cells(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text('label, text\npos, "hello, you"\nneg,  two\n')
+    assert _values(Delimited(file)) == [{"label": "pos", "text": "hello, you"}, {"label": "neg", "text": "two"}]
+    file.write_text("text,label\n two,neg\n")  # spans count it
+    assert _values(Delimited(file)) == [{"text": " two", "label": "neg"}]
+
+
 def test_bad_csv_rows_cost_themselves(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_bytes(b'text,label\nok,a\ncaf\xe9,a\none,two,three\n"x"y,a\nlast,b\n')

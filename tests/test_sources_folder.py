@@ -45,6 +45,19 @@ def test_folder_with_splits(tmp_path: Path, make_png: Callable[..., bytes]) -> N
         Folder(tmp_path / "set" / "train" / "cat", seed=0)
 
 
+def test_a_folder_beside_those_of_splits_is_no_label(tmp_path: Path, make_png: Callable[..., bytes]) -> None:
+    for inner in ("train/cat", "test/cat", "__MACOSX/cat"):
+        (tmp_path / inner).mkdir(parents=True)
+        (tmp_path / inner / "1.jfif").write_bytes(make_png(format="JPEG"))
+    rows = _rows(Table(Folder(tmp_path, seed=0)))
+    assert sorted(row.record.split or "" for row in rows if isinstance(row, GoodRow)) == ["test", "train"]
+    (tmp_path / "unlabeled").mkdir()
+    with pytest.raises(SourceError, match="test, train, which name splits, beside unlabeled"):
+        Folder(tmp_path, seed=0)
+    (tmp_path / "train").rename(tmp_path / "tram")  # labels, of which one is called as a split is
+    Folder(tmp_path, seed=0)
+
+
 def test_folder_of_sounds_at_8_khz_and_of_texts(tmp_path: Path, make_wav: Callable[..., bytes]) -> None:
     sound = make_wav(rate_hz=8000)
     for split in ("train", "dev", "test"):

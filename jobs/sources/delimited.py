@@ -27,12 +27,13 @@ class Delimited:
         self._file, self._prefix = file, prefix
         self._encoding = _encoding(file)
         self._delimiter = _delimiter(file, self._encoding)
+        self._spaced = _spaced(file, self._encoding, self._delimiter)
 
     def rows(self, light: bool = False) -> Iterator[RawRow]:
         name, root = str(self._file), self._file.parent
         csv.field_size_limit(2**31 - 1)  # base64 in a cell
         with open(self._file, encoding=self._encoding, errors="surrogateescape", newline="") as stream:
-            reader = csv.reader(stream, delimiter=self._delimiter, strict=True)
+            reader = csv.reader(stream, delimiter=self._delimiter, strict=True, skipinitialspace=self._spaced)
             header = self._header(reader)
             number = 1
             while True:
@@ -56,7 +57,8 @@ class Delimited:
                 raw = self._delimiter.join(cells)
                 if not raw.isascii() and any("\udc80" <= letter <= "\udcff" for letter in raw):
                     shown = raw.encode(errors="surrogateescape").decode(errors="backslashreplace")
-                    yield self._bad(number, root, shown, "not UTF-8", f"line {line} holds bytes that are not UTF-8")
+                    what = f"line {line} holds bytes that are not UTF-8; save the file as UTF-8 (Excel: CSV UTF-8)"
+                    yield self._bad(number, root, shown, "not UTF-8", what)
                 elif len(cells) != len(header):
                     what = f"line {line} has {len(cells)} cells, but the header has {len(header)}"
                     yield self._bad(number, root, raw, "wrong number of cells", what)
@@ -99,6 +101,14 @@ def _encoding(file: Path) -> str:
     with open(file, "rb") as stream:
         start = stream.read(2)
     return "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _spaced(file: Path, encoding: str, delimiter: str) -> bool:
+    """Whether a space stands behind every delimiter of the header, as in ``text, label``: it is no part of a cell then.
+    Elsewhere a cell may begin with one, and spans count it."""
+    with open(file, encoding=encoding, errors="surrogateescape", newline="") as stream:
+        cells = stream.readline().rstrip("\r\n").split(delimiter)
+    return len(cells) > 1 and all(cell.startswith(" ") for cell in cells[1:])
 
 
 def _delimiter(file: Path, encoding: str) -> str:

@@ -11,11 +11,11 @@ from jobs.sources import SourceError
 from jobs.sources.readers import SPLITS, RawRow, outlines
 
 _KINDS = {
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image"),
-    **dict.fromkeys((".wav", ".flac", ".ogg", ".mp3"), "audio"),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image"),
+    **dict.fromkeys((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"), "audio"),
     ".txt": "text",
 }
-_LITTER = frozenset({"thumbs.db", "desktop.ini"})  # what file managers leave behind
+_LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})  # what file managers leave behind
 
 
 class Folder:
@@ -26,7 +26,14 @@ class Folder:
         if not folder.is_dir():
             raise SourceError(f"{folder} is no folder, but one with a sub-folder for each label is wanted")
         tops = _folders(folder)
-        named = bool(tops) and all(top.name.lower() in SPLITS for top in tops)
+        others = [top.name for top in tops if top.name.lower() not in SPLITS]
+        named = bool(tops) and not others
+        if others and len(others) < len(tops) and any(SPLITS.get(top.name.lower()) == "train" for top in tops):
+            splits = ", ".join(top.name for top in tops if top.name not in others)
+            raise SourceError(
+                f"{folder} has the folders {splits}, which name splits, beside {', '.join(others)}: a folder for each "
+                "split and none else, or a folder for each label and none else, is wanted; move or rename the others"
+            )
         # (file, split or None, label)
         self._files: list[tuple[Path, str | None, str]] = []
         for top in tops:
@@ -63,7 +70,8 @@ class Folder:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(inner for inner in folder.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+    found = (inner for inner in folder.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+    return sorted(inner for inner in found if inner.name.lower() not in _LITTER)
 
 
 def _wanted(file: Path, above: Path) -> bool:
