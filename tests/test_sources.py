@@ -70,6 +70,15 @@ def test_columns_are_renamed_and_others_kept_for_slices(tmp_path: Path) -> None:
     assert row.record.meta == {"shop": "north", "group": "north"}
 
 
+def test_the_answer_that_was_named_is_the_answer(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("question,mood,value,labels,target\nwhat?,good,3,a|b,7\n")
+    table = Table(Delimited(file), columns={"text": "question", "label": "mood"})
+    [row] = [row for row in table.rows(workers=1) if isinstance(row, GoodRow)]
+    target = row.record.target
+    assert (target.label, target.value, target.labels) == ("good", None, None)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

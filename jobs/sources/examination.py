@@ -18,6 +18,7 @@ FIELDS = (
     *("answer", "answers", "candidates", "tokens", "tags", "messages", "images", "audios", "target", "texts"),
     *("weight", "meta", "origin", "created_ms", "schema_version"),
 )
+_ONE_ANSWER = frozenset({"label", "labels", "value", "answer", "target"})  # each is the whole answer of a row
 _UNFIT = (pa.ArrowException, UnicodeEncodeError, TypeError, OverflowError)
 
 
@@ -151,5 +152,7 @@ def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     if not columns:
         return dict(values)
     used = set(columns.values())
+    if _ONE_ANSWER & columns.keys():  # which column is the answer was said: another that is called like one is none
+        used |= _ONE_ANSWER - columns.keys()
     kept = {name: value for name, value in values.items() if name not in used}
     return kept | {field: values.get(column) for field, column in columns.items()}
