@@ -144,7 +144,8 @@ def _source(options: argparse.Namespace, found: Bundle) -> Source | None:
         return None
     if options.split is not None:
         raise PredictError(f"--split {options.split} is for a data set; a source is asked whole: leave it out")
-    return choose(options.data, columns=options.map, task=options.task, asked=found.task)
+    limits = found.config.data.media
+    return choose(options.data, columns=options.map, task=options.task, asked=found.task, limits=limits)
 
 
 def _splits(dataset: Dataset, split: str | None) -> list[str]:

@@ -21,7 +21,8 @@ published. The folder appears whole, by a rename: an interrupted command leaves 
 --check looks at every row of the data set, made just now or before: what cannot be used, silent or clipped sound, odd
 sample rates, blank or repeated pictures, media and rows on both sides of a split, one question with several answers,
 lengths, labels. It is told here, and kept in ROOT/data/NAME/check.json, whose warnings a training begins with. With
---config lengths are tokens of that recipe's language model, and its limits hold.
+--config lengths are tokens of that recipe's language model. Pictures and sounds may be as large as data.media of that
+recipe allows, also where the data set is made.
 """
 
 from __future__ import annotations
@@ -80,12 +81,16 @@ def _run(options: argparse.Namespace) -> None:
     if options.source is not None:
         _make(options, folder)
     if options.check:
-        config = configs.load(options.config, [f"data.name={options.name}"]) if options.config else None
-        print(diagnosis.show(check(shards.Dataset.open(folder), config, options.workers)))
+        print(diagnosis.show(check(shards.Dataset.open(folder), _config(options), options.workers)))
         print(f"checked: {folder / diagnosis.FILE}")
 
 
+def _config(options: argparse.Namespace) -> configs.Config | None:
+    return configs.load(options.config, [f"data.name={options.name}"]) if options.config else None
+
+
 def _make(options: argparse.Namespace, folder: Path) -> None:
+    config = _config(options)
     with _claim(folder) as draft:
         source = choose(
             options.source,
@@ -95,6 +100,7 @@ def _make(options: argparse.Namespace, folder: Path) -> None:
             group_by=options.group_by,
             task=options.task,
             test=options.test,
+            limits=config.data.media if config else None,
         )
         recipe = json.loads(json.dumps(_settings(options) | source.recipe()))  # as it reads in dataset.json
         if folder.exists() and not options.replace:
@@ -272,7 +278,9 @@ def _parser() -> Parser:
     parser.add_argument("--workers", type=positive, default=_cores(), help="processes (default: all cores)")
     parser.add_argument("--replace", action="store_true", help="make the data set anew where it exists")
     parser.add_argument("--check", action="store_true", help="look at every row, and write check.json")
-    parser.add_argument("--config", type=Path, metavar="RECIPE", help="of --check: whose tokens and limits")
+    parser.add_argument(
+        "--config", type=Path, metavar="RECIPE", help="whose limits of media hold, and with --check whose tokens"
+    )
     return parser
 
 

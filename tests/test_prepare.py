@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from jobs.prepare import main
 from mmagent.record import Record
@@ -372,3 +373,20 @@ def test_a_small_easy_vqa(storage: Path) -> None:
     assert set(info["splits"]["train"]["forms"]) == {"speech", "text"}
     assert set(info["splits"]["validation"]["forms"]) == {"speech_known", "text"}
     assert info["splits"]["test"]["modalities"] == {"image+audio": 600, "text+image": 600}
+
+
+def test_a_recipes_limits_let_larger_pictures_in(
+    storage: Path, tmp_path: Path, make_png: Callable[..., bytes], tiny_recipe: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for number in range(20):
+        (tmp_path / "pets" / ("cat", "dog")[number % 2]).mkdir(parents=True, exist_ok=True)
+        file = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
+        file.write_bytes(make_png(size=(4200, 4200) if number == 0 else (8, 8)))
+    given = ["--source", f"folder:{tmp_path / 'pets'}", "--name", "pets", "--workers", "1"]
+    assert main(given) == 2
+    assert "--config RECIPE" in capsys.readouterr().err
+    recipe = {**tiny_recipe, "data": {**tiny_recipe["data"], "media": {"max_image_pixels": 20_000_000}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main([*given, "--config", str(tmp_path / "recipe.yaml")]) == 0
+    assert sum(Dataset.open(storage / "data" / "pets").rows(split) for split in ("train", "validation", "test")) == 20

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jobs.sources import Source, SourceError
 from jobs.sources.readers import Reader, files_of, find
+from mmagent.media import Limits
 
 _KINDS = {
     "jsonl": "PATH",
@@ -33,10 +34,11 @@ def choose(
     task: str | None = None,
     asked: str | None = None,
     test: str | None = None,
+    limits: Limits | None = None,
 ) -> Source:
     """
     Args:
-        task, asked: see `jobs.sources.table.Table`.
+        task, asked, limits: see `jobs.sources.table.Table`.
 
     Raises:
         SourceError: an unknown kind, nothing at the place, or an option that the kind has not.
@@ -61,7 +63,7 @@ def choose(
     main = _reader(kind, place, seed, "")
     # Ids that rows get of their file's name differ also where both files have one name.
     second = _reader(kind, test.removeprefix(f"{kind}:"), seed, "test-") if test else None
-    return Table(main, second, columns=columns, group_by=group_by, task=task, asked=asked)
+    return Table(main, second, columns=columns, group_by=group_by, task=task, asked=asked, limits=limits)
 
 
 def _reader(kind: str, place: str, seed: int, prefix: str) -> Reader:

@@ -133,7 +133,8 @@ def _check_media(made: record.Record, limits: media.Limits) -> None:
                 else:
                     media.decode_audio(data, media.check_audio(data, limits).sample_rate_hz, limits)
             except media.MediaTooLarge as error:
-                raise _Refused(f"{kind} over a limit", f"{kind}s[{index}]: {error}") from error
+                more = "a recipe with a higher data.media limit (--config RECIPE) lets it in"
+                raise _Refused(f"{kind} over a limit", f"{kind}s[{index}]: {error}; {more}") from error
             except media.MediaError as error:
                 raise _Refused(f"{kind} damaged", f"{kind}s[{index}]: {error}") from error
 
