@@ -16,6 +16,8 @@ import soxr
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmagent import mp3
+
 # The limit is `Limits.max_image_pixels`, checked from the header; Pillow's own would only warn, in its own words.
 Image.MAX_IMAGE_PIXELS = None
 # Damaged EXIF of a readable picture is no reason to speak. (Once for all: catch_warnings is not for threads.)
@@ -160,7 +162,7 @@ def _image_header(image: Image.Image, limits: Limits) -> ImageHeader:
 def _open_sound(data: bytes, limits: Limits) -> soundfile.SoundFile:
     _check_size(data, limits)
     try:
-        return soundfile.SoundFile(io.BytesIO(data))
+        return soundfile.SoundFile(io.BytesIO(mp3.counted(data)))
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         raise MediaError(f"not a sound that can be read (wav, flac, ogg, mp3): {_first_words(data)}") from error
 
