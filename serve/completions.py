@@ -7,10 +7,13 @@ import base64
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import jsonschema
+import jsonschema.validators
+import referencing
+import referencing.exceptions
 
 from mmagent.answer import Answer
 from serve import spoken
@@ -83,9 +86,13 @@ async def begun(
 
     work = asyncio.ensure_future(completed(service, body, key, request_id, id, hear))
     work.add_done_callback(lambda _: pieces.put_nowait(None))
-    first = await pieces.get()
-    if first is None:
-        await work  # raises what went wrong
+    try:
+        first = await pieces.get()
+        if first is None:
+            await work  # raises what went wrong
+    except BaseException:
+        work.cancel()  # the client is gone, or its time is over
+        raise
 
     async def all_of() -> AsyncIterator[str | ChatCompletion]:
         piece = first
@@ -135,6 +142,30 @@ def _choice(body: ChatRequest, answered: Answered, answer: Answer, words: str, f
     )
 
 
+def _unchecked(*_: Any) -> tuple[()]:
+    return ()
+
+
+def _additional(validator: Any, wanted: Any, made: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
+    """`additionalProperties`, where no pattern of a property's name says more."""
+    if not validator.is_type(made, "object") or schema.get("patternProperties"):
+        return
+    for name in made.keys() - schema.get("properties", {}).keys():
+        if wanted is False:
+            yield jsonschema.ValidationError(f"{name!r} is not among its properties")
+        elif isinstance(wanted, dict):
+            yield from validator.descend(made[name], wanted, path=name)
+
+
+# What a client sends is no reason to fetch anything (a registry of our own knows no address), nor to search by a
+# regular expression, which may take for ever and lets nothing else run meanwhile.
+_Checked = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    dict.fromkeys(("pattern", "patternProperties", "unevaluatedProperties"), _unchecked)
+    | {"additionalProperties": _additional},
+)
+
+
 def _structured(body: ChatRequest, answered: Answered, answer: Answer, words: str) -> str:
     """The answer as JSON: what a model wrote, where that is JSON; else the typed answer's fields that a schema names.
 
@@ -153,11 +184,13 @@ def _structured(body: ChatRequest, answered: Answered, answer: Answer, words: st
     schema = body.response_format.json_schema.schema_
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        message = f"response_format.json_schema.schema is no JSON schema: {error.message:.200}"
+        named = schema.get("properties", {})
+        made = written if isinstance(written, dict) else {k: known[k] for k in named if k in known}
+        wrong = next(_Checked(schema, registry=referencing.Registry()).iter_errors(made), None)
+    except (jsonschema.SchemaError, referencing.exceptions.Unresolvable, RecursionError) as error:
+        what = error.message if isinstance(error, jsonschema.SchemaError) else str(error)
+        message = f"response_format.json_schema.schema is no JSON schema that can be used: {what:.200}"
         raise ApiError(422, message, code="invalid_value", param="response_format") from error
-    made = written if isinstance(written, dict) else {k: known[k] for k in schema.get("properties", {}) if k in known}
-    wrong = next(jsonschema.Draft202012Validator(schema).iter_errors(made), None)
     if wrong is not None:
         message = f"the answer does not meet the schema ({wrong.message:.200}); it has: {', '.join(sorted(known))}"
         raise ApiError(422, message, code="schema_not_met", param="response_format")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -79,15 +80,16 @@ class TurnTaker:
         """
         Args:
             only: the bundle to ask, whatever the share: of a gate, whose questions leave no trace.
-            hear: is told a text while it is written, in another thread; not where a tool, a stop or several answers may
-                yet change what is said.
+            hear: is told a text while it is written, in another thread; not where a tool, a stop, several answers
+                or a form that is asked for may yet change what is said.
 
         Raises:
             ApiError: what is wrong with the request.
         """
         service, question = self._service, self._question
         chat = self._chat
-        if chat is not None and not (chat.offered or service.tools or chat.stops or (chat.n or 1) > 1):
+        shaped = chat is not None and chat.response_format is not None and chat.response_format.type != "text"
+        if chat is not None and not (chat.offered or service.tools or chat.stops or (chat.n or 1) > 1 or shaped):
             self._hear = hear
         conversation = self._chat.conversation if self._chat else None
         history: list[ChatMessage] = []
@@ -180,11 +182,13 @@ class TurnTaker:
             return None
         most = loaded.predictor.config.data.max_answer_tokens
         wanted = self._chat.max_completion_tokens or self._chat.max_tokens or most
+        temperature = self._chat.temperature
+        if temperature is None:
+            temperature = 1.0 if (self._chat.n or 1) > 1 else 0.0
+        # Without a seed each request draws for itself. What draws nothing is written together, so it has one seed.
+        seed = secrets.randbits(63) if self._chat.seed is None else self._chat.seed % 2**63
         return Writing(
-            min(wanted, most),
-            temperature=self._chat.temperature or (1.0 if (self._chat.n or 1) > 1 else 0.0),
-            top_p=self._chat.top_p or 1.0,
-            seed=(self._chat.seed or 0) % 2**63,
+            min(wanted, most), temperature=temperature, top_p=self._chat.top_p or 1.0, seed=seed if temperature else 0
         )
 
     async def _slots(self, loaded: Loaded, asked: ChatRequest | PredictRequest, policy: Policy) -> dict[str, str]:

@@ -103,6 +103,26 @@ def test_structured_answers(client: openai.OpenAI) -> None:
         said(client, response_format=wanted)
 
 
+@pytest.mark.parametrize("reference", ["http://127.0.0.1:9/secret", "file:///etc/hostname", "#/$defs/No", "#"])
+def test_a_schema_fetches_nothing_and_ends(client: openai.OpenAI, reference: str) -> None:
+    schema = {"type": "object", "properties": {"answer": {"$ref": reference}}} if reference != "#" else {"$ref": "#"}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.UnprocessableEntityError, match="no JSON schema that can be used"):
+        said(client, response_format=wanted)
+
+
+def test_a_schemas_patterns_are_not_searched_for(client: openai.OpenAI) -> None:
+    endless = "^((.?){30}){8}Z"  # would take longer than anybody waits
+    schema = {
+        "type": "object",
+        "properties": {"label": {"type": "string", "pattern": endless}},
+        "patternProperties": {endless: {"type": "number"}},
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert set(json.loads(said(client, response_format=wanted).choices[0].message.content)) == {"label"}
+
+
 def test_a_classifier_calls_the_tool_of_its_labels_name(client: openai.OpenAI) -> None:
     label = said(client).choices[0].message.content
     tool = {"type": "function", "function": {"name": label, "description": "d", "parameters": {"type": "object"}}}

@@ -137,6 +137,22 @@ def test_how_it_is_written(client: TestClient) -> None:
     assert [each["index"] for each in several["choices"]] == [0, 1, 2]
     assert len({each["message"]["content"] for each in several["choices"]}) > 1
     assert said(client, "hi")["choices"][0]["message"]["content"] == "the blue image"
+    # Without a seed each draws for itself; at temperature 0 several are the likeliest text several times.
+    assert len({said(client, "hi", temperature=2.0)["choices"][0]["message"]["content"] for _ in range(6)}) > 1
+    alike = said(client, "hi", n=2, temperature=0)["choices"]
+    assert {each["message"]["content"] for each in alike} == {"the blue image"}
+
+
+def test_an_answer_of_a_form_is_streamed_once(client: TestClient) -> None:
+    given = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+        "response_format": {"type": "json_object"},
+    }
+    lines = client.post("/v1/chat/completions", json=given).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    told = "".join(part["delta"].get("content") or "" for each in chunks for part in each["choices"])
+    assert json.loads(told)["answer"] == "the blue image"
 
 
 def test_who_listens_hears_a_text_grow(predictor: Predictor) -> None:
