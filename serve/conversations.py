@@ -45,10 +45,19 @@ class Conversations:
         held = await self._run(self._store.read, _KIND, id)
         if held is not None and held.owner != key.id:
             raise _absent(id)
-        if held is not None and len(held.items) >= _MOST:
-            message = f"the conversation has {len(held.items)} messages, which is all it can have: begin another"
-            raise ApiError(409, message, code="conversation_full", param="conversation")
         return [json.loads(item) for item in held.items] if held else []
+
+    async def continued(self, id: str, key: Key) -> list[dict[str, Any]]:
+        """`messages` of one that is to have more.
+
+        Raises:
+            ApiError: it has all that it can have.
+        """
+        found = await self.messages(id, key)
+        if len(found) >= _MOST:
+            message = f"the conversation has {len(found)} messages, which is all it can have: begin another"
+            raise ApiError(409, message, code="conversation_full", param="conversation")
+        return found
 
     async def add(self, id: str, key: Key, turn: Sequence[dict[str, Any]]) -> None:
         """Keeps a turn: what was sent, and what was answered.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 _LEAST_ANSWERS, _LEAST_VERDICTS = 50, 20  # of each bundle
 _SURE = 2.576  # standard errors
+_REMEMBERED = 10_000  # answers whose verdict may change
 
 
 @dataclass(slots=True)
@@ -33,18 +34,25 @@ class Sentinel:
 
     most: float | None
     records: dict[str, Record] = field(default_factory=dict)  # by a bundle's seal
+    _wrong: dict[tuple[str, str], bool] = field(default_factory=dict)  # of a bundle and an answer: the last word on it
 
     def answered(self, bundle: str, *, unsure: bool) -> None:
         found = self.records.setdefault(bundle, Record())
         found.answers += 1
         found.unsure += unsure
 
-    def judged(self, bundle: str, says: str) -> None:
-        """Takes a verdict of a user's: right, wrong, or something else, which counts as none."""
-        if says in ("right", "wrong"):
-            found = self.records.setdefault(bundle, Record())
-            found.verdicts += 1
-            found.wrong += says == "wrong"
+    def judged(self, bundle: str, answer: str, says: str) -> None:
+        """Takes a verdict of a user's: right, wrong, or something else, which counts as none. Who judges one answer
+        again changes what was said of it, and adds nothing."""
+        if says not in ("right", "wrong"):
+            return
+        found, place = self.records.setdefault(bundle, Record()), (bundle, answer)
+        before = self._wrong.pop(place, None)
+        self._wrong[place] = says == "wrong"
+        if len(self._wrong) > _REMEMBERED:
+            del self._wrong[next(iter(self._wrong))]
+        found.verdicts += before is None
+        found.wrong += (says == "wrong") - bool(before)
 
     def complaint(self, new: str, old: str) -> str | None:
         """What is wrong with a new bundle beside an old one, if anything."""
@@ -60,6 +68,7 @@ class Sentinel:
     def forget(self, bundle: str) -> None:
         """A bundle that comes again begins anew."""
         self.records.pop(bundle, None)
+        self._wrong = {place: wrong for place, wrong in self._wrong.items() if place[0] != bundle}
 
     def _worse(self, hits: int, count: int, other: int, of: int) -> bool:
         assert self.most is not None

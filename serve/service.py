@@ -365,7 +365,7 @@ class Service:
         self.metrics.feedback.labels(says, str(trace["bundle"])).inc()
         loaded = next((each for each in self.bundles.known if each.name == trace["bundle"]), None)
         if loaded is not None:
-            self.sentinel.judged(loaded.seal, says)
+            self.sentinel.judged(loaded.seal, str(trace["id"]), says)
             self._guard()
 
     def _guard(self) -> None:

@@ -94,7 +94,7 @@ class TurnTaker:
         conversation = self._chat.conversation if self._chat else None
         history: list[ChatMessage] = []
         if conversation is not None:
-            kept = await service.conversations.messages(conversation, self._key)
+            kept = await service.conversations.continued(conversation, self._key)
             history = [ChatMessage.model_validate(each) for each in kept]
         loaded = only or service.bundles.pick(conversation or self._id, question.model)
         with service.bundles.used(loaded):

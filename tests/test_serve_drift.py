@@ -67,8 +67,8 @@ def counted(
     for n in range(answers):
         sentinel.answered(bundle, unsure=n < unsure)
     for says, count in (("right", right), ("wrong", wrong), ("other", 5)):
-        for _ in range(count):
-            sentinel.judged(bundle, says)
+        for n in range(count):
+            sentinel.judged(bundle, f"{says}-{n}", says)
 
 
 def test_a_bundle_that_is_called_wrong_more_often_is_complained_of() -> None:
@@ -77,6 +77,21 @@ def test_a_bundle_that_is_called_wrong_more_often_is_complained_of() -> None:
     counted(sentinel, "new", right=10, wrong=15)
     assert sentinel.complaint("new", "old") == "15 of 25 answers were called wrong, 10 of 100 before"
     assert sentinel.complaint("old", "new") is None
+
+
+def test_who_judges_one_answer_many_times_is_counted_once() -> None:
+    sentinel = Sentinel(0.1)
+    counted(sentinel, "old", right=90, wrong=10)
+    counted(sentinel, "new", right=20)
+    for _ in range(30):
+        sentinel.judged("new", "one", "wrong")
+    assert sentinel.complaint("new", "old") is None
+    assert (sentinel.records["new"].verdicts, sentinel.records["new"].wrong) == (21, 1)
+    sentinel.judged("new", "one", "right")
+    assert (sentinel.records["new"].verdicts, sentinel.records["new"].wrong) == (21, 0)
+    sentinel.forget("new")
+    sentinel.judged("new", "one", "wrong")
+    assert (sentinel.records["new"].verdicts, sentinel.records["new"].wrong) == (1, 1)
 
 
 def test_and_one_that_is_unsure_more_often() -> None:
