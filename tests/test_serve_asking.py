@@ -203,6 +203,17 @@ def test_a_conversation_goes_on(client: openai.OpenAI, address: str, make_png: A
     assert anew.usage.prompt_tokens < second.usage.prompt_tokens
 
 
+def test_a_full_conversation_is_read_and_deleted(
+    client: openai.OpenAI, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.conversations._MOST", 2)
+    said(client, "one", conversation="full")
+    with pytest.raises(openai.ConflictError, match="all it can have"):
+        said(client, "two", conversation="full")
+    assert len(httpx.get(f"{address}/v1/conversations/full").json()["messages"]) == 2
+    assert httpx.delete(f"{address}/v1/conversations/full").json()["deleted"]
+
+
 def test_evidence_names_words_regions_and_moments(client: openai.OpenAI, make_png: Any, make_wav: Any) -> None:
     parts = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(make_png('red'))}"}},
