@@ -28,7 +28,10 @@ def counted(data: bytes) -> bytes:
     """An MP3 with its count of frames; whatever tells its length already, or is none, as it is."""
     start = _behind_tag(data)
     frame = _frame(data[start : start + 4])
-    if frame is None or data[start + frame.told_at :][:4] in _TOLD:
+    if frame is None:
+        return data
+    told_at = start + frame.told_at
+    if data[told_at : told_at + 4] in _TOLD:
         return data
     place, count = start, 0
     while (found := _frame(data[place : place + 4])) is not None and place + found.bytes <= len(data):

@@ -150,7 +150,7 @@ def _label(value: Any) -> str | None:
         raise RecordError(f"label is {value!r:.80}, but one word or number is wanted", "label")
     if isinstance(value, float) and not math.isfinite(value):
         raise RecordError(f"label is {value!r}, but a word or a finite number is wanted", "label")
-    return str(value).strip() or None if value is not None else None
+    return None if value is None else str(value).strip() or None
 
 
 def _labels(raw: Any, wanted: str) -> tuple[str, ...] | None:

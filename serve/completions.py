@@ -132,7 +132,7 @@ def _choice(body: ChatRequest, answered: Answered, answer: Answer, words: str, f
     content: str | None = words
     if calls and number == 0:
         content = words or None
-    elif body.response_format is not None and body.response_format.type != "text":
+    elif body.shaped:
         content = _structured(body, answered, answer, words)
     return Choice(
         index=number,

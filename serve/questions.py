@@ -275,6 +275,11 @@ class ChatRequest(_OfTasks, _Asked, Written):
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property
+    def shaped(self) -> bool:
+        """Whether the answer is to be JSON."""
+        return self.response_format is not None and self.response_format.type != "text"
+
+    @property
     def speaks(self) -> bool:
         """Whether the answer is wanted as sound too."""
         return "audio" in (self.modalities or ())

@@ -88,8 +88,7 @@ class TurnTaker:
         """
         service, question = self._service, self._question
         chat = self._chat
-        shaped = chat is not None and chat.response_format is not None and chat.response_format.type != "text"
-        if chat is not None and not (chat.offered or service.tools or chat.stops or (chat.n or 1) > 1 or shaped):
+        if chat is not None and not (chat.offered or service.tools or chat.stops or (chat.n or 1) > 1 or chat.shaped):
             self._hear = hear
         conversation = self._chat.conversation if self._chat else None
         history: list[ChatMessage] = []
